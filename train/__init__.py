@@ -1,0 +1,1 @@
+"""Data to weights: preparation, the loop, checkpoints, evaluation."""

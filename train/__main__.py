@@ -1,0 +1,217 @@
+"""python -m train: a GPT from tokens to weights, on one device or, under torchrun, on many.
+
+The flags are those of train/config.py. This file is the whole run, to be read from top to bottom.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from gpt import cli, tokenizer
+from gpt.device import autocast
+from gpt.model import GPT
+from gpt.sample import SampleConfig, generate
+from train import checkpoint, distributed
+from train.config import TrainConfig, parse, resolve
+from train.data import TokenFile, to_device
+from train.distributed import Ranks
+from train.metrics import Metrics
+from train.optim import learning_rate
+
+Batch = tuple[Tensor, Tensor]
+Precision = Callable[[], AbstractContextManager]
+
+
+def main() -> None:
+    config = parse(sys.argv[1:])
+    ranks = distributed.start(config.backend, config.device)
+    train(config, ranks)
+    distributed.stop(ranks)
+
+
+def train(config: TrainConfig, ranks: Ranks) -> None:
+    """The whole run, from `config` to the last checkpoint."""
+    out_dir, data_dir = Path(config.out_dir), Path("data", config.dataset)
+    if ranks.is_main:
+        checkpoint.make_folder(out_dir)
+    torch.manual_seed(config.seed + ranks.rank)
+    torch.backends.cuda.matmul.allow_tf32 = True  # where float32 is asked for on a GPU; no effect on a CPU
+
+    config = resolve(config, ranks)
+    tokens = tokenizer.describe_dataset(data_dir)
+    model, resumed = checkpoint.initial_model(config, tokens, ranks.device)
+    config = replace(config, model=model.config)
+    step: int = resumed.get("iter_num", 0)
+    best_val_loss = float(resumed.get("best_val_loss", torch.inf))
+    if resumed and step >= config.max_iters and not config.eval_only:
+        if ranks.is_main:
+            print(f"{out_dir} holds a finished run: all max_iters={config.max_iters} steps are made")
+        return
+
+    optimizer = model.configure_optimizers(
+        config.weight_decay, config.learning_rate, (config.beta1, config.beta2), ranks.device_type
+    )
+    scaler = torch.amp.GradScaler(ranks.device_type, enabled=config.dtype == "float16")
+    if resumed:
+        checkpoint.restore(resumed, optimizer, scaler, ranks)
+    if config.compile:
+        model.compile()  # in place: the names of the weights stay as they are
+    trained = DDP(model, gradient_as_bucket_view=True) if ranks.backend else model
+    precision = partial(autocast, ranks.device, config.dtype)
+
+    train_file = TokenFile(data_dir / "train.bin", config.model, config.seed)
+    eval_files = {  # of another seed: not the windows that training is about to see
+        split: TokenFile(data_dir / f"{split}.bin", config.model, config.seed + 1) for split in ("train", "val")
+    }
+    windows_per_step = config.batch_size * config.gradient_accumulation_steps
+    position: int = resumed.get("position", step * windows_per_step)
+    micro_batches = read_ahead(train_file, position, config.batch_size, ranks)
+    metrics = Metrics(config, ranks, model, first_step=step)
+    metrics.print(summary(config, ranks, model, train_file))
+
+    evaluated = step if "position" in resumed else -1  # our own checkpoints are written after an evaluation
+    while True:
+        lr = learning_rate(step, config)
+        last = step >= config.max_iters or config.eval_only
+        if (step % config.eval_interval == 0 and step != evaluated) or last:
+            with metrics.paused():
+                losses = evaluate(model, eval_files, config, ranks, precision)
+                metrics.evaluation(step, losses, lr)
+                if config.eval_sample and ranks.is_main:
+                    metrics.print(sample(model, tokens, config, ranks.device))
+                is_best = losses["val"] < best_val_loss
+                best_val_loss = min(losses["val"], best_val_loss)
+                if step > 0 and not config.eval_only:
+                    state = checkpoint.contents(model, optimizer, scaler, config, ranks) | {
+                        "iter_num": step, "best_val_loss": best_val_loss, "position": position, "tokenizer": tokens
+                    }  # fmt: skip
+                    if ranks.is_main:
+                        checkpoint.save(out_dir, state, is_best)
+        if last:
+            break
+
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        accumulation = config.gradient_accumulation_steps // ranks.world_size
+        loss, grad_norm = update(
+            trained, optimizer, scaler, islice(micro_batches, accumulation), accumulation, config.grad_clip, precision
+        )
+        metrics.step(step, loss, grad_norm, lr)
+        position += windows_per_step
+        step += 1
+    metrics.close()
+
+
+def update(
+    model: GPT | DDP,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    micro_batches: Iterable[Batch],
+    accumulation: int,
+    grad_clip: float,
+    precision: Precision,
+) -> tuple[Tensor, Tensor | None]:
+    """One step of the optimizer over `accumulation` micro-batches of (inputs, targets).
+
+    Returns (mean loss on this rank, norm of the gradient before clipping, or None when that is off) as tensors
+    on the device: nothing here waits for a GPU.
+    """
+    losses = []
+    for i, (idx, targets) in enumerate(micro_batches, start=1):
+        syncs = i == accumulation or not isinstance(model, DDP)
+        with nullcontext() if syncs else model.no_sync():
+            with precision():
+                _, loss = model(idx, targets)
+            loss = loss / accumulation
+            scaler.scale(loss).backward()
+        losses.append(loss.detach())
+    grad_norm = None
+    if grad_clip:
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return torch.stack(losses).sum(), grad_norm
+
+
+def read_ahead(file: TokenFile, position: int, size: int, ranks: Ranks) -> Iterator[Batch]:
+    """This rank's micro-batches of `size` windows, from `position` of the run on.
+
+    Each is assembled, and sent to the device, while the one before is computed. The windows of a step are dealt
+    out by micro-step, then by rank, so a step has the same ones whatever the number of ranks.
+    """
+
+    def assemble(i: int) -> Batch:
+        start = position + (i * ranks.world_size + ranks.rank) * size
+        return to_device(file.batch(start, size), ranks.device)
+
+    start_thread = partial(torch.cuda.set_device, ranks.device) if ranks.device.startswith("cuda") else None
+    with ThreadPoolExecutor(1, initializer=start_thread) as thread:
+        ahead = thread.submit(assemble, 0)
+        for i in count(1):
+            batch = ahead.result()
+            ahead = thread.submit(assemble, i)
+            yield batch
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT, files: dict[str, TokenFile], config: TrainConfig, ranks: Ranks, precision: Precision
+) -> dict[str, float]:
+    """Mean loss over the first eval_iters micro-batches of each file, the same ones every time, shared by all ranks.
+
+    Draws no random numbers: how often a run is evaluated changes nothing else in it.
+    """
+    model.eval()
+    losses = {}
+    for split, file in files.items():
+        total = torch.zeros((), device=ranks.device)
+        for i in range(ranks.rank, config.eval_iters, ranks.world_size):
+            idx, targets = to_device(file.batch(i * config.batch_size, config.batch_size), ranks.device)
+            with precision():
+                _, loss = model(idx, targets)
+            total += loss
+        losses[split] = ranks.sum(total).item() / config.eval_iters
+    model.train()
+    return losses
+
+
+def sample(model: GPT, tokens: dict[str, Any], config: TrainConfig, device: str) -> str:
+    """A sample of eval_sample tokens; the random numbers of the training stay untouched."""
+    prompt = tokens.get("symbols", ["\n"])[0]
+    settings = SampleConfig(max_new_tokens=config.eval_sample)
+    gpus = [device] if device.startswith("cuda") else []
+    model.eval()
+    with torch.random.fork_rng(gpus), torch.compiler.set_stance("force_eager"), autocast(device, config.dtype):
+        torch.manual_seed(config.seed)
+        text = generate(model, tokenizer.from_dict(tokens), prompt, settings)
+    model.train()
+    return text
+
+
+def summary(config: TrainConfig, ranks: Ranks, model: GPT, file: TokenFile) -> str:
+    """What is about to be trained, on what."""
+    c = config.model
+    tokens = config.batch_size * config.gradient_accumulation_steps * c.block_size
+    return (
+        f"number of parameters: {model.get_num_params() / 1e6:.2f}M "
+        f"({c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, block {c.block_size}, vocabulary {c.vocab_size})\n"
+        f"tokens per iteration will be: {tokens:,} (an epoch of {file.path} is {len(file.tokens) / tokens:,.1f})\n"
+        f"device {ranks.device} x {ranks.world_size}, dtype {config.dtype}, compile {config.compile}, "
+        f"kernels {c.kernels}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,118 @@
+"""Every setting of a training run, flat on the command line: `python -m train [config.py ...] [--key=value ...]`.
+
+Names and defaults are nanoGPT's, so its config files run as they are; where its default supposes a GPU, ours is
+"auto", resolved once and recorded.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import kernels
+from gpt import cli
+from gpt.device import resolve_dtype
+from gpt.model import GPTConfig
+from train.distributed import Ranks
+
+PRESETS = Path(__file__).parent / "configs"
+
+
+@dataclass
+class TrainConfig:
+    """Train a GPT. Config files (presets by name) come first, flags win over them."""
+
+    out_dir: str = "out"  # where ckpt.pt and metrics.jsonl go
+    eval_interval: int = 2000  # steps between evaluations; a checkpoint follows each
+    log_interval: int = 1  # steps between printed lines
+    eval_iters: int = 200  # micro-batches of each split in an evaluation, shared by all ranks
+    eval_only: bool = False  # evaluate once and stop
+    eval_sample: int = 0  # tokens sampled and printed at each evaluation; 0 is off
+    always_save_checkpoint: bool = True  # False: sample from best.pt, the lowest validation loss, not from ckpt.pt, the latest
+    init_from: str = "scratch"  # scratch, resume, auto (resume if there is a checkpoint), gpt2*, path of a ckpt.pt
+
+    wandb_log: bool = False  # log to Weights & Biases as well (extra [wandb])
+    wandb_project: str = "owt"  # its project
+    wandb_run_name: str = "gpt2"  # its run
+
+    dataset: str = "openwebtext"  # folder in data/ with train.bin and val.bin
+    gradient_accumulation_steps: int = 40  # micro-batches in a step, over all ranks
+    batch_size: int = 12  # sequences in a micro-batch
+    seed: int = 1337  # of weights, dropout and data order
+
+    learning_rate: float = 6e-4  # at its highest
+    max_iters: int = 600000  # steps in the run
+    weight_decay: float = 1e-1  # of matrices and embeddings
+    beta1: float = 0.9  # AdamW: memory of the gradient's mean
+    beta2: float = 0.95  # AdamW: memory of its square
+    grad_clip: float = 1.0  # largest norm of the whole gradient; 0 is off
+    decay_lr: bool = True  # False keeps learning_rate as it is
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm up, stay, then go down linearly
+    warmup_iters: int = 2000  # steps of warm-up
+    lr_decay_iters: int = 600000  # the step at which min_lr is reached
+    min_lr: float = 6e-5  # where the decay ends
+    wsd_decay_iters: int = 0  # steps of the wsd schedule's descent; 0: a fifth of lr_decay_iters
+
+    backend: str = "auto"  # of torch.distributed: auto, nccl, gloo
+    device: str = "auto"  # auto, cpu, mps, cuda, cuda:1, ...
+    dtype: str = "auto"  # auto, float32, bfloat16, float16 (with loss scaling)
+    compile: bool | Literal["auto"] = "auto"  # torch.compile the model; auto: on CUDA
+
+    model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False, vocab_size=None))
+
+    def flat(self) -> dict[str, Any]:
+        """Plain values by flag: what is recorded with a checkpoint."""
+        values = asdict(self)
+        return values | values.pop("model")
+
+    def check(self) -> None:
+        """Raises ValueError for numbers that make no run."""
+        at_least = {"eval_interval": 1, "log_interval": 1, "eval_iters": 1, "batch_size": 1, "max_iters": 0}
+        at_least |= {"gradient_accumulation_steps": 1, "warmup_iters": 0, "grad_clip": 0}
+        at_least |= {"block_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "eval_sample": 0}
+        values = self.flat()
+        for name, least in at_least.items():
+            if values[name] < least:
+                raise ValueError(f"{name}={values[name]} must be at least {least}")
+        if not 0 <= self.model.dropout < 1:
+            raise ValueError(f"dropout={self.model.dropout} must be at least 0 and below 1")
+        if self.decay_lr and self.lr_decay_iters < self.warmup_iters:
+            raise ValueError(
+                f"lr_decay_iters={self.lr_decay_iters} lies before the end of the warm-up: "
+                f"lower warmup_iters={self.warmup_iters} or raise it"
+            )
+
+
+def parse(args: Sequence[str]) -> TrainConfig:
+    config = cli.parse(TrainConfig, args, prog="python -m train", presets=PRESETS)
+    config.check()
+    return config
+
+
+def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """Puts what this machine gives in place of every "auto". Raises ValueError for what it cannot do."""
+    if config.gradient_accumulation_steps % ranks.world_size:
+        raise ValueError(
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} is the total over all ranks and does "
+            f"not divide by the {ranks.world_size} there are; try {_multiple(config, ranks)}"
+        )
+    on_gpu = ranks.device_type == "cuda"
+    compiled = on_gpu if config.compile == "auto" else config.compile
+    if compiled and ranks.device_type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("compile=True on a CPU needs a C++ compiler, and g++ is not installed; try --compile=False")
+    operations = kernels.load(config.model.kernels, ranks.device)
+    return replace(
+        config,
+        device=ranks.device,
+        backend=ranks.backend or "none",
+        dtype=resolve_dtype(config.dtype, ranks.device),
+        compile=compiled,
+        model=replace(config.model, kernels=operations.spec),
+    )
+
+
+def _multiple(config: TrainConfig, ranks: Ranks) -> int:
+    """The nearest number of accumulation steps that divides."""
+    return ranks.world_size * max(1, round(config.gradient_accumulation_steps / ranks.world_size))

@@ -1,0 +1,153 @@
+"""What a run says about itself: nanoGPT's lines (or a progress bar on a terminal), metrics.jsonl, wandb.
+
+metrics.jsonl has one object a line. A step: iter, loss (mean of the whole global batch, nats a token), lr, grad_norm
+(before clipping; null when off), ms (a step, mean since the last line), tokens_per_s, mfu (percent; null where the
+peak is unknown). An evaluation: iter, train/loss, val/loss, lr. `iter` counts the updates made before.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt.model import GPT
+from train.config import TrainConfig
+from train.distributed import Ranks
+
+SETTLING = 5  # steps after the start whose time says nothing about the rest
+
+
+class Metrics:
+    """Only rank 0 writes; `step` and `evaluation` are for all ranks to call."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks, model: GPT, first_step: int):
+        self.config, self.ranks, self.model = config, ranks, model
+        self.first_step = self.last_logged = first_step
+        self.mfu: float | None = None
+        self.bar = self.wandb = None
+        self.path = Path(config.out_dir, "metrics.jsonl")
+        if ranks.is_main:
+            _keep_before(self.path, first_step)
+            self.file = self.path.open("a")
+            if sys.stdout.isatty():
+                self.bar = _progress_bar(first_step, config.max_iters)
+            if config.wandb_log:
+                self.wandb = _start_wandb(config)
+        self.started = time.perf_counter()
+
+    def print(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text)
+        elif self.ranks.is_main:
+            print(text, flush=True)
+
+    def step(self, step: int, loss: Tensor, grad_norm: Tensor | None, lr: float) -> None:
+        """Called after each update; the GPU is waited for only when there is something to say."""
+        config = self.config
+        if self.bar is not None:
+            self.bar.update()
+        if step % config.log_interval:
+            return
+        mean_loss = (self.ranks.sum(loss.clone()) / self.ranks.world_size).item()
+        if not self.ranks.is_main:
+            return
+        seconds = (time.perf_counter() - self.started) / (step + 1 - self.last_logged)
+        sequences = config.batch_size * config.gradient_accumulation_steps
+        if step - self.first_step >= SETTLING:
+            mfu = self.model.estimate_mfu(sequences // self.ranks.world_size, seconds, config.dtype)
+            self.mfu = mfu if self.mfu is None or mfu is None else 0.9 * self.mfu + 0.1 * mfu
+        percent = None if self.mfu is None else 100 * self.mfu
+        tokens_per_s = sequences * config.model.block_size / seconds
+        self._write(
+            iter=step, loss=mean_loss, lr=lr, grad_norm=None if grad_norm is None else grad_norm.item(),
+            ms=1000 * seconds, tokens_per_s=tokens_per_s, mfu=percent,
+        )  # fmt: skip
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {mean_loss:.4f}, {tokens_per_s:,.0f} tokens/s")
+        else:
+            utilisation = "" if percent is None else f", mfu {percent:.2f}%"
+            self.print(f"iter {step}: loss {mean_loss:.4f}, time {1000 * seconds:.2f}ms{utilisation}")
+        self.last_logged, self.started = step + 1, time.perf_counter()
+
+    def evaluation(self, step: int, losses: dict[str, float], lr: float) -> None:
+        if not self.ranks.is_main:
+            return
+        self.print(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        record = {"iter": step, "train/loss": losses["train"], "val/loss": losses["val"], "lr": lr}
+        self._write(**record)
+        if self.wandb is not None:
+            self.wandb.log(record | ({} if self.mfu is None else {"mfu": 100 * self.mfu}))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What runs inside is not counted into the time of a step."""
+        self._synchronize()
+        paused = time.perf_counter()
+        yield
+        self._synchronize()
+        self.started += time.perf_counter() - paused
+
+    def flush(self) -> None:
+        """Puts what was said onto the disk: called before the checkpoint that makes it history."""
+        if self.ranks.is_main:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.ranks.is_main:
+            self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _write(self, **record: Any) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+    def _synchronize(self) -> None:
+        if self.ranks.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line cut short by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _keep_before(path: Path, first_step: int) -> None:
+    """Drops what a run wrote after the checkpoint it now goes on from: it is about to happen again."""
+    records = read(path) if first_step and path.exists() else []
+    kept = [r for r in records if r["iter"] < first_step or ("val/loss" in r and r["iter"] == first_step)]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary.replace(path)
+
+
+def _progress_bar(first_step: int, max_iters: int) -> Any:
+    from tqdm import tqdm
+
+    form = "{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}, {postfix} [{elapsed}, {remaining} left]"
+    return tqdm(total=max_iters, initial=first_step, bar_format=form, dynamic_ncols=True, file=sys.stdout)
+
+
+def _start_wandb(config: TrainConfig) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("wandb_log=True needs the package wandb: pip install -e '.[wandb]'") from None
+    wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=config.flat())
+    return wandb

@@ -1,0 +1,32 @@
+#!/bin/sh
+# `make quickstart` after the install: a corpus, a small GPT trained on it, a picture of its loss, a sample.
+set -eu
+
+if ! "$PYTHON" -m train.prepare "$DATA"; then
+    echo "$DATA could not be fetched, so the Python standard library's sources are the corpus instead."
+    DATA=stdlib_char
+    "$PYTHON" -m train.prepare "$DATA"
+fi
+out="out-quickstart-$DATA"
+"$PYTHON" -m train quickstart --dataset="$DATA" --out_dir="$out"
+"$PYTHON" -m train.plot "$out"
+echo
+echo "A sample of the trained model:"
+"$PYTHON" -m gpt.sample --out_dir="$out" --num_samples=1 --max_new_tokens=400
+"$PYTHON" - "$out" <<'END'
+import sys
+from pathlib import Path
+from train.metrics import read
+
+last = [r for r in read(Path(sys.argv[1], "metrics.jsonl")) if "val/loss" in r][-1]
+print(f"final validation loss: {last['val/loss']:.3f} nats a character, after {last['iter']} steps")
+END
+cat <<END
+
+The run is in $out: ckpt.pt, metrics.jsonl, loss.png. What to try next, with .venv/bin/python:
+  more samples         -m gpt.sample --out_dir=$out --temperature=0.5
+  a text of your own   -m train.prepare text --input=FILE --tokenizer=char --name=mine
+                       -m train quickstart --dataset=mine --out_dir=out-mine
+  a larger model       -m train train_shakespeare_char --dataset=$DATA     (minutes on a GPU)
+  every setting        -m train --help
+END
