@@ -1,8 +1,8 @@
 """python -m bench.nanogpt --nanogpt=PATH: whole training runs of nanoGPT's train.py and of ours, alternating.
 
-Both train nanoGPT's CPU preset (the quickstart) on the same token files with the same settings, compile off, each in
-a process of its own; the time is that of the process, start-up and evaluations included. nanoGPT makes one update more
-than max_iters says, so it is asked for one less.
+Both train nanoGPT's CPU preset (the quickstart) on the same token files with the same settings, compile
+off, each in a process of its own; the time is that of the process, start-up and evaluations included.
+nanoGPT makes one update more than max_iters says, so it is asked for one less.
 """
 
 import json
@@ -20,8 +20,9 @@ from gpt import cli
 ROOT = Path(__file__).parents[1]
 PRESET = {
     "eval_interval": 250, "eval_iters": 20, "log_interval": 10, "n_layer": 4, "n_head": 4, "n_embd": 128,
-    "block_size": 64, "dropout": 0.0, "batch_size": 12, "gradient_accumulation_steps": 1, "learning_rate": 1e-3,
-    "min_lr": 1e-4, "beta2": 0.99, "warmup_iters": 100, "device": "cpu", "compile": False,
+    "block_size": 64, "dropout": 0.0, "batch_size": 12, "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-3, "min_lr": 1e-4, "beta2": 0.99, "warmup_iters": 100,
+    "device": "cpu", "compile": False,
 }  # fmt: skip
 
 
@@ -62,7 +63,11 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, values in times.items():
         print(f"{name}: median {medians[name]:.2f} s, from {min(values):.2f} to {max(values):.2f}")
-    print(json.dumps({"iters": config.iters, "seconds": times, "ratio": medians["tritongpt"] / medians["nanogpt"]}))
+    print(
+        json.dumps(
+            {"iters": config.iters, "seconds": times, "ratio": medians["tritongpt"] / medians["nanogpt"]}
+        )
+    )
 
 
 if __name__ == "__main__":

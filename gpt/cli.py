@@ -16,7 +16,7 @@ Config = TypeVar("Config")
 
 
 def parse(config_class: type[Config], args: Sequence[str], prog: str, presets: Path | None = None) -> Config:
-    """Reads `[config.py ...] [--key=value ...]`, later ones winning. On bad flags, prints why and exits with 2.
+    """Reads `[config.py ...] [--key=value ...]`, later ones winning. Bad flags: prints why and exits with 2.
 
     A config file is found by its path or, in the folder `presets`, by its name.
     """
@@ -39,7 +39,7 @@ def flag_names(config_class: type) -> list[str]:
     names = []
     for field in fields(config_class):
         nested = is_dataclass(field.type) and isinstance(field.type, type)
-        names += flag_names(field.type) if nested else [field.name]  # type: ignore[arg-type]
+        names += flag_names(field.type) if nested else [field.name]
     return names
 
 

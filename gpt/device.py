@@ -1,4 +1,4 @@
-"""Where the model runs and in which precision: "auto" is resolved here, once, and what cannot be is refused."""
+"""Where the model runs and in which precision: "auto" is resolved here, what cannot be is refused."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -21,7 +21,9 @@ def resolve_device(device: str, local_rank: int = 0) -> str:
             raise ValueError("device='cuda' was asked for, but this PyTorch sees no GPU; try --device=auto")
         number = int(index) if index else local_rank
         if number >= torch.cuda.device_count():
-            raise ValueError(f"device='cuda:{number}' does not exist: {torch.cuda.device_count()} GPUs are here")
+            raise ValueError(
+                f"device='cuda:{number}' does not exist: {torch.cuda.device_count()} GPUs are here"
+            )
         return f"cuda:{number}"
     return device
 

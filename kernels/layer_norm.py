@@ -1,13 +1,14 @@
 """LayerNorm over the last dimension, alone and fused with the residual add before it.
 
-    y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias        var is the biased estimate, statistics in fp32
+    y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
+
+with the biased estimate of the variance, and statistics in fp32.
 
 Source: Ba, Kiros and Hinton, 2016, https://arxiv.org/abs/1607.06450
 """
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from gpt import tokenizer
 from train import distributed
 from train.__main__ import train
 from train.config import parse
@@ -30,11 +29,11 @@ def workplace(tmp_path, monkeypatch, text):
     return tmp_path
 
 
-TINY = (
-    "--dataset=tiny --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 "
-    "--gradient_accumulation_steps=2 --max_iters=8 --lr_decay_iters=8 --warmup_iters=2 --learning_rate=1e-2 "
-    "--eval_interval=4 --eval_iters=2"
-).split()
+TINY = """
+    --dataset=tiny --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4
+    --gradient_accumulation_steps=2 --max_iters=8 --lr_decay_iters=8 --warmup_iters=2 --learning_rate=1e-2
+    --eval_interval=4 --eval_iters=2
+""".split()
 
 
 def run(*flags: str, out_dir: str = "out") -> dict:
@@ -42,7 +41,3 @@ def run(*flags: str, out_dir: str = "out") -> dict:
     ranks = distributed.start("auto", "cpu")
     train(parse([*TINY, f"--out_dir={out_dir}", *flags]), ranks)
     return torch.load(f"{out_dir}/ckpt.pt", weights_only=True)
-
-
-def symbols(text: str) -> list[str]:
-    return tokenizer.CharTokenizer(sorted(set(text))).symbols

@@ -120,7 +120,18 @@ def test_hugging_face_gpt2_gives_the_same_logits(function, tmp_path):
 
 def test_ten_golden_losses_of_nanogpt():
     """Printed by nanoGPT's own model.py and AdamW, seeded 1337: the initial weights are the same bits."""
-    golden = [4.195092, 4.178197, 3.879323, 3.949849, 3.73646, 3.786206, 3.650189, 3.666365, 3.568411, 3.571745]
+    golden = [
+        4.195092,
+        4.178197,
+        3.879323,
+        3.949849,
+        3.73646,
+        3.786206,
+        3.650189,
+        3.666365,
+        3.568411,
+        3.571745,
+    ]
     model = small(seed=1337)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     stream = (torch.arange(10 * 4 * 33) ** 2 * 7919 % 10007) % 65
@@ -235,7 +246,9 @@ def test_optimizer_groups_are_nanogpts():
     model = small()
     decayed, rest = model.configure_optimizers(0.1, 1e-3, (0.8, 0.9), "cpu").param_groups
     names = {id(p): n for n, p in model.named_parameters()}
-    assert [names[id(p)] for p in decayed["params"]] == [n for n, p in model.named_parameters() if p.dim() >= 2]
+    assert [names[id(p)] for p in decayed["params"]] == [
+        n for n, p in model.named_parameters() if p.dim() >= 2
+    ]
     assert all(names[id(p)].endswith("bias") or ".ln_" in names[id(p)] for p in rest["params"])
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     assert decayed["betas"] == (0.8, 0.9)

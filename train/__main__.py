@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,13 +71,14 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
 
     train_file = TokenFile(data_dir / "train.bin", config.model, config.seed)
     eval_files = {  # of another seed: not the windows that training is about to see
-        split: TokenFile(data_dir / f"{split}.bin", config.model, config.seed + 1) for split in ("train", "val")
+        split: TokenFile(data_dir / f"{split}.bin", config.model, config.seed + 1)
+        for split in ("train", "val")
     }
     windows_per_step = config.batch_size * config.gradient_accumulation_steps
     position: int = resumed.get("position", step * windows_per_step)
     micro_batches = read_ahead(train_file, position, config.batch_size, ranks)
     metrics = Metrics(config, ranks, model, first_step=step)
-    metrics.print(summary(config, ranks, model, train_file))
+    metrics.start(len(train_file.tokens))
 
     evaluated = step if "position" in resumed else -1  # our own checkpoints are written after an evaluation
     while True:
@@ -89,11 +90,12 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
                 metrics.evaluation(step, losses, lr)
                 if config.eval_sample and ranks.is_main:
                     metrics.print(sample(model, tokens, config, ranks.device))
-                is_best = losses["val"] < best_val_loss
-                best_val_loss = min(losses["val"], best_val_loss)
                 if step > 0 and not config.eval_only:
+                    is_best = losses["val"] < best_val_loss
+                    best_val_loss = min(losses["val"], best_val_loss)
                     state = checkpoint.contents(model, optimizer, scaler, config, ranks) | {
-                        "iter_num": step, "best_val_loss": best_val_loss, "position": position, "tokenizer": tokens
+                        "iter_num": step, "best_val_loss": best_val_loss, "position": position, "tokenizer":
+                        tokens
                     }  # fmt: skip
                     if ranks.is_main:
                         checkpoint.save(out_dir, state, is_best)
@@ -104,7 +106,13 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
             group["lr"] = lr
         accumulation = config.gradient_accumulation_steps // ranks.world_size
         loss, grad_norm = update(
-            trained, optimizer, scaler, islice(micro_batches, accumulation), accumulation, config.grad_clip, precision
+            trained,
+            optimizer,
+            scaler,
+            islice(micro_batches, accumulation),
+            accumulation,
+            config.grad_clip,
+            precision,
         )
         metrics.step(step, loss, grad_norm, lr)
         position += windows_per_step
@@ -123,13 +131,13 @@ def update(
 ) -> tuple[Tensor, Tensor | None]:
     """One step of the optimizer over `accumulation` micro-batches of (inputs, targets).
 
-    Returns (mean loss on this rank, norm of the gradient before clipping, or None when that is off) as tensors
-    on the device: nothing here waits for a GPU.
+    Returns (mean loss on this rank, norm of the gradient before clipping, or None when that is off) as
+    tensors on the device: nothing here waits for a GPU.
     """
     losses = []
     for i, (idx, targets) in enumerate(micro_batches, start=1):
-        syncs = i == accumulation or not isinstance(model, DDP)
-        with nullcontext() if syncs else model.no_sync():
+        local = isinstance(model, DDP) and i < accumulation
+        with cast(DDP, model).no_sync() if local else nullcontext():  # ranks exchange gradients once a step
             with precision():
                 _, loss = model(idx, targets)
             loss = loss / accumulation
@@ -148,8 +156,8 @@ def update(
 def read_ahead(file: TokenFile, position: int, size: int, ranks: Ranks) -> Iterator[Batch]:
     """This rank's micro-batches of `size` windows, from `position` of the run on.
 
-    Each is assembled, and sent to the device, while the one before is computed. The windows of a step are dealt
-    out by micro-step, then by rank, so a step has the same ones whatever the number of ranks.
+    Each is assembled, and sent to the device, while the one before is computed. The windows of a step are
+    dealt out by micro-step, then by rank, so a step has the same ones whatever the number of ranks.
     """
 
     def assemble(i: int) -> Batch:
@@ -169,7 +177,7 @@ def read_ahead(file: TokenFile, position: int, size: int, ranks: Ranks) -> Itera
 def evaluate(
     model: GPT, files: dict[str, TokenFile], config: TrainConfig, ranks: Ranks, precision: Precision
 ) -> dict[str, float]:
-    """Mean loss over the first eval_iters micro-batches of each file, the same ones every time, shared by all ranks.
+    """Mean loss over the first eval_iters micro-batches of each file: always the same, shared by all ranks.
 
     Draws no random numbers: how often a run is evaluated changes nothing else in it.
     """
@@ -193,24 +201,15 @@ def sample(model: GPT, tokens: dict[str, Any], config: TrainConfig, device: str)
     settings = SampleConfig(max_new_tokens=config.eval_sample)
     gpus = [device] if device.startswith("cuda") else []
     model.eval()
-    with torch.random.fork_rng(gpus), torch.compiler.set_stance("force_eager"), autocast(device, config.dtype):
+    with (
+        torch.random.fork_rng(gpus),
+        torch.compiler.set_stance("force_eager"),
+        autocast(device, config.dtype),
+    ):
         torch.manual_seed(config.seed)
         text = generate(model, tokenizer.from_dict(tokens), prompt, settings)
     model.train()
     return text
-
-
-def summary(config: TrainConfig, ranks: Ranks, model: GPT, file: TokenFile) -> str:
-    """What is about to be trained, on what."""
-    c = config.model
-    tokens = config.batch_size * config.gradient_accumulation_steps * c.block_size
-    return (
-        f"number of parameters: {model.get_num_params() / 1e6:.2f}M "
-        f"({c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, block {c.block_size}, vocabulary {c.vocab_size})\n"
-        f"tokens per iteration will be: {tokens:,} (an epoch of {file.path} is {len(file.tokens) / tokens:,.1f})\n"
-        f"device {ranks.device} x {ranks.world_size}, dtype {config.dtype}, compile {config.compile}, "
-        f"kernels {c.kernels}"
-    )
 
 
 if __name__ == "__main__":

