@@ -39,7 +39,7 @@ def flag_names(config_class: type) -> list[str]:
     names = []
     for field in fields(config_class):
         nested = is_dataclass(field.type) and isinstance(field.type, type)
-        names += flag_names(field.type) if nested else [field.name]
+        names += flag_names(field.type) if nested else [field.name]  # type: ignore[arg-type]
     return names
 
 

@@ -53,13 +53,12 @@ class Metrics:
         """Says what is about to be trained, on what."""
         config, c = self.config, self.config.model
         tokens = config.batch_size * config.gradient_accumulation_steps * c.block_size
-        self.print(
-            f"number of parameters: {self.model.get_num_params() / 1e6:.2f}M ({c.n_layer} layers, {c.n_head} heads, "
-            f"{c.n_embd} wide, block {c.block_size}, {c.vocab_size} symbols)\n"
-            f"tokens per iteration will be: {tokens:,} (the data holds {train_tokens / tokens:,.1f} times that)\n"
-            f"device {config.device} x {self.ranks.world_size}, dtype {config.dtype}, compile {config.compile}, "
-            f"kernels {c.kernels}"
-        )
+        shape = f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, block {c.block_size}"
+        settings = f"dtype {config.dtype}, compile {config.compile}, kernels {c.kernels}"
+        millions = self.model.get_num_params() / 1e6
+        self.print(f"number of parameters: {millions:.2f}M ({shape}, {c.vocab_size} symbols)")
+        self.print(f"tokens per iteration will be: {tokens:,} (1/{train_tokens / tokens:,.1f} of the data)")
+        self.print(f"device {config.device} x {self.ranks.world_size}, {settings}")
 
     def step(self, step: int, loss: Tensor, grad_norm: Tensor | None, lr: float) -> None:
         """Called after each update; the GPU is waited for only when there is something to say."""
