@@ -152,7 +152,7 @@ def _keep_before(path: Path, first_step: int) -> None:
 def _progress_bar(first_step: int, max_iters: int) -> Any:
     from tqdm import tqdm
 
-    form = "{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}, {postfix} [{elapsed}, {remaining} left]"
+    form = "{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}{postfix} [{elapsed}, {remaining} left]"
     return tqdm(total=max_iters, initial=first_step, bar_format=form, dynamic_ncols=True, file=sys.stdout)
 
 
