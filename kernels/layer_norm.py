@@ -13,9 +13,9 @@ Backward, with g = dy * weight and dsummed the gradient that reaches the sum by 
     dweight = sum_rows(dy * xhat)      dbias = sum_rows(dy)
 
 Both are limited by memory, so each tensor is read and written once. A program holds whole rows in registers,
-which makes the variance a second pass over registers. Statistics are fp32, and saved so. Backward is a persistent
-grid: each program walks many rows and keeps its own dweight and dbias, which one small sum then adds up; without
-atomics the bits are the same every run.
+which makes the variance a second pass over registers. Statistics are fp32, and saved so. Backward is a
+persistent grid: each program walks many rows and keeps its own dweight and dbias, which one small sum then
+adds up; without atomics the bits are the same every run.
 
 Source: Ba, Kiros and Hinton, 2016, https://arxiv.org/abs/1607.06450
 """
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.op import (
+    INTERPRETER,
     Cost,
     Op,
     architecture,
@@ -176,11 +177,11 @@ _TILES = {
     16384: ((1, 16), (1, 32, 1)),
 }
 TILES = {
-    0: {block: ((2, 4), (2, 4, 1)) for block in _TILES},
-    80: _TILES,  # not yet
-    89: _TILES,  # not yet
-    90: _TILES,  # not yet
-    100: _TILES,  # not yet
+    INTERPRETER: {block: ((2, 4), (2, 4, 1)) for block in _TILES},
+    80: _TILES,  # not yet tuned
+    89: _TILES,  # not yet tuned
+    90: _TILES,  # not yet tuned
+    100: _TILES,  # not yet tuned
 }
 
 
@@ -228,7 +229,7 @@ def _backward(
     input_dtype: torch.dtype,
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dinput, dresidual (empty when its dtype is dinput's), dweight and dbias (fp32, empty when not wanted)."""
+    """-> dinput, dresidual (empty when dinput serves for both), dweight and dbias (fp32, or empty)."""
     dinput, dresidual, _, _ = _backward_like(
         dnormed, dsummed, x, weight, bias, mean, rstd, input_dtype, residual_dtype
     )
@@ -332,8 +333,8 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Adds `input` (..., C) to the residual stream (..., C) and normalises the sum: (normed, summed).
 
-    `summed` has the dtype that input and residual promote to, and so has `normed`, but under autocast `normed`
-    has the autocast dtype. Raises ValueError for what it cannot do.
+    `summed` has the dtype that input and residual promote to, and so has `normed`, but under autocast
+    `normed` has the autocast dtype. Raises ValueError for what it cannot do.
     """
     if input.shape != residual.shape:
         raise ValueError(

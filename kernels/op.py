@@ -3,8 +3,9 @@
 """What the operations of this folder share: how one is described, launched and counted.
 
 `Op` describes an operation to its tests and benchmarks. `launch` is the only way a kernel starts, so `record`
-sees every launch: tests count them, and `bench.aot` learns from them what to compile for a GPU that is not there.
-The two Triton functions `round_to` and `dot` are what makes bfloat16 right under Triton's interpreter.
+sees every launch: tests count them, and `bench.aot` learns from them what to compile for a GPU that is not
+there. The two Triton functions `round_to` and `dot` are what makes bfloat16 right under Triton's
+interpreter.
 """
 
 import functools
@@ -24,7 +25,7 @@ try:
     INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
     jit = triton.jit
 except ImportError:  # PyTorch's own operations, and the checks of ours, work without Triton
-    triton, tl, INTERPRETED = None, SimpleNamespace(constexpr=Any), False
+    triton, tl, INTERPRETED = None, SimpleNamespace(constexpr=float), False
 
     def jit(fn):
         return fn
@@ -47,8 +48,8 @@ class Cost(NamedTuple):
 class Op:
     """An operation, as its tests and benchmarks need to know it.
 
-    A *call* is a dict of keyword arguments that every implementation and the reference accept. A *sample* is a
-    dict that `make(dtype, device, **sample)` turns into a call with random inputs.
+    A *call* is a dict of keyword arguments that every implementation and the reference accept. A *sample*
+    is a dict that `make(dtype, device, **sample)` turns into a call with random inputs.
     """
 
     name: str
