@@ -132,7 +132,7 @@ def _loss_kernel(
     # Read before the gradient takes its place. A target out of range poisons the loss and the gradient.
     x_target = tl.load(X + row * x_stride + target, mask=valid, other=float("nan")).to(tl.float32)
     lse, plain = _statistics(X + aligned, lead, lead + V, BLOCK, SMOOTH)
-    lse = tl.where(valid, lse, float("nan"))
+    lse = tl.where(valid | ignored, lse, float("nan"))
     loss = lse - x_target
     if SMOOTH:
         loss = (1 - smoothing) * loss + smoothing * (lse - plain / V)

@@ -190,6 +190,10 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _dense(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()
+
+
 def _block(C: int) -> int:
     return max(512, 1 << (C - 1).bit_length())
 
@@ -210,7 +214,7 @@ def _forward(
     if rows:
         launch(
             _forward_kernel, (-(-rows // tile),),
-            x, r, weight, bias, normed, None if r is None else summed, mean, rstd,
+            x, r, _dense(weight), _dense(bias), normed, None if r is None else summed, mean, rstd,
             rows, x.stride(0), 0 if r is None else r.stride(0), eps,
             C=C, BLOCK_C=_block(C), ROWS=tile, num_warps=warps,
         )  # fmt: skip
@@ -241,7 +245,7 @@ def _backward(
     db = x.new_empty(programs, C if bias else 0, dtype=torch.float32)
     launch(
         _backward_kernel, (programs,),
-        dy, ds, x, weight, mean, rstd, dinput,
+        dy, ds, x, _dense(weight), mean, rstd, dinput,
         dresidual if dresidual.numel() else None, dw if dw.numel() else None, db if db.numel() else None,
         rows, dy.stride(0), 0 if ds is None else ds.stride(0), x.stride(0),
         C=C, BLOCK_C=_block(C), ROWS=tile, num_warps=warps,
