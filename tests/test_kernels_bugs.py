@@ -114,7 +114,7 @@ def _products(frozen: tuple[str, ...], reduction: str, device: str) -> int:
 
 @pytest.mark.parametrize(("reduction", "forward"), [("mean", 1), ("none", 2)])
 def test_frozen_arguments_save_their_product(reduction: str, forward: int, device: str) -> None:
-    """unsloth: gradients silently None. Here one is None only where it was not asked for, and costs nothing."""
+    """unsloth: gradients silently None. Here one that is not asked for is None, and costs nothing."""
     assert _products((), reduction, device) == forward + 2
     assert _products(("input",), reduction, device) == forward + 1
     assert _products(("linear_weight",), reduction, device) == forward + 1
@@ -163,6 +163,7 @@ def test_strided_logits_and_targets(device: str, poisoned: None) -> None:
     judge(op, found, call, gradients)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("V", [65, 5000])
 def test_infinite_logits(V: int, device: str, poisoned: None) -> None:
     """PyTorch 195829: a masked class (-inf) is not a NaN. But NaN, +inf and a row of -inf alone give NaN."""
@@ -298,8 +299,8 @@ TILES = [
 def test_result_does_not_depend_on_the_tiles(
     T: int, dropout_p: float, device: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FlashAttention 2337: the tiles of the preprocessing and of the main kernel disagreed. A dropout mask that
-    is drawn in tiles would change with them, too."""
+    """FlashAttention 2337: the tiles of the preprocessing and of the main kernel disagreed. A dropout mask
+    that is drawn in tiles would change with them, too."""
     op = BY_NAME["causal_attention"]
     call = make(op, torch.float32, device, {"B": 1, "T": T, "H": 2, "D": 16, "dropout_p": dropout_p})
     gradients = upstream(op, call)

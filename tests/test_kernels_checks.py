@@ -23,7 +23,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: kernels.layer_norm(X, (4, 8)),
         r"layer_norm: normalized_shape is \(4, 8\) and input \(4, 8\); only the last dimension",
     ),
-    "norm of the wrong width": (lambda: kernels.layer_norm(X, (7,)), r"layer_norm: normalized_shape is \(7,\)"),
+    "norm of the wrong width": (
+        lambda: kernels.layer_norm(X, (7,)),
+        r"layer_norm: normalized_shape is \(7,\) and input \(4, 8\)",
+    ),
     "norm too wide": (
         lambda: kernels.layer_norm(torch.zeros(1, 8193), (8193,)),
         r"layer_norm: input \(1, 8193\) must be \(\.\.\., C\) with C from 1 to 8192",
