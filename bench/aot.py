@@ -279,7 +279,8 @@ def main() -> int:
                 line = (
                     f"    {figures.registers} registers, "
                     f"{figures.spills} spills ({figures.loop_spills} in loops), {figures.stack} B stack, "
-                    f"{figures.shared / 1024:.1f} KiB shared, {cores}, {figures.wide_loads} wide loads, "
+                    f"{figures.shared / 1024:.1f} KiB shared, {figures.tensor_memory} columns, {cores}, "
+                    f"{figures.wide_loads} wide loads, "
                     f"{figures.blocks} blocks = {figures.occupancy:.0%}"
                 )
             broken += bool(wrong)

@@ -482,9 +482,10 @@ def _(dout, qkv, out, lse, seed, dropout_p, softmax_scale):
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, seed, ctx.dropout_p, ctx.softmax_scale = inputs
     ctx.save_for_backward(qkv, *output, seed)
+    ctx.set_materialize_grads(False)  # the log-sum-exp has no gradient: don't fill one with zeros
 
 
-def _call(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _call(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
     return _backward_op(dout, *ctx.saved_tensors, ctx.dropout_p, ctx.softmax_scale), None, None, None
 
 
@@ -542,7 +543,7 @@ def _cost(qkv: Tensor, **_: Any) -> Cost:
     return Cost(4 * out, 8 * out, 2 * product, 5 * product)
 
 
-def _launchers(qkv, dropout_p=0.0):
+def _launchers(qkv, dropout_p=0.0, **_):
     seed = torch.empty(1, dtype=torch.int64, device=qkv.device) if dropout_p else None
     out, lse = _forward(qkv, seed, dropout_p, 1.0)
     _backward(out, qkv, out, lse, seed, dropout_p, 1.0)

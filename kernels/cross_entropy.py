@@ -273,9 +273,10 @@ def _(dlosses, logits, target, lse, ignore_index, smoothing):
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, target, ctx.ignore_index, ctx.smoothing = inputs
     ctx.save_for_backward(logits, target, output[1])
+    ctx.set_materialize_grads(False)  # the log-sum-exps have no gradient: don't fill one with zeros
 
 
-def _call(ctx: Any, dlosses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _call(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None, ...]:
     return _backward_op(dlosses, *ctx.saved_tensors, ctx.ignore_index, ctx.smoothing), None, None, None
 
 
@@ -345,7 +346,7 @@ def _cost(input: Tensor, **_: Any) -> Cost:
     return Cost(tensor, 2 * tensor, 4 * input.numel(), 4 * input.numel())
 
 
-def _launchers(input, target, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
+def _launchers(input, target, ignore_index=-100, label_smoothing=0.0, **_):
     losses, lse = _forward(input, target, ignore_index, label_smoothing)
     _backward(losses, input, target, lse, ignore_index, label_smoothing)
 

@@ -141,7 +141,7 @@ def _backward_kernel(
         x = tl.load(X + row[:, None] * x_stride + col[None, :], mask=inside, other=0).to(tl.float32)
         mean = tl.load(MEAN + row, mask=row < rows, other=0)
         rstd = tl.load(RSTD + row, mask=row < rows, other=0)
-        xhat = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0)
+        xhat = (x - mean[:, None]) * rstd[:, None]  # beyond C it is not 0, but dy is
         if DW is not None:
             dw += tl.sum(dy * xhat, 0)
         if DB is not None:

@@ -199,9 +199,10 @@ def _(dlosses, input, weight, target, lse, ignore, smoothing, chunk_size, dtype,
 def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.wanted, ctx.weight_dtype = inputs[-2:], inputs[1].dtype
     ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)  # the gradients have no gradient: don't fill their like with zeros
 
 
-def _call_sum(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _call_sum(ctx: Any, dtotal: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     dinput, dweight = ctx.saved_tensors
     d_input, d_weight = ctx.wanted
     return (
@@ -214,9 +215,10 @@ def _call_sum(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     input, weight, target, *ctx.options = inputs
     ctx.save_for_backward(input, weight, target, output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _call_rows(ctx: Any, dlosses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _call_rows(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None, ...]:
     *_, d_input, d_weight = ctx.options
     dinput, dweight = _rows_backward_op(dlosses, *ctx.saved_tensors, *ctx.options)
     return (
@@ -294,7 +296,7 @@ def _cost(input: Tensor, linear_weight: Tensor, **_: Any) -> Cost:
     return Cost(tensors, 2 * tensors, product, 2 * product)
 
 
-def _launchers(input, linear_weight, target, ignore_index=-100, label_smoothing=0.0):
+def _launchers(input, linear_weight, target, ignore_index=-100, label_smoothing=0.0, **_):
     options = ignore_index, label_smoothing, None, input.dtype, True, True
     _sum(input, linear_weight, target, *options)
     losses, lse = _rows(input, linear_weight, target, *options)
