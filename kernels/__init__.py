@@ -1,40 +1,51 @@
 """The operations a GPT is made of, and the choice of who computes them.
 
-`load(spec)` is called once, when a model is built, and returns the operations it will use:
+`kernels.<name>` is the Triton operation. `load(spec)` is called once, when a model is built, and returns the
+operations it will use:
 
-    "auto"                      the fastest that runs here
-    "torch"                     PyTorch's own operations
-    "torch,attention=torch"     a default, then exceptions by family: layer_norm, attention, cross_entropy
+    "auto"                       Triton on an NVIDIA GPU of sm_80 or newer, PyTorch elsewhere
+    "triton"                     the kernels of this folder
+    "torch"                      PyTorch's own operations
+    "triton,attention=torch"     a default, then exceptions by family: layer_norm, attention, cross_entropy
+    "triton,attention=flash_attn"    attention by the flash-attn package
 
 An explicit request is met or refused, never silently replaced.
+
+Under autocast PyTorch casts the arguments of its own operations, and custom operations go unnoticed. So the
+public functions apply the rule themselves, each says which, and it holds under torch.compile too: attention
+and the products of linear_cross_entropy run in the autocast dtype; the normalised output of both norms has
+the autocast dtype, which the linear layer after it would cast it to; the residual stream keeps its dtype;
+losses are fp32.
 """
 
 import difflib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from kernels.attention import causal_attention_reference
-from kernels.cross_entropy import cross_entropy_reference
-from kernels.layer_norm import add_layer_norm_reference, layer_norm_reference
-from kernels.linear_cross_entropy import linear_cross_entropy_reference
+from kernels import attention as _attention
+from kernels import cross_entropy as _cross_entropy
+from kernels import layer_norm as _layer_norm
+from kernels import linear_cross_entropy as _linear_cross_entropy
+from kernels.op import Op, unavailable
 
-FAMILIES: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {
-    "layer_norm": {
-        "torch": {"layer_norm": layer_norm_reference, "add_layer_norm": add_layer_norm_reference},
-    },
-    "attention": {
-        "torch": {"causal_attention": causal_attention_reference},
-    },
-    "cross_entropy": {
-        "torch": {
-            "cross_entropy": cross_entropy_reference,
-            "linear_cross_entropy": linear_cross_entropy_reference,
-        },
-    },
-}
+OPS: tuple[Op, ...] = (*_layer_norm.OPS, _attention.OP, _cross_entropy.OP, _linear_cross_entropy.OP)
+
+# From here on these names are the operations, no longer the files they come from.
+layer_norm, add_layer_norm = _layer_norm.layer_norm, _layer_norm.add_layer_norm
+causal_attention = _attention.causal_attention
+cross_entropy = _cross_entropy.cross_entropy
+linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
+
+# family -> implementation -> operation -> function
+FAMILIES: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {}
+for _op in OPS:
+    for _implementation, _function in _op.implementations.items():
+        FAMILIES.setdefault(_op.family, {}).setdefault(_implementation, {})[_op.name] = _function
 
 
 @dataclass(frozen=True)
@@ -52,10 +63,13 @@ class Kernels:
 def load(spec: str = "auto", device: str = "cpu") -> Kernels:
     """The operations named by `spec`, for tensors on `device` ("cpu", "cuda:0", ...).
 
-    Raises ValueError for a spec that names an unknown implementation or family.
+    Raises ValueError for a spec that names an unknown implementation or family, or one that cannot run there.
     """
     default, *exceptions = spec.split(",")
-    chosen = dict.fromkeys(FAMILIES, "torch" if default == "auto" else default)
+    why_not = unavailable(torch.device(device))
+    if default == "auto":
+        default = "triton" if torch.device(device).type == "cuda" and why_not is None else "torch"
+    chosen = dict.fromkeys(FAMILIES, default)
     for exception in exceptions:
         family, _, implementation = exception.partition("=")
         if family not in FAMILIES:
@@ -65,6 +79,10 @@ def load(spec: str = "auto", device: str = "cpu") -> Kernels:
     for family, implementation in chosen.items():
         if implementation not in FAMILIES[family]:
             raise ValueError(_unknown(spec, f"implementation of {family}", implementation, FAMILIES[family]))
+        if implementation == "triton" and why_not is not None:
+            raise ValueError(f"kernels={spec!r}: {family} cannot be Triton's here: {why_not}")
+        if implementation == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+            raise ValueError(f"kernels={spec!r}: the package is not installed (pip install flash-attn)")
         operations |= FAMILIES[family][implementation]
     return Kernels(spec=_canonical(chosen), **operations)
 

@@ -1,13 +1,55 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (a Triton kernel's arguments have no Python types)
 """Causal multi-head attention over the packed projection of queries, keys and values.
 
-    out[t] = sum_{s <= t} softmax_s(q[t] . k[s] * softmax_scale) v[s]        per batch element and head
+    s = q k^T * softmax_scale        p = softmax(s) over the keys up to the query's own position
+    o = (p * keep / (1 - dropout_p)) v        per batch element and head
 
-`qkv` is what one `nn.Linear(C, 3C)` gives, viewed as (B, T, 3, H, D): no transpose, no copy.
-Source: Vaswani et al., 2017, https://arxiv.org/abs/1706.03762
+Backward, with delta = rowsum(do * o), which is also rowsum(dp * p):
+
+    dv = (p * keep / (1 - dropout_p))^T do        dp = (do v^T) * keep / (1 - dropout_p)
+    ds = p * (dp - delta)        dq = ds k * softmax_scale        dk = ds^T q * softmax_scale
+
+`qkv` is what one `nn.Linear(C, 3C)` gives, viewed as (B, T, 3, H, D): read by stride, no transpose and no
+copy, and its gradient is written into one tensor of the same layout.
+
+Forward: a program owns a block of queries of one head and walks the keys with an online softmax in base 2.
+Blocks below the diagonal need no mask; those on it are walked last. It saves the log-sum-exp (base 2,
+fp32), so backward recomputes p. Backward is two kernels without atomics, so its bits are the same every
+run: one owns a block of queries and gives dq (and delta, which it computes first), then one owns a block of
+keys and gives dk and dv. It costs 7 products where 5 would do; that is the price of determinism. The
+longest programs of a batch element start first, and its heads run side by side, so that its keys and values
+stay in the L2 cache.
+
+Dropout is counter-based: whether a weight is kept is a function of (seed, query, key, head) alone, so
+backward draws the same mask whatever its tiles are, and nothing of size T x T is stored.
+
+Source: Vaswani et al., 2017, https://arxiv.org/abs/1706.03762; Dao, 2023, https://arxiv.org/abs/2307.08691;
+Salmon et al., 2011 (Philox), https://doi.org/10.1145/2063384.2063405
 """
 
+from typing import Any, NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.op import (
+    INTERPRETER,
+    Cost,
+    Op,
+    architecture,
+    autocast_dtype,
+    check_tensors,
+    dot,
+    jit,
+    launch,
+    round_to,
+    tl,
+)
+
+MIN_D, MAX_D = 16, 128
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def causal_attention_reference(
@@ -20,3 +62,519 @@ def causal_attention_reference(
     q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D), a view
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=softmax_scale)
     return out.transpose(1, 2)
+
+
+@jit
+def _where(blocks, H, BLOCK: tl.constexpr, LONGEST_LAST: tl.constexpr):
+    """(batch, head, first row of the block) of this program, the longest of a batch element first."""
+    program = tl.program_id(0)
+    batch = program // (blocks * H)
+    block = program % (blocks * H) // H
+    if LONGEST_LAST:
+        block = blocks - 1 - block
+    return batch.to(tl.int64), program % H, block * BLOCK
+
+
+@jit
+def _load(X, row, d, stride, T, D: tl.constexpr, MASK: tl.constexpr):
+    """X[row, d], zero from row T and from column D on; rows beyond T are never touched."""
+    at = X + row[:, None] * stride + d[None, :]
+    if d.shape[0] != D:
+        x = tl.load(at, mask=(row < T)[:, None] & (d < D)[None, :], other=0)
+    elif MASK:
+        x = tl.load(at, mask=(row < T)[:, None], other=0)
+    else:
+        x = tl.load(at)
+    return x
+
+
+@jit
+def _store(X, x, row, d, stride, T, D: tl.constexpr):
+    mask = (row < T)[:, None] & (d < D)[None, :]
+    tl.store(X + row[:, None] * stride + d[None, :], round_to(x, X.dtype.element_ty), mask=mask)
+
+
+@jit
+def _keep(seed, m, n, head, dropout_p):
+    """Whether the weight of query m on key n is kept, as 0 or 1 / (1 - dropout_p)."""
+    zero = (m + n) * 0
+    random, _, _, _ = tl.philox(seed, m + zero, n + zero, head + zero, zero, n_rounds=7)
+    return tl.where(tl.uint_to_uniform_float(random) >= dropout_p, 1 / (1 - dropout_p), 0.0)
+
+
+@jit
+def _forward_step(
+    q, K, V, n, m, d, first, stride, acc, total, top, scale2, T, seed, head, dropout_p,
+    D: tl.constexpr, DIAGONAL: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """One block of keys and values, added to (sum of p v, sum of p, running maximum of the scores)."""
+    k = _load(K + first.to(tl.int64) * stride, n, d, stride, T - first, D, DIAGONAL)
+    s = dot(q, tl.trans(k)) * scale2
+    if DIAGONAL:
+        s = tl.where(m[:, None] >= first + n[None, :], s, -float("inf"))
+    new = tl.maximum(top, tl.max(s, 1))
+    p = tl.exp2(s - new[:, None])
+    fade = tl.exp2(top - new)
+    total = total * fade + tl.sum(p, 1)
+    if DROPOUT:
+        p *= _keep(seed, m[:, None], first + n[None, :], head, dropout_p)
+    v = _load(V + first.to(tl.int64) * stride, n, d, stride, T - first, D, DIAGONAL)
+    acc = dot(round_to(p, v.dtype), v, acc * fade[:, None])
+    return acc, total, new
+
+
+@jit
+def _forward_kernel(
+    QKV,  # (B, T, 3, H, D) in
+    OUT,  # (B, T, H, D) out, contiguous
+    LSE,  # (B, H, T) out, fp32, base 2
+    SEED,  # (1,) in, int64, or None without dropout
+    batch_stride,
+    stride,  # of T
+    part_stride,  # of q, k, v
+    head_stride,
+    T,
+    H,
+    blocks,
+    scale,
+    dropout_p,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    batch, head, first_m = _where(blocks, H, BLOCK_M, True)
+    Q = QKV + batch * batch_stride + head.to(tl.int64) * head_stride
+    K = Q + part_stride
+    V = K + part_stride
+    m = first_m + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    seed = 0 if SEED is None else tl.load(SEED)
+    flat_head = batch.to(tl.int32) * H + head
+    scale2 = scale * LOG2E
+
+    rows = tl.arange(0, BLOCK_M)
+    q = _load(Q + first_m.to(tl.int64) * stride, rows, d, stride, T - first_m, D, True)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    for first in tl.range(0, first_m, BLOCK_N, num_stages=STAGES):
+        acc, total, top = _forward_step(
+            q, K, V, n, m, d, tl.to_tensor(first), stride, acc, total, top, scale2, T,
+            seed, flat_head, dropout_p, D, False, SEED is not None,
+        )  # fmt: skip
+    for first in tl.range(first_m, tl.minimum(first_m + BLOCK_M, T), BLOCK_N, num_stages=1):
+        acc, total, top = _forward_step(
+            q, K, V, n, m, d, tl.to_tensor(first), stride, acc, total, top, scale2, T,
+            seed, flat_head, dropout_p, D, True, SEED is not None,
+        )  # fmt: skip
+    out = OUT + (batch * T + first_m) * H * D + head * D
+    _store(out, acc / total[:, None], rows, d, H * D, T - first_m, D)
+    tl.store(LSE + (batch * H + head) * T + m, top + tl.log2(total), mask=m < T)
+
+
+@jit
+def _dq_step(
+    q, do, K, V, n, m, d, first, stride, dq, lse, delta, scale2, T, seed, head, dropout_p,
+    D: tl.constexpr, DIAGONAL: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    k = _load(K + first.to(tl.int64) * stride, n, d, stride, T - first, D, DIAGONAL)
+    v = _load(V + first.to(tl.int64) * stride, n, d, stride, T - first, D, DIAGONAL)
+    p = tl.exp2(dot(q, tl.trans(k)) * scale2 - lse[:, None])
+    if DIAGONAL:
+        p = tl.where(m[:, None] >= first + n[None, :], p, 0.0)
+    dp = dot(do, tl.trans(v))
+    if DROPOUT:
+        dp *= _keep(seed, m[:, None], first + n[None, :], head, dropout_p)
+    ds = p * (dp - delta[:, None])
+    return dot(round_to(ds, k.dtype), k, dq)
+
+
+@jit
+def _dq_kernel(
+    QKV,  # (B, T, 3, H, D) in
+    OUT,  # (B, T, H, D) in, contiguous
+    DOUT,  # (B, T, H, D) in
+    LSE,  # (B, H, T) in, fp32, base 2
+    DELTA,  # (B, H, T) out, fp32
+    DQKV,  # (B, T, 3, H, D) out, contiguous: its q
+    SEED,  # (1,) in, int64, or None without dropout
+    batch_stride,
+    stride,
+    part_stride,
+    head_stride,
+    dout_batch_stride,
+    dout_stride,
+    dout_head_stride,
+    T,
+    H,
+    blocks,
+    scale,
+    dropout_p,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    batch, head, first_m = _where(blocks, H, BLOCK_M, True)
+    Q = QKV + batch * batch_stride + head.to(tl.int64) * head_stride
+    K = Q + part_stride
+    V = K + part_stride
+    m = first_m + tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    seed = 0 if SEED is None else tl.load(SEED)
+    flat_head = batch.to(tl.int32) * H + head
+    scale2 = scale * LOG2E
+
+    rows = tl.arange(0, BLOCK_M)
+    left = T - first_m
+    q = _load(Q + first_m.to(tl.int64) * stride, rows, d, stride, left, D, True)
+    do = DOUT + batch * dout_batch_stride + head.to(tl.int64) * dout_head_stride
+    do = _load(do + first_m.to(tl.int64) * dout_stride, rows, d, dout_stride, left, D, True)
+    o = _load(OUT + (batch * T + first_m) * H * D + head * D, rows, d, H * D, left, D, True)
+    lse = tl.load(LSE + (batch * H + head) * T + m, mask=m < T, other=0)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(DELTA + (batch * H + head) * T + m, delta, mask=m < T)
+
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for first in tl.range(0, first_m, BLOCK_N, num_stages=STAGES):
+        dq = _dq_step(
+            q, do, K, V, n, m, d, tl.to_tensor(first), stride, dq, lse, delta, scale2, T,
+            seed, flat_head, dropout_p, D, False, SEED is not None,
+        )  # fmt: skip
+    for first in tl.range(first_m, tl.minimum(first_m + BLOCK_M, T), BLOCK_N, num_stages=1):
+        dq = _dq_step(
+            q, do, K, V, n, m, d, tl.to_tensor(first), stride, dq, lse, delta, scale2, T,
+            seed, flat_head, dropout_p, D, True, SEED is not None,
+        )  # fmt: skip
+    _store(DQKV + (batch * T + first_m) * 3 * H * D + head * D, dq * scale, rows, d, 3 * H * D, left, D)
+
+
+@jit
+def _dkdv_step(
+    k, v, Q, DO, LSE, DELTA, m, n, d, first, stride, dout_stride, dk, dv, scale2, T, seed, head, dropout_p,
+    D: tl.constexpr, DIAGONAL: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """One block of queries. Scores are transposed, (keys, queries), so that p and ds are left operands.
+
+    A query from T on has q = do = 0 and lse = delta = 0: p is 1, and what it adds is 0.
+    """
+    left = T - first
+    q = _load(Q + first.to(tl.int64) * stride, m, d, stride, left, D, MASK)
+    do = _load(DO + first.to(tl.int64) * dout_stride, m, d, dout_stride, left, D, MASK)
+    if MASK:
+        lse = tl.load(LSE + first + m, mask=m < left, other=0)
+        delta = tl.load(DELTA + first + m, mask=m < left, other=0)
+    else:
+        lse = tl.load(LSE + first + m)
+        delta = tl.load(DELTA + first + m)
+    p = tl.exp2(dot(k, tl.trans(q)) * scale2 - lse[None, :])
+    if DIAGONAL:
+        p = tl.where(first + m[None, :] >= n[:, None], p, 0.0)
+    if DROPOUT:
+        keep = _keep(seed, first + m[None, :], n[:, None], head, dropout_p)
+        dv = dot(round_to(p * keep, do.dtype), do, dv)
+        dp = dot(v, tl.trans(do)) * keep
+    else:
+        dv = dot(round_to(p, do.dtype), do, dv)
+        dp = dot(v, tl.trans(do))
+    ds = p * (dp - delta[None, :])
+    dk = dot(round_to(ds, q.dtype), q, dk)
+    return dk, dv
+
+
+@jit
+def _dkdv_kernel(
+    QKV,  # (B, T, 3, H, D) in
+    DOUT,  # (B, T, H, D) in
+    LSE,  # (B, H, T) in, fp32, base 2
+    DELTA,  # (B, H, T) in, fp32
+    DQKV,  # (B, T, 3, H, D) out, contiguous: its k and v
+    SEED,  # (1,) in, int64, or None without dropout
+    batch_stride,
+    stride,
+    part_stride,
+    head_stride,
+    dout_batch_stride,
+    dout_stride,
+    dout_head_stride,
+    T,
+    H,
+    blocks,
+    scale,
+    dropout_p,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,  # T is a multiple of BLOCK_N
+):
+    batch, head, first_n = _where(blocks, H, BLOCK_N, False)
+    Q = QKV + batch * batch_stride + head.to(tl.int64) * head_stride
+    K = Q + part_stride
+    V = K + part_stride
+    DO = DOUT + batch * dout_batch_stride + head.to(tl.int64) * dout_head_stride
+    LSE += (batch * H + head) * T
+    DELTA += (batch * H + head) * T
+    m = tl.arange(0, BLOCK_M)
+    n = first_n + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    seed = 0 if SEED is None else tl.load(SEED)
+    flat_head = batch.to(tl.int32) * H + head
+    scale2 = scale * LOG2E
+
+    rows = tl.arange(0, BLOCK_N)
+    left = T - first_n
+    k = _load(K + first_n.to(tl.int64) * stride, rows, d, stride, left, D, True)
+    v = _load(V + first_n.to(tl.int64) * stride, rows, d, stride, left, D, True)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first in tl.range(first_n, tl.minimum(first_n + BLOCK_N, T), BLOCK_M, num_stages=1):
+        dk, dv = _dkdv_step(
+            k, v, Q, DO, LSE, DELTA, m, n, d, tl.to_tensor(first), stride, dout_stride, dk, dv, scale2, T,
+            seed, flat_head, dropout_p, D, True, SEED is not None, not EVEN,
+        )  # fmt: skip
+    for first in tl.range(first_n + BLOCK_N, T, BLOCK_M, num_stages=STAGES):
+        dk, dv = _dkdv_step(
+            k, v, Q, DO, LSE, DELTA, m, n, d, tl.to_tensor(first), stride, dout_stride, dk, dv, scale2, T,
+            seed, flat_head, dropout_p, D, False, SEED is not None, not EVEN,
+        )  # fmt: skip
+    DK = DQKV + ((batch * T + first_n) * 3 + 1) * H * D + head * D
+    _store(DK, dk * scale, rows, d, 3 * H * D, left, D)
+    _store(DK + H * D, dv, rows, d, 3 * H * D, left, D)
+
+
+class Tile(NamedTuple):
+    """BLOCK_M queries by BLOCK_N keys; the block that a program owns is a multiple of the other."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+# architecture -> D padded to 16 to 64 and to 128 -> forward, dq, dk and dv, for half precision.
+_SMALL = (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))
+TILES = {
+    INTERPRETER: {64: _SMALL, 128: _SMALL},
+    80: {  # not yet tuned
+        64: (Tile(128, 64, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+        128: (Tile(64, 64, 4, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    },
+    89: {  # not yet tuned
+        64: (Tile(128, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+        128: (Tile(64, 64, 4, 2), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1)),
+    },
+    90: {  # not yet tuned
+        64: (Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+        128: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+    },
+    100: {  # not yet tuned
+        64: (Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+        128: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    },
+}
+# Drawing the mask takes registers: smaller tiles, the same everywhere. Not yet tuned.
+DROPOUT_TILES = {
+    64: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+    128: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+}
+# fp32 has no tensor core without tf32: small tiles, for checking rather than for speed.
+FP32_TILES = (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
+
+
+def _tiles(qkv: Tensor, seed: Tensor | None) -> tuple[Tile, Tile, Tile]:
+    """The tiles of forward, dq, and dk and dv."""
+    arch = architecture(qkv)
+    if qkv.dtype == torch.float32 and arch != INTERPRETER:
+        return FP32_TILES
+    tiles = TILES[arch] if seed is None or arch == INTERPRETER else DROPOUT_TILES
+    return tiles[64 if qkv.shape[-1] <= 64 else 128]
+
+
+def _constants(qkv: Tensor, tile: Tile) -> dict[str, Any]:
+    D = qkv.shape[-1]
+    return {
+        "D": D,
+        "BLOCK_D": max(16, 1 << (D - 1).bit_length()),
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _dense(x: Tensor) -> Tensor:
+    """With the last dimension contiguous, and T's stride such that 32 bits count a tile: else a copy."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 1 << 24 else x.contiguous()
+
+
+def _forward(
+    qkv: Tensor, seed: Tensor | None, dropout_p: float, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """-> out (B, T, H, D), and the log-sum-exp of the scores (B, H, T), fp32, in base 2."""
+    out, lse = _forward_like(qkv, seed, dropout_p, softmax_scale)
+    qkv = _dense(qkv)
+    B, T, _, H, _D = qkv.shape
+    tile, _, _ = _tiles(qkv, seed)
+    blocks = -(-T // tile.m)
+    if out.numel():
+        launch(
+            _forward_kernel, (B * blocks * H,),
+            qkv, out, lse, seed, *qkv.stride()[:4], T, H, blocks, softmax_scale, dropout_p,
+            **_constants(qkv, tile),
+        )  # fmt: skip
+    return out, lse
+
+
+def _backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float,
+) -> Tensor:
+    """-> dqkv (B, T, 3, H, D)."""
+    dqkv, delta = qkv.new_empty(qkv.shape), torch.empty_like(lse)
+    qkv, dout = _dense(qkv), _dense(dout)
+    B, T, _, H, _D = qkv.shape
+    _, tile, dkdv_tile = _tiles(qkv, seed)
+    strides = *qkv.stride()[:4], *dout.stride()[:3]
+    if out.numel():
+        blocks = -(-T // tile.m)
+        launch(
+            _dq_kernel, (B * blocks * H,),
+            qkv, out, dout, lse, delta, dqkv, seed, *strides, T, H, blocks, softmax_scale, dropout_p,
+            **_constants(qkv, tile),
+        )  # fmt: skip
+        blocks = -(-T // dkdv_tile.n)
+        launch(
+            _dkdv_kernel, (B * blocks * H,),
+            qkv, dout, lse, delta, dqkv, seed, *strides, T, H, blocks, softmax_scale, dropout_p,
+            **_constants(qkv, dkdv_tile), EVEN=T % dkdv_tile.n == 0,
+        )  # fmt: skip
+    return dqkv
+
+
+def _forward_like(qkv, seed, dropout_p, softmax_scale):
+    B, T, _, H, D = qkv.shape
+    return qkv.new_empty(B, T, H, D), qkv.new_empty(B, H, T, dtype=torch.float32)
+
+
+_forward_op = torch.library.custom_op("tritongpt::causal_attention", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("tritongpt::causal_attention_backward", _backward, mutates_args=())
+_forward_op.register_fake(_forward_like)
+
+
+@_backward_op.register_fake
+def _(dout, qkv, out, lse, seed, dropout_p, softmax_scale):
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, seed, ctx.dropout_p, ctx.softmax_scale = inputs
+    ctx.save_for_backward(qkv, *output, seed)
+    ctx.set_materialize_grads(False)  # the log-sum-exp has no gradient: don't fill one with zeros
+
+
+def _call(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    return _backward_op(dout, *ctx.saved_tensors, ctx.dropout_p, ctx.softmax_scale), None, None, None
+
+
+_forward_op.register_autograd(_call, setup_context=_save)
+
+
+def causal_attention(qkv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None) -> Tensor:
+    """qkv (B, T, 3, H, D) -> (B, T, H, D): each position attends to itself and those before it.
+
+    Any T, D from 16 to 128; `softmax_scale` defaults to 1 / sqrt(D). `dropout_p` is the probability of
+    dropping an attention weight; the mask comes from torch's generator of the device (one draw a call).
+    Under autocast qkv is cast to the autocast dtype, and that is the dtype of the result; without it, the
+    result has the dtype of qkv. The gradient is packed as qkv is. Raises ValueError for what it cannot do.
+    """
+    _check("causal_attention", qkv, dropout_p)
+    if not MIN_D <= qkv.shape[-1] <= MAX_D:
+        raise ValueError(
+            f"causal_attention: qkv {tuple(qkv.shape)} has D={qkv.shape[-1]}; "
+            f"D from {MIN_D} to {MAX_D} is allowed"
+        )
+    seed = torch.randint(1 << 62, (1,), device=qkv.device) if dropout_p else None
+    scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    return _forward_op(qkv.to(autocast_dtype(qkv)), seed, float(dropout_p), scale)[0]
+
+
+def causal_attention_flash(
+    qkv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None
+) -> Tensor:
+    """The same by the flash-attn package: qkv (B, T, 3, H, D) in fp16 or bf16 on a GPU -> (B, T, H, D)."""
+    from flash_attn import flash_attn_qkvpacked_func
+
+    _check("causal_attention", qkv, dropout_p)
+    qkv = qkv.to(autocast_dtype(qkv))
+    return flash_attn_qkvpacked_func(qkv, dropout_p, softmax_scale, causal=True)
+
+
+def _check(name: str, qkv: Tensor, dropout_p: float) -> None:
+    check_tensors(name, qkv=qkv)
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"{name}: qkv {tuple(qkv.shape)} must be (B, T, 3, H, D)")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{name}: dropout_p={dropout_p} must be at least 0 and less than 1")
+
+
+def _inputs(
+    dtype: torch.dtype, device: str, B: int, T: int, H: int, D: int, **options: Any
+) -> dict[str, Any]:
+    return {"qkv": torch.randn(B, T, 3, H, D, device=device).to(dtype), **options}
+
+
+def _cost(qkv: Tensor, **_: Any) -> Cost:
+    B, T, _parts, H, D = qkv.shape
+    out = B * T * H * D * qkv.element_size()
+    product = 2 * B * H * D * T * (T + 1) // 2
+    return Cost(4 * out, 8 * out, 2 * product, 5 * product)
+
+
+def _launchers(qkv, dropout_p=0.0, **_):
+    seed = torch.empty(1, dtype=torch.int64, device=qkv.device) if dropout_p else None
+    out, lse = _forward(qkv, seed, dropout_p, 1.0)
+    _backward(out, qkv, out, lse, seed, dropout_p, 1.0)
+
+
+OP = Op(
+    name="causal_attention",
+    family="attention",
+    implementations={
+        "triton": causal_attention,
+        "torch": causal_attention_reference,
+        "flash_attn": causal_attention_flash,
+    },
+    reference=causal_attention_reference,
+    make=_inputs,
+    cost=_cost,
+    samples=(
+        {"B": 1, "T": 1, "H": 1, "D": 16},
+        {"B": 2, "T": 2, "H": 3, "D": 64},
+        {"B": 1, "T": 33, "H": 1, "D": 24},
+        {"B": 1, "T": 64, "H": 1, "D": 128, "softmax_scale": 0.3},
+        {"B": 2, "T": 45, "H": 2, "D": 80},
+        {"B": 1, "T": 97, "H": 1, "D": 32},
+    ),
+    shipped=(
+        {"B": 8, "T": 1024, "H": 12, "D": 64},
+        {"B": 8, "T": 1024, "H": 12, "D": 128},
+        {"B": 8, "T": 1000, "H": 20, "D": 80},
+        {"B": 8, "T": 1024, "H": 12, "D": 64, "dropout_p": 0.1},
+        {"B": 8, "T": 1000, "H": 12, "D": 80, "dropout_p": 0.1},
+        {"B": 8, "T": 1024, "H": 12, "D": 64, "dtype": torch.float32},
+    ),
+    launchers=_launchers,
+)

@@ -1,16 +1,47 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (a Triton kernel's arguments have no Python types)
 """LayerNorm over the last dimension, alone and fused with the residual add before it.
 
-    y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
+Forward, with x the input or the sum of input and residual, rounded to the residual's dtype:
 
-with the biased estimate of the variance, and statistics in fp32.
+    xhat = (x - mean(x)) * rstd        rstd = 1 / sqrt(var(x) + eps), var the biased estimate
+    y = xhat * weight + bias
+
+Backward, with g = dy * weight and dsummed the gradient that reaches the sum by the residual stream:
+
+    dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd + dsummed
+    dweight = sum_rows(dy * xhat)      dbias = sum_rows(dy)
+
+Both are limited by memory, so each tensor is read and written once. A program holds whole rows in registers,
+which makes the variance a second pass over registers. Statistics are fp32, and saved so. Backward is a
+persistent grid: each program walks many rows and keeps its own dweight and dbias, which one small sum then
+adds up; without atomics the bits are the same every run.
 
 Source: Ba, Kiros and Hinton, 2016, https://arxiv.org/abs/1607.06450
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.op import (
+    INTERPRETER,
+    Cost,
+    Op,
+    architecture,
+    autocast_dtype,
+    check_tensors,
+    jit,
+    launch,
+    multiprocessors,
+    round_to,
+    tl,
+)
+
+MAX_C = 8192  # elements a program can hold
 
 
 def layer_norm_reference(
@@ -33,3 +64,378 @@ def add_layer_norm_reference(
     """
     summed = residual + input
     return F.layer_norm(summed, summed.shape[-1:], weight, bias, eps), summed
+
+
+@jit
+def _forward_kernel(
+    X,  # (rows, C) in
+    RESIDUAL,  # (rows, C) in, or None
+    W,  # (C,) in, or None
+    B,  # (C,) in, or None
+    Y,  # (rows, C) out
+    SUMMED,  # (rows, C) out, when there is a residual
+    MEAN,  # (rows,) out, fp32
+    RSTD,  # (rows,) out, fp32
+    rows,
+    x_stride,
+    residual_stride,
+    eps,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK_C)
+    here = row[:, None] * C + col[None, :]
+    inside = (row < rows)[:, None] & (col < C)[None, :]
+    x = tl.load(X + row[:, None] * x_stride + col[None, :], mask=inside, other=0).to(tl.float32)
+    if RESIDUAL is not None:
+        at = row[:, None] * residual_stride + col[None, :]
+        x += tl.load(RESIDUAL + at, mask=inside, other=0).to(tl.float32)
+        summed = round_to(x, SUMMED.dtype.element_ty)
+        tl.store(SUMMED + here, summed, mask=inside)
+        x = summed.to(tl.float32)  # normalise what backward will read
+    mean = tl.sum(x, 1) / C
+    centred = tl.where(inside, x - mean[:, None], 0)
+    rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, 1) / C + eps)
+    y = centred * rstd[:, None]
+    if W is not None:
+        y *= tl.load(W + col, mask=col < C, other=0).to(tl.float32)[None, :]
+    if B is not None:
+        y += tl.load(B + col, mask=col < C, other=0).to(tl.float32)[None, :]
+    tl.store(Y + here, round_to(y, Y.dtype.element_ty), mask=inside)
+    tl.store(MEAN + row, mean, mask=row < rows)
+    tl.store(RSTD + row, rstd, mask=row < rows)
+
+
+@jit
+def _backward_kernel(
+    DY,  # (rows, C) in
+    DSUMMED,  # (rows, C) in, or None
+    X,  # (rows, C) in: what was normalised
+    W,  # (C,) in, or None
+    MEAN,  # (rows,) in, fp32
+    RSTD,  # (rows,) in, fp32
+    DX,  # (rows, C) out
+    DRESIDUAL,  # (rows, C) out when its dtype is not that of dx, else None
+    DW,  # (programs, C) out, fp32, or None
+    DB,  # (programs, C) out, fp32, or None
+    rows,
+    dy_stride,
+    dsummed_stride,
+    x_stride,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    col = tl.arange(0, BLOCK_C)
+    dw = tl.zeros((BLOCK_C,), tl.float32)
+    db = tl.zeros((BLOCK_C,), tl.float32)
+    if W is not None:
+        w = tl.load(W + col, mask=col < C, other=0).to(tl.float32)[None, :]
+    for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = tl.arange(0, ROWS).to(tl.int64) + first
+        inside = (row < rows)[:, None] & (col < C)[None, :]
+        dy = tl.load(DY + row[:, None] * dy_stride + col[None, :], mask=inside, other=0).to(tl.float32)
+        x = tl.load(X + row[:, None] * x_stride + col[None, :], mask=inside, other=0).to(tl.float32)
+        mean = tl.load(MEAN + row, mask=row < rows, other=0)
+        rstd = tl.load(RSTD + row, mask=row < rows, other=0)
+        xhat = (x - mean[:, None]) * rstd[:, None]  # beyond C it is not 0, but dy is
+        if DW is not None:
+            dw += tl.sum(dy * xhat, 0)
+        if DB is not None:
+            db += tl.sum(dy, 0)
+        g = dy
+        if W is not None:
+            g = dy * w
+        along_mean = tl.sum(g, 1) / C
+        along_xhat = tl.sum(g * xhat, 1) / C
+        dx = (g - along_mean[:, None] - xhat * along_xhat[:, None]) * rstd[:, None]
+        if DSUMMED is not None:
+            at = row[:, None] * dsummed_stride + col[None, :]
+            dx += tl.load(DSUMMED + at, mask=inside, other=0).to(tl.float32)
+        here = row[:, None] * C + col[None, :]
+        tl.store(DX + here, round_to(dx, DX.dtype.element_ty), mask=inside)
+        if DRESIDUAL is not None:
+            tl.store(DRESIDUAL + here, round_to(dx, DRESIDUAL.dtype.element_ty), mask=inside)
+    if DW is not None:
+        tl.store(DW + program * C + col, dw, mask=col < C)
+    if DB is not None:
+        tl.store(DB + program * C + col, db, mask=col < C)
+
+
+# BLOCK_C, the power of two that holds a row -> (rows a tile, warps) forward, (rows a tile, warps, programs a
+# multiprocessor) backward. Not yet tuned on any GPU: chosen by registers and bytes in flight (bench.aot); no
+# tensor core is involved, so the architectures start alike.
+_TILES = {
+    512: ((4, 4), (4, 4, 4)),
+    1024: ((4, 4), (4, 8, 2)),
+    2048: ((2, 4), (2, 8, 2)),
+    4096: ((1, 4), (1, 8, 2)),
+    8192: ((1, 8), (1, 16, 1)),
+}
+TILES = {
+    INTERPRETER: {block: ((2, 4), (2, 4, 1)) for block in _TILES},
+    80: _TILES,  # not yet tuned
+    89: _TILES,  # not yet tuned
+    90: _TILES,  # not yet tuned
+    100: _TILES,  # not yet tuned
+}
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., C) -> (rows, C) whose rows are contiguous: a view wherever that is possible."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _dense(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()
+
+
+def _block(C: int) -> int:
+    return max(512, 1 << (C - 1).bit_length())
+
+
+def _forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> normed in `dtype`, summed (empty without a residual), mean and rstd (rows,)."""
+    normed, summed, mean, rstd = _forward_like(input, residual, weight, bias, eps, dtype)
+    x, r = _rows(input), None if residual is None else _rows(residual)
+    rows, C = x.shape
+    tile, warps = TILES[architecture(x)][_block(C)][0]
+    if rows:
+        launch(
+            _forward_kernel, (-(-rows // tile),),
+            x, r, _dense(weight), _dense(bias), normed, None if r is None else summed, mean, rstd,
+            rows, x.stride(0), 0 if r is None else r.stride(0), eps,
+            C=C, BLOCK_C=_block(C), ROWS=tile, num_warps=warps,
+        )  # fmt: skip
+    return normed, summed, mean, rstd
+
+
+def _backward(
+    dnormed: Tensor,
+    dsummed: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: bool,
+    mean: Tensor,
+    rstd: Tensor,
+    input_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dinput, dresidual (empty when dinput serves for both), dweight and dbias (fp32, or empty)."""
+    dinput, dresidual, _, _ = _backward_like(
+        dnormed, dsummed, x, weight, bias, mean, rstd, input_dtype, residual_dtype
+    )
+    dy, x = _rows(dnormed), _rows(x)
+    ds = None if dsummed is None else _rows(dsummed)
+    rows, C = x.shape
+    tile, warps, programs = TILES[architecture(x)][_block(C)][1]
+    programs = max(1, min(programs * multiprocessors(x), -(-rows // tile)))
+    dw = x.new_empty(programs, 0 if weight is None else C, dtype=torch.float32)
+    db = x.new_empty(programs, C if bias else 0, dtype=torch.float32)
+    launch(
+        _backward_kernel, (programs,),
+        dy, ds, x, _dense(weight), mean, rstd, dinput,
+        dresidual if dresidual.numel() else None, dw if dw.numel() else None, db if db.numel() else None,
+        rows, dy.stride(0), 0 if ds is None else ds.stride(0), x.stride(0),
+        C=C, BLOCK_C=_block(C), ROWS=tile, num_warps=warps,
+    )  # fmt: skip
+    return dinput, dresidual, dw.sum(0), db.sum(0)
+
+
+def _forward_like(input, residual, weight, bias, eps, dtype):
+    rows = input.numel() // input.shape[-1]
+    summed = input.new_empty(0)
+    if residual is not None:
+        summed = input.new_empty(input.shape, dtype=torch.promote_types(input.dtype, residual.dtype))
+    mean, rstd = (input.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return input.new_empty(input.shape, dtype=dtype), summed, mean, rstd
+
+
+def _backward_like(dnormed, dsummed, x, weight, bias, mean, rstd, input_dtype, residual_dtype):
+    dinput = x.new_empty(x.shape, dtype=input_dtype)
+    dresidual = x.new_empty(0 if input_dtype == residual_dtype else x.shape, dtype=residual_dtype)
+    C = x.shape[-1]
+    dweight = x.new_empty(0 if weight is None else C, dtype=torch.float32)
+    return dinput, dresidual, dweight, x.new_empty(C if bias else 0, dtype=torch.float32)
+
+
+_forward_op = torch.library.custom_op("tritongpt::layer_norm", _forward, mutates_args=())
+_backward_op = torch.library.custom_op("tritongpt::layer_norm_backward", _backward, mutates_args=())
+_forward_op.register_fake(_forward_like)
+_backward_op.register_fake(_backward_like)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, residual, weight, bias, _, _ = inputs
+    _, summed, mean, rstd = output
+    ctx.save_for_backward(input if residual is None else summed, weight, mean, rstd)
+    ctx.dtypes = [None if t is None else t.dtype for t in (input, residual, weight, bias)]
+    ctx.set_materialize_grads(False)  # the last sum of a network has no gradient of its own: don't read zeros
+
+
+def _call(ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    x, weight, mean, rstd = ctx.saved_tensors
+    input_dtype, residual_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    has_residual, has_bias = residual_dtype is not None, bias_dtype is not None
+    if dnormed is None:
+        dnormed = torch.zeros_like(x)
+    dinput, dresidual, dweight, dbias = _backward_op(
+        dnormed, dsummed if has_residual else None, x, weight, has_bias, mean, rstd,
+        input_dtype, residual_dtype if has_residual else input_dtype,
+    )  # fmt: skip
+    if has_residual and residual_dtype == input_dtype:
+        dresidual = dinput
+    return (
+        dinput,
+        dresidual if has_residual else None,
+        None if weight is None else dweight.to(weight_dtype),
+        dbias.to(bias_dtype) if has_bias else None,
+        None,
+        None,
+    )
+
+
+_forward_op.register_autograd(_call, setup_context=_save)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.layer_norm` over the last dimension: input (..., C), weight and bias (C,) or None -> (..., C).
+
+    C is at most 8192. The result has the input's dtype, under autocast the autocast dtype (fp32 inside the
+    kernel either way); weight and bias may have another dtype than the input. Raises ValueError for what it
+    cannot do.
+    """
+    if tuple(normalized_shape) != tuple(input.shape[-1:]):
+        raise ValueError(
+            f"layer_norm: normalized_shape is {tuple(normalized_shape)} and input {tuple(input.shape)}; "
+            "only the last dimension can be normalised"
+        )
+    _check("layer_norm", input, weight, bias)
+    return _forward_op(input, None, weight, bias, eps, autocast_dtype(input))[0]
+
+
+def add_layer_norm(
+    input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Adds `input` (..., C) to the residual stream (..., C) and normalises the sum: (normed, summed).
+
+    `summed` has the dtype that input and residual promote to, and so has `normed`, but under autocast
+    `normed` has the autocast dtype. Raises ValueError for what it cannot do.
+    """
+    if input.shape != residual.shape:
+        raise ValueError(
+            f"add_layer_norm: input {tuple(input.shape)} and residual {tuple(residual.shape)} "
+            "must have one shape"
+        )
+    _check("add_layer_norm", input, weight, bias, residual)
+    dtype = torch.promote_types(input.dtype, residual.dtype)
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = autocast_dtype(input)
+    normed, summed, _, _ = _forward_op(input, residual, weight, bias, eps, dtype)
+    return normed, summed
+
+
+def _check(
+    name: str, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None
+) -> None:
+    check_tensors(name, input=input, residual=residual, weight=weight, bias=bias)
+    if input.dim() == 0 or not 1 <= input.shape[-1] <= MAX_C:
+        raise ValueError(f"{name}: input {tuple(input.shape)} must be (..., C) with C from 1 to {MAX_C}")
+    for argument, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != input.shape[-1:]:
+            raise ValueError(
+                f"{name}: {argument} is {tuple(parameter.shape)}; input {tuple(input.shape)} "
+                f"needs ({input.shape[-1]},)"
+            )
+
+
+def _inputs(
+    dtype: torch.dtype,
+    device: str,
+    shape: tuple[int, ...],
+    weight: bool = True,
+    bias: bool = True,
+    add: bool = False,
+) -> dict[str, Any]:
+    def random(*size: int, mean: float = 0.0) -> Tensor:
+        return (torch.randn(*size, device=device) + mean).to(dtype)
+
+    call: dict[str, Any] = {"input": random(*shape, mean=0.5)}
+    call |= {"residual": random(*shape)} if add else {"normalized_shape": shape[-1:]}
+    if weight:
+        call["weight"] = random(shape[-1], mean=1.0)
+    if bias:
+        call["bias"] = random(shape[-1])
+    return call
+
+
+def _add_inputs(dtype: torch.dtype, device: str, **sample: Any) -> dict[str, Any]:
+    return _inputs(dtype, device, add=True, **sample)
+
+
+def _cost(input: Tensor, weight: Tensor | None = None, residual: Tensor | None = None, **_: Any) -> Cost:
+    tensor = input.numel() * input.element_size()
+    # forward: input (residual) -> normed (summed); backward: dnormed, x (dsummed) -> dx
+    forward, backward = (2, 3) if residual is None else (4, 4)
+    return Cost(forward * tensor, backward * tensor, 8 * input.numel(), 12 * input.numel())
+
+
+def _launchers(input, residual=None, weight=None, bias=None, eps=1e-5, normalized_shape=None):
+    normed, summed, mean, rstd = _forward(input, residual, weight, bias, eps, input.dtype)
+    x, ds = (input, None) if residual is None else (summed, summed)
+    _backward(normed, ds, x, weight, bias is not None, mean, rstd, input.dtype, input.dtype)
+
+
+_SAMPLES = (
+    {"shape": (1, 1)},
+    {"shape": (3, 59), "bias": False},
+    {"shape": (2, 5, 111)},
+    {"shape": (7, 768)},
+    {"shape": (19, 1023), "bias": False},
+    {"shape": (2, 1600)},
+    {"shape": (0, 64)},
+)
+# A width for each tile. The add needs more registers, and one width shows that its absence changes nothing.
+_SHIPPED = tuple({"shape": (65536, C)} for C in (512, 768, 1600, 4096, 8192))
+
+OPS = (
+    Op(
+        name="layer_norm",
+        family="layer_norm",
+        implementations={"triton": layer_norm, "torch": layer_norm_reference},
+        reference=layer_norm_reference,
+        make=_inputs,
+        cost=_cost,
+        samples=(*_SAMPLES, {"shape": (5, 33), "weight": False, "bias": False}),
+        shipped=_SHIPPED[1:2],
+        launchers=_launchers,
+    ),
+    Op(
+        name="add_layer_norm",
+        family="layer_norm",
+        implementations={"triton": add_layer_norm, "torch": add_layer_norm_reference},
+        reference=add_layer_norm_reference,
+        make=_add_inputs,
+        cost=_cost,
+        samples=_SAMPLES,
+        shipped=_SHIPPED,
+        launchers=_launchers,
+    ),
+)

@@ -1,12 +1,42 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (the fake implementations repeat the signatures of the real ones)
 """The last linear layer and the cross-entropy of its logits, as one operation.
 
     loss = cross_entropy(input @ linear_weight.T, target)
 
-The argument order is that of `F.linear_cross_entropy` of torch 2.13.
+The (N, V) logits never exist at once. For each chunk of rows: cuBLAS forms its logits, the kernel of
+cross_entropy.py writes their gradient G over them, and two products take it on:
+
+    dinput[chunk] = G @ linear_weight        dlinear_weight += G.T @ input[chunk], in fp32
+
+so forward computes the gradients, when they are wanted, and the logits are never formed again. G is that of
+the *sum* of the losses, softmax minus one-hot: the 1 / N of the mean and the upstream gradient are applied
+in fp32 at the end, where fp16 would have underflowed before. With reduction="none" every row has an
+upstream gradient of its own, which forward cannot know: backward forms each chunk's logits again.
+
+Few large chunks: each reads and writes the whole fp32 weight gradient. The argument order is that of
+`F.linear_cross_entropy` of torch 2.13. Source: Liger Kernel, https://arxiv.org/abs/2410.10989; Cut
+Cross-Entropy, https://arxiv.org/abs/2411.09009.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.cross_entropy import (
+    check_targets,
+    loss_and_gradient_,
+    random_target,
+    reduce,
+    write_gradient,
+)
+from kernels.op import Cost, Op, autocast_dtype, check_tensors
+
+BUDGET = 800 << 20  # bytes of logits at a time: 8192 rows of 50304 in half precision
+ALIGN = 64  # elements: every row of a chunk's logits starts on a 128-byte line
 
 
 def linear_cross_entropy_reference(
@@ -27,3 +57,267 @@ def linear_cross_entropy_reference(
     return F.cross_entropy(
         logits, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
     )
+
+
+def chunk_rows(N: int, V: int, itemsize: int) -> int:
+    """Rows a chunk: as many as the budget holds, then the same number in every chunk, in multiples of 128."""
+    most = max(128, BUDGET // (-(-V // ALIGN) * ALIGN * itemsize) // 128 * 128)
+    chunks = -(-N // most)
+    return N if chunks <= 1 else -(-N // chunks // 128) * 128
+
+
+class _Chunks:
+    """The products of one call, chunk by chunk, in `dtype`; gradients only where they are wanted."""
+
+    def __init__(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        chunk_size: int | None,
+        dtype: torch.dtype,
+        d_input: bool,
+        d_weight: bool,
+    ) -> None:
+        # Under autocast dtype is autocast's: it then leaves the products below as they are.
+        self.input, self.weight = input, weight.to(dtype)
+        N, V = input.shape[0], weight.shape[0]
+        self.rows = min(N, chunk_size or chunk_rows(N, V, dtype.itemsize))
+        self.logits = input.new_empty(self.rows, -(-V // ALIGN) * ALIGN, dtype=dtype)[:, :V]
+        self.dinput = input.new_empty(input.shape if d_input else 0)
+        self.dweight = weight.new_zeros(weight.shape if d_weight else 0, dtype=torch.float32)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows of the chunk, its logits): in the same memory for all chunks, the caller's to overwrite."""
+        for start in range(0, self.input.shape[0], max(1, self.rows)):
+            part = slice(start, start + self.rows)
+            x = self.input[part].to(self.logits.dtype)
+            yield part, torch.mm(x, self.weight.t(), out=self.logits[: len(x)])
+
+    def take(self, part: slice, gradient: Tensor) -> None:
+        """Adds what the gradient of a chunk's logits gives to the gradients of input and weight."""
+        if self.dinput.numel():
+            self.dinput[part] = torch.mm(gradient, self.weight)
+        if self.dweight.numel():
+            x = self.input[part].to(gradient.dtype)
+            if gradient.is_cuda and gradient.dtype != torch.float32:
+                torch.addmm(self.dweight, gradient.t(), x, out_dtype=torch.float32, out=self.dweight)
+            else:
+                self.dweight.addmm_(gradient.t().float(), x.float())
+
+
+def _sum(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    chunk_size: int | None,
+    dtype: torch.dtype,
+    d_input: bool,
+    d_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> the sum of the losses () fp32, and its gradients: dinput, and dweight in fp32 (or empty)."""
+    losses = input.new_empty(input.shape[0], dtype=torch.float32)
+    chunks = _Chunks(input, weight, chunk_size, dtype, d_input, d_weight)
+    for part, logits in chunks:
+        losses[part], _ = loss_and_gradient_(
+            logits, target[part], ignore_index, smoothing, gradient=d_input or d_weight
+        )
+        chunks.take(part, logits)
+    return losses.sum(), chunks.dinput, chunks.dweight
+
+
+def _rows(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    chunk_size: int | None,
+    dtype: torch.dtype,
+    d_input: bool,
+    d_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """-> the losses and the log-sum-exps, both (N,) fp32; d_input and d_weight are for backward to know."""
+    losses, lse = (input.new_empty(input.shape[0], dtype=torch.float32) for _ in range(2))
+    for part, logits in _Chunks(input, weight, chunk_size, dtype, False, False):
+        losses[part], lse[part] = loss_and_gradient_(
+            logits, target[part], ignore_index, smoothing, gradient=False
+        )
+    return losses, lse
+
+
+def _rows_backward(
+    dlosses: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    chunk_size: int | None,
+    dtype: torch.dtype,
+    d_input: bool,
+    d_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    chunks = _Chunks(input, weight, chunk_size, dtype, d_input, d_weight)
+    for part, logits in chunks:
+        write_gradient(
+            dlosses[part], logits, target[part], lse[part], ignore_index, smoothing, out=logits
+        )
+        chunks.take(part, logits)
+    return chunks.dinput, chunks.dweight
+
+
+_sum_op = torch.library.custom_op("tritongpt::linear_cross_entropy_sum", _sum, mutates_args=())
+_rows_op = torch.library.custom_op("tritongpt::linear_cross_entropy_rows", _rows, mutates_args=())
+_rows_backward_op = torch.library.custom_op(
+    "tritongpt::linear_cross_entropy_rows_backward", _rows_backward, mutates_args=()
+)
+
+
+def _gradients_like(input, weight, d_input, d_weight):
+    dweight = weight.new_empty(weight.shape if d_weight else 0, dtype=torch.float32)
+    return input.new_empty(input.shape if d_input else 0), dweight
+
+
+@_sum_op.register_fake
+def _(input, weight, target, ignore_index, smoothing, chunk_size, dtype, d_input, d_weight):
+    return input.new_empty((), dtype=torch.float32), *_gradients_like(input, weight, d_input, d_weight)
+
+
+@_rows_op.register_fake
+def _(input, weight, target, ignore_index, smoothing, chunk_size, dtype, d_input, d_weight):
+    return tuple(input.new_empty(input.shape[0], dtype=torch.float32) for _ in range(2))
+
+
+@_rows_backward_op.register_fake
+def _(dlosses, input, weight, target, lse, ignore, smoothing, chunk_size, dtype, d_input, d_weight):
+    return _gradients_like(input, weight, d_input, d_weight)
+
+
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.wanted, ctx.weight_dtype = inputs[-2:], inputs[1].dtype
+    ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)  # the gradients have no gradient: don't fill their like with zeros
+
+
+def _call_sum(ctx: Any, dtotal: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    dinput, dweight = ctx.saved_tensors
+    d_input, d_weight = ctx.wanted
+    return (
+        (dinput.float() * dtotal).to(dinput.dtype) if d_input else None,
+        (dweight * dtotal).to(ctx.weight_dtype) if d_weight else None,
+        *(None,) * 7,
+    )
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    input, weight, target, *ctx.options = inputs
+    ctx.save_for_backward(input, weight, target, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _call_rows(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    *_, d_input, d_weight = ctx.options
+    dinput, dweight = _rows_backward_op(dlosses, *ctx.saved_tensors, *ctx.options)
+    return (
+        dinput if d_input else None,
+        dweight.to(ctx.saved_tensors[1].dtype) if d_weight else None,
+        *(None,) * 7,
+    )
+
+
+_sum_op.register_autograd(_call_sum, setup_context=_save_sum)
+_rows_op.register_autograd(_call_rows, setup_context=_save_rows)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """cross_entropy(F.linear(input, linear_weight), target) without the (N, V) logits: () or (N,), fp32.
+
+    input (N, C), linear_weight (V, C), target (N,) int64; `chunk_size` is a number of rows, by default as
+    many as 800 MiB of logits hold. Under autocast the products are computed in the autocast dtype, whatever
+    the dtypes of input and weight; without it the two must have one dtype. Gradients come back in the dtype
+    of their tensor, so that a fp32 master weight receives what was accumulated in fp32. Gradients that
+    nobody wants (a frozen tensor, no_grad) are not computed. torch's linear_bias, weight and options are
+    not accepted. Targets out of range are answered as in cross_entropy. Raises ValueError for what it
+    cannot do.
+    """
+    check_tensors("linear_cross_entropy", input=input, linear_weight=linear_weight)
+    if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1:] != linear_weight.shape[1:]:
+        raise ValueError(
+            f"linear_cross_entropy: input {tuple(input.shape)} and linear_weight "
+            f"{tuple(linear_weight.shape)} must be (N, C) and (V, C)"
+        )
+    if linear_weight.numel() == 0:
+        raise ValueError(
+            f"linear_cross_entropy: linear_weight {tuple(linear_weight.shape)} has no classes or no features"
+        )
+    check_targets("linear_cross_entropy", input, target, reduction, label_smoothing)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"linear_cross_entropy: chunk_size={chunk_size} must be at least 1 row")
+    dtype = autocast_dtype(input)
+    if not torch.is_autocast_enabled(input.device.type) and input.dtype != linear_weight.dtype:
+        raise ValueError(
+            f"linear_cross_entropy: input is {input.dtype} and linear_weight {linear_weight.dtype}; "
+            "without autocast they must be the same"
+        )
+    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (input, linear_weight)]
+    op = _rows_op if reduction == "none" else _sum_op
+    smoothing = float(label_smoothing)
+    loss, *_ = op(input, linear_weight, target, ignore_index, smoothing, chunk_size, dtype, *wanted)
+    return loss if reduction == "none" else reduce(loss, target, ignore_index, reduction)
+
+
+def _inputs(
+    dtype: torch.dtype, device: str, N: int, C: int, V: int, ignore_index: int = -100, **options: Any
+) -> dict[str, Any]:
+    return {
+        "input": torch.randn(N, C, device=device).to(dtype),
+        "linear_weight": (torch.randn(V, C, device=device) * C**-0.5).to(dtype),
+        "target": random_target(N, V, device, ignore_index),
+        "ignore_index": ignore_index,
+        **options,
+    }
+
+
+def _cost(input: Tensor, linear_weight: Tensor, **_: Any) -> Cost:
+    tensors = sum(t.numel() * t.element_size() for t in (input, linear_weight))
+    product = 2 * input.numel() * linear_weight.shape[0]
+    return Cost(tensors, 2 * tensors, product, 2 * product)
+
+
+def _launchers(input, linear_weight, target, ignore_index=-100, label_smoothing=0.0, **_):
+    options = ignore_index, label_smoothing, None, input.dtype, True, True
+    _sum(input, linear_weight, target, *options)
+    losses, lse = _rows(input, linear_weight, target, *options)
+    _rows_backward(losses, input, linear_weight, target, lse, *options)
+
+
+OP = Op(
+    name="linear_cross_entropy",
+    family="cross_entropy",
+    implementations={"triton": linear_cross_entropy, "torch": linear_cross_entropy_reference},
+    reference=linear_cross_entropy_reference,
+    make=_inputs,
+    cost=_cost,
+    samples=(
+        {"N": 1, "C": 1, "V": 2},
+        {"N": 7, "C": 59, "V": 65, "chunk_size": 3},
+        {"N": 6, "C": 32, "V": 111, "chunk_size": 2, "reduction": "sum", "ignore_index": -1},
+        {"N": 6, "C": 24, "V": 130, "chunk_size": 4, "reduction": "none"},
+        {"N": 9, "C": 16, "V": 50, "label_smoothing": 0.2},
+        {"N": 4, "C": 8, "V": 5003, "chunk_size": 2},
+    ),
+    shipped=({"N": 8192, "C": 768, "V": 50304},),
+    launchers=_launchers,
+)

@@ -1,18 +1,41 @@
-import os
+"""The device of the tests: a GPU of sm_80 or newer if there is one, else a CPU and the interpreter."""
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from train import distributed
-from train.__main__ import train
-from train.config import parse
+GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated: before anything imports `kernels`
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU of sm_80 or newer"))
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if GPU else "cpu"
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Every tensor that is allocated and not written holds NaN: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")
-def text():
+def text() -> str:
     """About 60,000 characters that a small model can learn something from."""
     words = "the king and queen of hearts went down to sea in a boat of ice".split()
     generator = np.random.default_rng(0)
@@ -20,24 +43,10 @@ def text():
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch, text):
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> Path:
     """An empty folder as the working directory, with the text prepared by character as data/tiny."""
     from train.prepare.__main__ import write
 
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "data" / "tiny", text, "char")
     return tmp_path
-
-
-TINY = """
-    --dataset=tiny --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4
-    --gradient_accumulation_steps=2 --max_iters=8 --lr_decay_iters=8 --warmup_iters=2 --learning_rate=1e-2
-    --eval_interval=4 --eval_iters=2
-""".split()
-
-
-def run(*flags: str, out_dir: str = "out") -> dict:
-    """Trains in this process with TINY's settings and `flags`; returns the checkpoint."""
-    ranks = distributed.start("auto", "cpu")
-    train(parse([*TINY, f"--out_dir={out_dir}", *flags]), ranks)
-    return torch.load(f"{out_dir}/ckpt.pt", weights_only=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, run
 
 from gpt import pretrained
+from tests.runs import TINY, run
 from train import checkpoint, distributed
 from train.__main__ import train
 from train.config import parse

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run
 
 from gpt import cli, sample, tokenizer
+from tests.runs import TINY, run
 from train import __main__ as loop
 from train import plot
 from train.config import PRESETS, TrainConfig, parse

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, run
 
+from tests.runs import TINY, run
 from train import metrics
 from train.config import TrainConfig
 from train.optim import learning_rate

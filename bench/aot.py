@@ -1,0 +1,293 @@
+"""Every shipped tile of every kernel, compiled for every architecture, on a machine without a GPU.
+
+    python -m bench.aot             one line a kernel: registers, spills, shared memory, instructions,
+    occupancy python -m bench.aot --check     the same, and exit code 1 where a line breaks the rules below
+    python -m bench.aot --only sm_90 --only _dq_kernel
+
+What to compile is not listed here: each operation's launchers run on meta tensors, and `kernels.op.record`
+notes what they would have launched. The rules: it compiles; no spill inside a loop on sm_80 and sm_90;
+shared and tensor memory within the architecture's limit; no body that is a lone trap; a tensor-core
+instruction for every piece of every half-precision product, of the architecture's best kind; 16-byte loads.
+
+Counted in the SASS that ptxas gives: LDL and STL are spills, HMMA, HGMMA (wgmma) and UTCHMMA (tcgen05)
+tensor cores.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import OPS
+from kernels.op import INTERPRETED, Launch, record, triton
+
+SPILL_FREE_LOOPS = (80, 90)
+TENSOR_MEMORY = 512  # columns, sm_100
+TRITON_TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What one multiprocessor has. Source: CUDA C++ programming guide, compute capabilities."""
+
+    shared_block: int  # bytes a block may have
+    shared: int  # bytes
+    warps: int
+    blocks: int
+    registers: int = 65536
+
+
+GPUS = {
+    80: Gpu(163 << 10, 164 << 10, 64, 32),
+    89: Gpu(99 << 10, 100 << 10, 48, 24),
+    90: Gpu(227 << 10, 228 << 10, 64, 32),
+    100: Gpu(227 << 10, 228 << 10, 64, 32),
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    architecture: int
+    launch: Launch
+
+    @property
+    def source(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+        """(signature, constants, attributes) as Triton's own launch would specialise these arguments."""
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        attributes: dict[tuple[int], list[list[Any]]] = {}
+        compile_time = {p.name for p in self.launch.kernel.params if p.is_constexpr}
+        for position, name in enumerate(self.launch.kernel.arg_names):
+            value = self.launch.arguments[name]
+            if name in compile_time or value is None or (isinstance(value, int) and value == 1):
+                signature[name], constants[name] = "constexpr", value
+                continue
+            if isinstance(value, Tensor):
+                signature[name] = TRITON_TYPES[value.dtype]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        return signature, constants, attributes
+
+    @property
+    def key(self) -> str:
+        launch = self.launch
+        parts = launch.kernel.__name__, self.architecture, self.source, launch.num_warps, launch.num_stages
+        return repr(parts)
+
+    def __str__(self) -> str:
+        signature, constants, _ = self.source
+        sizes = [f"{k}={v}" for k, v in constants.items() if isinstance(v, int) and k.isupper()]
+        dtype = next(t for t in signature.values() if t.startswith("*"))[1:]
+        warps = f"{self.launch.num_warps} warps"
+        return f"sm_{self.architecture} {self.launch.kernel.__name__} {dtype} {' '.join(sizes)} {warps}"
+
+
+@dataclass(frozen=True)
+class Figures:
+    registers: int
+    stack: int  # bytes a thread
+    spills: int  # LDL and STL, anywhere
+    loop_spills: int  # those inside a loop
+    shared: int  # bytes a block
+    tensor_memory: int  # columns
+    instructions: int
+    tensor_core: dict[str, int]  # instruction -> count
+    expected: int  # of them, at the least
+    wide_loads: int  # of 16 bytes a thread, or by the tensor memory accelerator
+    blocks: int  # resident on a multiprocessor
+    occupancy: float  # of its warps
+
+
+def builds() -> list[Build]:
+    """Every distinct compilation that the shipped samples of all operations lead to."""
+    found: dict[str, Build] = {}
+    for architecture in GPUS:
+        for op in OPS:
+            for sample in op.shipped:
+                with record(assume=architecture) as launches:
+                    op.launchers(**op.make(**{"dtype": torch.bfloat16, "device": "meta"} | sample))
+                for launch in launches:
+                    build = Build(architecture, launch)
+                    found[build.key] = build
+    return list(found.values())
+
+
+def compile_build(build: Build) -> Figures:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = build.source
+    source = ASTSource(
+        fn=build.launch.kernel, signature=signature, constexprs=constants, attrs=attributes
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", build.architecture, 32),
+        options={"num_warps": build.launch.num_warps, "num_stages": build.launch.num_stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))  # type: ignore
+    return _figures(build, compiled, registers, stack, list(_instructions(sass)))
+
+
+def _tool(name: str, *arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _instructions(sass: str) -> Iterator[tuple[str, bool]]:
+    """(instruction, whether it is inside a loop), in order. A loop ends in a branch back to a label."""
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    depth: list[int] = []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(lines)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);?\s*(?:/\*|$)", line):
+            lines.append(instruction[1])
+            depth.append(0)
+            target = re.match(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            # ptxas ends a kernel in a branch to itself, which is no loop.
+            if target and labels.get(target[1], len(lines)) < len(lines) - 1:
+                for inside in range(labels[target[1]], len(lines)):
+                    depth[inside] += 1
+    return ((line, d > 0) for line, d in zip(lines, depth))
+
+
+def _figures(
+    build: Build, compiled: Any, registers: int, stack: int, instructions: list[tuple[str, bool]]
+) -> Figures:
+    names = [(line.split()[0], inside) for line, inside in instructions if line]
+    spills = [inside for name, inside in names if name.startswith(("LDL", "STL"))]
+    tensor_core: dict[str, int] = {}
+    for name, _ in names:
+        kind = name.split(".")[0]
+        if kind in ("HMMA", "HGMMA", "UTCHMMA"):
+            tensor_core[kind] = tensor_core.get(kind, 0) + 1
+    wide = sum(n.startswith(("LDG", "LDGSTS", "UTMALDG")) and (".128" in n or "UTMA" in n) for n, _ in names)
+    gpu, warps, shared = GPUS[build.architecture], build.launch.num_warps, compiled.metadata.shared
+    registers_warp = -(-registers * 32 // 256) * 256
+    blocks = min(
+        gpu.registers // (registers_warp * warps),
+        gpu.shared // (shared + 1024),  # the driver keeps 1 KiB a block
+        gpu.warps // warps,
+        gpu.blocks,
+    )
+    return Figures(
+        registers=registers,
+        stack=stack,
+        spills=len(spills),
+        loop_spills=sum(spills),
+        shared=shared,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        instructions=sum(name != "NOP" for name, _ in names),
+        tensor_core=tensor_core,
+        expected=_expected(build, compiled.asm["ttir"]),
+        wide_loads=wide,
+        blocks=blocks,
+        occupancy=blocks * warps / gpu.warps,
+    )
+
+
+def _expected(build: Build, ttir: str) -> int:
+    """Tensor-core instructions that one pass over every half-precision product needs in one warp."""
+    total, warps = 0, build.launch.num_warps
+    for m, k, dtype, n in re.findall(r"tt\.dot .*: tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x", ttir):
+        M, K, N = int(m), int(k), int(n)
+        if dtype in ("bf16", "f16"):
+            if build.architecture in (80, 89):  # m16n8k16, a warp
+                total += M * N * K // (16 * 8 * 16 * warps)
+            elif build.architecture == 90:  # m64, n to 256, k16, four warps
+                total += max(1, M // (16 * warps)) * K // 16
+            else:  # m128, n to 256, k16, one thread for the block
+                total += max(1, M // 128) * K // 16
+    return total
+
+
+def faults(build: Build, figures: Figures) -> list[str]:
+    """The rules that a kernel breaks, in words."""
+    gpu, architecture = GPUS[build.architecture], build.architecture
+    best = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[architecture]
+    rules = {
+        f"{figures.loop_spills} spills in loops": architecture in SPILL_FREE_LOOPS and figures.loop_spills,
+        f"{figures.shared} bytes of shared memory": figures.shared > gpu.shared_block,
+        f"{figures.tensor_memory} columns of tensor memory": figures.tensor_memory > TENSOR_MEMORY,
+        f"a body of {figures.instructions} instructions": figures.instructions < 32,
+        f"{figures.tensor_core} where {figures.expected} {best} are expected": (
+            figures.tensor_core.get(best, 0) < figures.expected
+        ),
+        "no load of 16 bytes": figures.wide_loads == 0,
+        "not one block fits": figures.blocks == 0,
+    }
+    return [rule for rule, broken in rules.items() if broken]
+
+
+def _attempt(position: int) -> Figures | str:
+    try:
+        return compile_build(_BUILDS[position])
+    except Exception as error:  # a compiler's failure is a result here
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+_BUILDS: list[Build] = []  # what the forked workers find: a Triton kernel cannot be pickled
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="exit code 1 where a rule is broken")
+    parser.add_argument("--only", action="append", default=[], help="lines that contain this, e.g. sm_90")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    options = parser.parse_args()
+    if triton is None or INTERPRETED:
+        print("bench.aot needs Triton, and TRITON_INTERPRET unset", file=sys.stderr)
+        return 2
+    start = time.perf_counter()
+    _BUILDS[:] = [b for b in builds() if all(part in str(b) for part in options.only)]
+    broken = 0
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("fork")) as pool:
+        for build, figures in zip(_BUILDS, pool.map(_attempt, range(len(_BUILDS)))):
+            if isinstance(figures, str):
+                wrong, line = [figures], ""
+            else:
+                wrong = faults(build, figures)
+                cores = " ".join(f"{n} {kind}" for kind, n in figures.tensor_core.items()) or "-"
+                line = (
+                    f"    {figures.registers} registers, "
+                    f"{figures.spills} spills ({figures.loop_spills} in loops), {figures.stack} B stack, "
+                    f"{figures.shared / 1024:.1f} KiB shared, {figures.tensor_memory} columns, {cores}, "
+                    f"{figures.wide_loads} wide loads, "
+                    f"{figures.blocks} blocks = {figures.occupancy:.0%}"
+                )
+            broken += bool(wrong)
+            print(build, line, *(f"    FAULT: {fault}" for fault in wrong), sep="\n", flush=True)
+    print(f"{len(_BUILDS)} kernels, {broken} with faults, {time.perf_counter() - start:.0f} s")
+    return 1 if options.check and broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

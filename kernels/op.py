@@ -1,0 +1,183 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (a Triton kernel's arguments have no Python types)
+"""What the operations of this folder share: how one is described, launched and counted.
+
+`Op` describes an operation to its tests and benchmarks. `launch` is the only way a kernel starts, so `record`
+sees every launch: tests count them, and `bench.aot` learns from them what to compile for a GPU that is not
+there. The two Triton functions `round_to` and `dot` are what makes bfloat16 right under Triton's
+interpreter.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+    jit = triton.jit
+except ImportError:  # PyTorch's own operations, and the checks of ours, work without Triton
+    triton, tl, INTERPRETED = None, SimpleNamespace(constexpr=float), False
+
+    def jit(fn):
+        return fn
+
+
+INTERPRETER = 0  # an "architecture" with small tiles, so that small tests cross their borders
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Cost(NamedTuple):
+    """What an operation must move and compute at the least, for one call forward and one backward."""
+
+    forward_bytes: int
+    backward_bytes: int
+    forward_flops: int
+    backward_flops: int
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation, as its tests and benchmarks need to know it.
+
+    A *call* is a dict of keyword arguments that every implementation and the reference accept. A *sample*
+    is a dict that `make(dtype, device, **sample)` turns into a call with random inputs.
+    """
+
+    name: str
+    family: str  # what a load spec calls it
+    implementations: Mapping[str, Callable[..., Any]]
+    reference: Callable[..., Any]
+    make: Callable[..., dict[str, Any]]
+    cost: Callable[..., Cost]  # cost(**call)
+    samples: tuple[dict[str, Any], ...]  # small and awkward: what the tests run
+    shipped: tuple[dict[str, Any], ...]  # together they launch every kernel with every tile, for bench.aot
+    launchers: Callable[..., None]  # launchers(**call) runs every launcher, on meta tensors too
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    arguments: dict[str, Any]  # by name, compile-time constants included
+    num_warps: int
+    num_stages: int
+
+
+_records: list[list[Launch]] = []
+_assumed: list[int] = []  # the architectures of the dry runs in progress
+
+
+@contextmanager
+def record(assume: int | None = None) -> Iterator[list[Launch]]:
+    """Every launch made inside the `with`, in order, on any thread.
+
+    With `assume`, an architecture such as 90, nothing runs: tiles are chosen as that GPU would have them, and
+    the tensors may be on the meta device.
+    """
+    launches: list[Launch] = []
+    _records.append(launches)
+    if assume is not None:
+        _assumed.append(assume)
+    try:
+        yield launches
+    finally:
+        _records.remove(launches)
+        if assume is not None:
+            _assumed.pop()
+
+
+def launch(kernel, grid: tuple[int, ...], *args, num_warps: int, num_stages: int = 1, **constants) -> None:
+    """Runs `kernel` on the device of its first tensor, which need not be the current one."""
+    for launches in _records:
+        arguments = dict(zip(kernel.arg_names, args)) | constants
+        launches.append(Launch(kernel, arguments, num_warps, num_stages))
+    if _assumed:
+        return
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why the Triton operations cannot run on `device`, or None when they can."""
+    if triton is None:
+        return "Triton is not installed (pip install triton; it exists for Linux)"
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return (
+            f"Triton needs a GPU and the device is {device}; set TRITON_INTERPRET=1 before "
+            "Python starts to run the kernels, very slowly, in Triton's interpreter"
+        )
+    if torch.version.hip or not torch.cuda.is_available():
+        return "Triton kernels here are for NVIDIA GPUs, and torch sees none"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the GPU {device} is sm_{major}{minor} and the Triton kernels need sm_80 (A100) or newer"
+    return None
+
+
+@functools.cache
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """(architecture whose tiles fit, number of multiprocessors), or ValueError."""
+    reason = unavailable(device)
+    if reason is not None:
+        raise ValueError(reason)
+    if INTERPRETED:
+        return INTERPRETER, 3
+    major, minor = torch.cuda.get_device_capability(device)
+    # By shared memory a block: sm_86, sm_89 and sm_120 have 99 KiB, sm_80 163, sm_90 and sm_100 227.
+    architecture = {(8, 0): 80, (8, 7): 80}.get((major, minor), {9: 90, 10: 100, 11: 100}.get(major, 89))
+    return architecture, torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def architecture(tensor: Tensor) -> int:
+    """80, 89, 90 or 100: the key of the tile tables; INTERPRETER without a GPU."""
+    return _assumed[-1] if _assumed else _gpu(tensor.device)[0]
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    return 132 if _assumed else _gpu(tensor.device)[1]
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that autocast wants on the tensor's device; outside of autocast, the tensor's own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def check_tensors(name: str, **tensors: Tensor | None) -> None:
+    """All on one device and of a dtype the kernels compute in, else ValueError."""
+    given = {k: t for k, t in tensors.items() if t is not None}
+    for argument, tensor in given.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name}: {argument} is {tensor.dtype}; float32, float16, bfloat16 are allowed")
+    if len({t.device for t in given.values()}) > 1:
+        places = ", ".join(f"{k} on {t.device}" for k, t in given.items())
+        raise ValueError(f"{name}: all tensors must be on one device, not {places}")
+
+
+@jit
+def round_to(x, dtype: tl.constexpr):
+    """x in `dtype`, to nearest even: the interpreter would truncate fp32 to bf16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@jit
+def dot(a, b, acc=None):
+    """acc + a @ b in fp32, without tf32; the interpreter would multiply the bit patterns of bf16."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")

@@ -1,0 +1,80 @@
+"""How every operation of `kernels.OPS` is run and judged, whatever its arguments are."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import OPS
+from kernels.op import Op
+
+CASES = [(op, sample) for op in OPS for sample in op.samples]
+CASE_IDS = [f"{op.name}-{'-'.join(f'{k}={v}' for k, v in sample.items())}" for op, sample in CASES]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def make(op: Op, dtype: torch.dtype, device: str, sample: dict[str, Any], seed: int = 0) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    return op.make(dtype=dtype, device=device, **sample)
+
+
+def leaves(call: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The call with every floating tensor a leaf that wants a gradient, its strides kept."""
+    return {
+        k: (v if dtype is None else v.to(dtype)).detach().requires_grad_() if floating(v) else v
+        for k, v in call.items()
+    }
+
+
+def floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def outputs(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def upstream(op: Op, call: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Random gradients of the reference's outputs, in fp64, none of them 1."""
+    results = outputs(op.reference(**call))
+    return tuple(torch.randn(r.shape, device=r.device, dtype=torch.float64) + 1.5 for r in results)
+
+
+def run(
+    function: Callable[..., Any], call: dict[str, Any], gradients: tuple[Tensor, ...]
+) -> dict[str, Tensor]:
+    """Every output and the gradient of every floating argument, by name."""
+    call = leaves(call)
+    results = outputs(function(**call))
+    torch.autograd.backward(results, [g.to(r.dtype) for g, r in zip(gradients, results)])
+    found = {f"output {i}": r.detach() for i, r in enumerate(results)}
+    found |= {f"d{k}": v.grad for k, v in call.items() if floating(v)}
+    return found
+
+
+def judge(op: Op, ours: dict[str, Tensor], call: dict[str, Any], gradients: tuple[Tensor, ...]) -> None:
+    """error(ours) <= 2 error(PyTorch in the same dtype) + small, both against PyTorch in fp64."""
+    exact = run(op.reference, leaves(call, torch.float64), gradients)
+    peer = run(op.reference, call, gradients)
+    assert ours.keys() == exact.keys()
+    for name, expected in exact.items():
+        found = ours[name]
+        assert found is not None, f"{op.name}: no {name}"
+        assert found.shape == expected.shape, f"{op.name}: {name} is {found.shape}, not {expected.shape}"
+        if not expected.numel():
+            continue
+        assert not found.isnan().any() or expected.isnan().any(), f"{op.name}: NaN in {name}"
+        error, allowed = distance(found, expected), 2 * distance(peer[name], expected)
+        small = torch.finfo(found.dtype).eps * expected.abs().max().item() + 1e-6
+        limit = f"allowed {allowed:.2e} + {small:.2e}"
+        assert error <= allowed + small, f"{op.name}: {name} is off by {error:.2e}, {limit}"
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return (found.double() - expected).abs().max().item()
+
+
+def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), f"{name} differs from run to run"

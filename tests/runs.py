@@ -1,0 +1,22 @@
+"""A training run small enough for a test."""
+
+from typing import Any
+
+import torch
+
+from train import distributed
+from train.__main__ import train
+from train.config import parse
+
+TINY = """
+    --dataset=tiny --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4
+    --gradient_accumulation_steps=2 --max_iters=8 --lr_decay_iters=8 --warmup_iters=2 --learning_rate=1e-2
+    --eval_interval=4 --eval_iters=2
+""".split()
+
+
+def run(*flags: str, out_dir: str = "out") -> dict[str, Any]:
+    """Trains in this process with TINY's settings and `flags`; returns the checkpoint."""
+    ranks = distributed.start("auto", "cpu")
+    train(parse([*TINY, f"--out_dir={out_dir}", *flags]), ranks)
+    return torch.load(f"{out_dir}/ckpt.pt", weights_only=True)

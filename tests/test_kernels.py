@@ -1,0 +1,328 @@
+"""Every operation, every sample, every dtype: against fp64, and the same bits every time.
+
+bfloat16 has a right path in Triton's interpreter (`kernels.op.round_to` and `dot`), so it is tested there
+too.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import OPS
+from kernels.op import Op, record
+from tests.kernel_cases import (
+    CASE_IDS,
+    CASES,
+    DTYPES,
+    assert_same_bits,
+    distance,
+    floating,
+    judge,
+    leaves,
+    make,
+    outputs,
+    run,
+    upstream,
+)
+
+FIRST = [(op, op.samples[2]) for op in OPS]  # one sample an operation, where the shape is not the question
+FIRST_IDS = [op.name for op in OPS]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "sample"), CASES, ids=CASE_IDS)
+def test_output_and_gradients(
+    op: Op, sample: dict[str, Any], dtype: torch.dtype, device: str, poisoned: None
+) -> None:
+    call = make(op, dtype, device, sample)
+    gradients = upstream(op, call)
+    judge(op, run(op.implementations["triton"], call, gradients), call, gradients)
+
+
+def _rows_apart(x: Tensor) -> Tensor:
+    """The same values in the middle of wider rows."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 5), torch.nan, dtype=x.dtype, device=x.device)
+    wide[..., 3:-2] = x
+    return wide[..., 3:-2]
+
+
+def _columns_apart(x: Tensor) -> Tensor:
+    """The same values in every second column."""
+    wide = torch.full((*x.shape, 2), torch.nan, dtype=x.dtype, device=x.device)
+    wide[..., 0] = x
+    return wide[..., 0]
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.t().contiguous().t() if x.dim() == 2 else x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("layout", [_rows_apart, _columns_apart, _transposed])
+@pytest.mark.parametrize(("op", "sample"), FIRST, ids=FIRST_IDS)
+def test_strided_inputs(op: Op, sample: dict[str, Any], layout: Any, device: str, poisoned: None) -> None:
+    call = make(op, torch.float32, device, sample)
+    gradients = upstream(op, call)
+    strided = {
+        k: layout(v) if floating(v) and (v.dim() > 1 or layout is not _transposed) else v
+        for k, v in call.items()
+    }
+    judge(op, run(op.implementations["triton"], strided, gradients), call, gradients)
+
+
+@pytest.mark.parametrize(("op", "sample"), FIRST, ids=FIRST_IDS)
+def test_gradient_of_stride_zero(op: Op, sample: dict[str, Any], device: str, poisoned: None) -> None:
+    """`.sum().backward()` sends one number, expanded."""
+    call = make(op, torch.float32, device, sample)
+    gradients = tuple(torch.ones_like(r) for r in outputs(op.reference(**call)))
+    expanded = tuple(torch.ones((), device=device).expand(g.shape) for g in gradients)
+    judge(op, run(op.implementations["triton"], call, expanded), call, gradients)
+
+
+@pytest.mark.parametrize(("op", "sample"), FIRST, ids=FIRST_IDS)
+def test_gradient_that_is_a_view(op: Op, sample: dict[str, Any], device: str, poisoned: None) -> None:
+    call = make(op, torch.float32, device, sample)
+    gradients = upstream(op, call)
+    views = tuple(_columns_apart(g) if g.dim() else g for g in gradients)
+    judge(op, run(op.implementations["triton"], call, views), call, gradients)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("op", "sample"), FIRST, ids=FIRST_IDS)
+def test_same_bits_every_run(op: Op, sample: dict[str, Any], dtype: torch.dtype, device: str) -> None:
+    call = make(op, dtype, device, sample)
+    gradients = upstream(op, call)
+    first = run(op.implementations["triton"], call, gradients)
+    for _ in range(2):
+        assert_same_bits(first, run(op.implementations["triton"], call, gradients))
+
+
+@pytest.mark.parametrize(("op", "sample"), FIRST, ids=FIRST_IDS)
+def test_second_backward_of_a_retained_graph(op: Op, sample: dict[str, Any], device: str) -> None:
+    call = leaves(make(op, torch.float32, device, sample))
+    results = outputs(op.implementations["triton"](**call))
+    inputs = [v for v in call.values() if floating(v)]
+    gradients = [torch.randn_like(r) for r in results]
+    first = torch.autograd.grad(results, inputs, gradients, retain_graph=True)
+    double = torch.autograd.grad(results, inputs, [2 * g for g in gradients], retain_graph=True)
+    again = torch.autograd.grad(results, inputs, gradients)
+    for a, b, c in zip(first, double, again):
+        assert torch.equal(a, c)
+        torch.testing.assert_close(b, 2 * a)
+
+
+@pytest.mark.parametrize(("op", "sample"), FIRST, ids=FIRST_IDS)
+def test_arguments_are_left_alone(op: Op, sample: dict[str, Any], device: str) -> None:
+    """In-place logits corrupted what others still read: Liger issue 343."""
+    call = make(op, torch.float32, device, sample)
+    before = {k: v.clone() if isinstance(v, Tensor) else v for k, v in call.items()}
+    gradients = upstream(op, call)
+    kept = tuple(g.clone() for g in gradients)
+    run(op.implementations["triton"], call, gradients)
+    assert all(torch.equal(call[k], v) for k, v in before.items() if isinstance(v, Tensor))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, kept))
+
+
+KERNELS = {  # operation -> what it launches forward, then backward
+    "layer_norm": (["_forward_kernel"], ["_backward_kernel"]),
+    "add_layer_norm": (["_forward_kernel"], ["_backward_kernel"]),
+    "causal_attention": (["_forward_kernel"], ["_dq_kernel", "_dkdv_kernel"]),
+    "cross_entropy": (["_loss_kernel"], ["_gradient_kernel"]),
+    "linear_cross_entropy": (["_loss_kernel"] * 3, []),  # three chunks, gradients in forward
+}
+
+
+@pytest.mark.parametrize(("op", "sample"), FIRST, ids=FIRST_IDS)
+def test_kernels_are_launched(op: Op, sample: dict[str, Any], device: str) -> None:
+    """Torch is never tested against torch: ours launches these kernels, and torch's launches none."""
+    call = leaves(make(op, torch.float32, device, sample))
+    forward, backward = KERNELS[op.name]
+    with record() as launches:
+        results = outputs(op.implementations["triton"](**call))
+    assert [launch.kernel.__name__ for launch in launches] == forward
+    with record() as launches:
+        torch.autograd.backward(results, [torch.ones_like(r) for r in results])
+    assert [launch.kernel.__name__ for launch in launches] == backward
+    with record() as launches:
+        run(op.implementations["torch"], call, upstream(op, call))
+    assert not launches
+
+
+@pytest.mark.parametrize("op", OPS, ids=FIRST_IDS)
+def test_cost_is_that_of_the_tensors(op: Op) -> None:
+    """At the least, forward reads its arguments once and backward writes their gradients."""
+    call = op.make(dtype=torch.bfloat16, device="meta", **op.shipped[0])
+    cost, read = op.cost(**call), sum(v.nbytes for v in call.values() if floating(v) and v.dim() > 1)
+    assert read <= cost.forward_bytes <= 3 * read
+    assert cost.backward_bytes >= read
+    assert cost.backward_flops >= cost.forward_flops > 0
+
+
+# ---- torch.library, torch.compile, autocast
+
+
+@pytest.mark.parametrize(("op", "sample"), FIRST, ids=FIRST_IDS)
+def test_opcheck(op: Op, sample: dict[str, Any], device: str) -> None:
+    """Schema, fake implementation, autograd registration and AOT dispatch of every operator used."""
+    seen: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "tritongpt":
+                seen.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    call = make(op, torch.float32, device, sample)
+    with Spy():
+        run(op.implementations["triton"], call, upstream(op, call))
+    assert seen
+    for func, args in seen:
+        forward = "backward" not in func.__name__
+        fresh = tuple(
+            a.detach().clone().requires_grad_(forward and floating(a)) if isinstance(a, Tensor) else a
+            for a in args
+        )
+        torch.library.opcheck(func, fresh)
+
+
+def _compiled(op: Op, sample: dict[str, Any], device: str, backend: str) -> None:
+    torch._dynamo.reset()
+    call = make(op, torch.float32, device, sample)
+    gradients = upstream(op, call)
+    compiled = torch.compile(op.implementations["triton"], backend=backend, fullgraph=True)
+    with record() as launches:
+        found = run(compiled, call, gradients)
+    assert launches
+    judge(op, found, call, gradients)
+
+
+@pytest.mark.parametrize(("op", "sample"), FIRST, ids=FIRST_IDS)
+def test_compiles_without_a_graph_break(op: Op, sample: dict[str, Any], device: str) -> None:
+    """LayerNorm under compile returned zeros: Liger issue 871."""
+    _compiled(op, sample, device, "aot_eager")
+
+
+def test_dropout_compiles_without_a_graph_break(device: str, poisoned: None) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(kernels.causal_attention, backend="aot_eager", fullgraph=True)
+    qkv = torch.randn(1, 20, 3, 1, 16, device=device).requires_grad_()
+    first, second = compiled(qkv, 0.5), compiled(qkv, 0.5)
+    assert not torch.equal(first, second)  # the seed is drawn by the compiled program, not by its compilation
+    first.sum().backward()
+    assert qkv.grad is not None
+    assert qkv.grad.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("op", "sample"), FIRST, ids=FIRST_IDS)
+def test_compiles_with_inductor(op: Op, sample: dict[str, Any], device: str) -> None:
+    _compiled(op, sample, device, "inductor")
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_autocast(backend: str | None, device: str, poisoned: None) -> None:
+    """The dtypes that `kernels` documents; the gradient of a fp32 parameter is fp32."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    N, C, V = 6, 32, 50
+
+    def step(x: Tensor, residual: Tensor, w: Tensor, head: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(device, torch.bfloat16):
+            normed, summed = kernels.add_layer_norm(x, residual, w)
+            again = kernels.layer_norm(summed, (C,), w)
+            mixed = kernels.causal_attention(summed.view(1, 2, 3, 1, C))
+            loss = kernels.linear_cross_entropy(normed + again, head, target)
+        return normed, summed, again, mixed, loss
+
+    x = torch.randn(N, C, device=device, dtype=torch.bfloat16).requires_grad_()
+    residual, w, head = (torch.randn(n, C, device=device).requires_grad_() for n in (N, 1, V))
+    target = torch.randint(V, (N,), device=device)
+    function = step if backend is None else torch.compile(step, backend=backend, fullgraph=True)
+    results = function(x, residual, w[0], head, target)
+    half, full = torch.bfloat16, torch.float32
+    assert [r.dtype for r in results] == [half, full, half, half, full]
+    torch.autograd.backward([results[3].float().sum(), results[4]])
+    assert [t.grad.dtype for t in (x, residual, w, head)] == [half, full, full, full]
+    assert all(t.grad.isfinite().all() for t in (x, residual, w, head))
+
+
+def test_layer_norm_mixes_dtypes(device: str, poisoned: None) -> None:
+    """A bf16 branch on a fp32 stream with fp32 parameters: each gradient in its own dtype."""
+    torch.manual_seed(0)
+    op = next(op for op in OPS if op.name == "add_layer_norm")
+    call = op.make(dtype=torch.float32, device=device, shape=(5, 111))
+    call["input"] = call["input"].bfloat16()
+    gradients = upstream(op, call)
+    found = run(kernels.add_layer_norm, call, gradients)
+    assert found["dinput"].dtype == torch.bfloat16
+    assert found["dresidual"].dtype == torch.float32
+    judge(op, found, call, gradients)
+
+
+def test_only_one_output_of_add_layer_norm_is_used(device: str, poisoned: None) -> None:
+    op = next(op for op in OPS if op.name == "add_layer_norm")
+    for used in (0, 1):
+        call = leaves(make(op, torch.float32, device, {"shape": (3, 59)}))
+        exact = leaves(call, torch.float64)
+        op.implementations["triton"](**call)[used].square().sum().backward()
+        op.reference(**exact)[used].square().sum().backward()
+        for name in ("input", "residual"):
+            assert distance(call[name].grad, exact[name].grad) < 1e-4
+
+
+# ---- what needs a GPU: real tiles, real races
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS, ids=FIRST_IDS)
+def test_large_shapes(op: Op, device: str, poisoned: None) -> None:
+    sample = {
+        "layer_norm": {"shape": (20000, 1600)},
+        "add_layer_norm": {"shape": (20000, 1600)},
+        "causal_attention": {"B": 2, "T": 1025, "H": 3, "D": 64},
+        "cross_entropy": {"N": 2000, "V": 50257},
+        "linear_cross_entropy": {"N": 5000, "C": 256, "V": 50257, "chunk_size": 2048},
+    }[op.name]
+    call = make(op, torch.bfloat16, device, sample)
+    gradients = upstream(op, call)
+    judge(op, run(op.implementations["triton"], call, gradients), call, gradients)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [16, 24, 32, 64, 80, 96, 128])
+@pytest.mark.parametrize("T", [1, 2, 97, 1000, 1024])
+def test_attention_tiles(T: int, D: int, device: str, poisoned: None) -> None:
+    op = next(op for op in OPS if op.name == "causal_attention")
+    call = make(op, torch.bfloat16, device, {"B": 2, "T": T, "H": 3, "D": D})
+    gradients = upstream(op, call)
+    judge(op, run(op.implementations["triton"], call, gradients), call, gradients)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS, ids=FIRST_IDS)
+def test_same_bits_a_hundred_times(op: Op, device: str) -> None:
+    sample = {"B": 4, "T": 1000, "H": 12, "D": 64} if op.name == "causal_attention" else op.samples[3]
+    call = make(op, torch.bfloat16, device, sample)
+    gradients = upstream(op, call)
+    first = run(op.implementations["triton"], call, gradients)
+    for _ in range(100):
+        assert_same_bits(first, run(op.implementations["triton"], call, gradients))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("op", "sample"), FIRST, ids=FIRST_IDS)
+def test_cuda_graph(op: Op, sample: dict[str, Any], device: str) -> None:
+    call = make(op, torch.bfloat16, device, sample)
+    gradients = upstream(op, call)
+    eager = run(op.implementations["triton"], call, gradients)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        run(op.implementations["triton"], call, gradients)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = run(op.implementations["triton"], call, gradients)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same_bits(eager, captured)
