@@ -4,11 +4,13 @@ A config file is Python that assigns to the names of the flags, as nanoGPT's are
 `--name=value`, so a value from a file meets the same checks and the same messages as one from the shell.
 """
 
+import ast
 import difflib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,18 +22,30 @@ def parse(config_class: type[Config], args: Sequence[str], prog: str, presets: P
 
     A config file is found by its path or, in the folder `presets`, by its name.
     """
-    import tyro
+    return parse_given(config_class, args, prog, presets)[0]
 
-    names = flag_names(config_class)
+
+def parse_given(
+    config_class: type[Config], args: Sequence[str], prog: str, presets: Path | None = None
+) -> tuple[Config, set[str]]:
+    """`parse`, and the names of the flags that were set, by a file or on the command line."""
+    try:
+        import tyro
+    except ImportError:
+        raise ValueError("the command line needs the package tyro: pip install tyro") from None
+
+    known, scope = flag_names(config_class), _defaults(config_class)
     flags: list[str] = []
     for i, arg in enumerate(args):
         is_value = i > 0 and args[i - 1].startswith("-") and "=" not in args[i - 1]  # of `--key value`
         if arg.startswith("-") or is_value:
             flags.append(arg)
         else:
-            flags += _flags_of_file(_find(arg, presets), names)
+            flags += _flags_of_file(_find(arg, presets), known, scope)
     options = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
-    return tyro.cli(config_class, args=flags, prog=prog, config=options, use_underscores=True)
+    config = tyro.cli(config_class, args=flags, prog=prog, config=options, use_underscores=True)
+    names = (flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags)
+    return config, set(known).intersection(names)
 
 
 def flag_names(config_class: type) -> list[str]:
@@ -68,11 +82,29 @@ def _find(name: str, presets: Path | None) -> Path:
     raise ValueError(f"{name!r} is neither a config file nor a preset; {hint}")
 
 
-def _flags_of_file(path: Path, names: list[str]) -> list[str]:
-    assigned: dict[str, Any] = {}
-    exec(compile(path.read_text(), str(path), "exec"), assigned)
-    del assigned["__builtins__"]
-    for name in assigned.keys() - set(names):
-        if close := difflib.get_close_matches(name, names, n=1, cutoff=0.8):
+def _flags_of_file(path: Path, known: list[str], scope: dict[str, Any]) -> list[str]:
+    """`--name=value` for what the file assigns. It sees, as nanoGPT's do, what was set before it."""
+    try:
+        tree = ast.parse(path.read_text(), str(path))
+        exec(compile(tree, str(path), "exec"), scope)
+    except Exception as error:  # whatever the file does
+        line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
+        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+    assigned = {
+        n.id: None for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    }
+    for name in assigned.keys() - set(known):
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
             print(f"{path}: {name!r} is no flag and is ignored; did you mean {close[0]!r}?", file=sys.stderr)
-    return [f"--{name}={value}" for name, value in assigned.items() if name in names]
+    return [f"--{name}={scope[name]}" for name in assigned if name in known and name in scope]
+
+
+def _defaults(config_class: type) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for field in fields(config_class):
+        value = field.default if field.default_factory is MISSING else field.default_factory()
+        if is_dataclass(value):
+            values |= vars(value)
+        elif value is not MISSING:
+            values[field.name] = value
+    return values

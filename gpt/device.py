@@ -1,5 +1,9 @@
 """Where the model runs and in which precision: "auto" is resolved here, what cannot be is refused."""
 
+import importlib.util
+import os
+import shutil
+import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -42,6 +46,26 @@ def resolve_dtype(dtype: str, device: str) -> str:
             f"older; try --dtype=float16"
         )
     return dtype
+
+
+def resolve_compile(compile: bool | str, device: str) -> bool:
+    """ "auto" is True on a GPU that torch.compile can generate code for."""
+    reason = _no_compile(device)
+    if compile == "auto":
+        return device.startswith("cuda") and reason is None
+    if compile and reason is not None:
+        raise ValueError(f"compile=True is not possible here: {reason}; try --compile=False")
+    return bool(compile)
+
+
+def _no_compile(device: str) -> str | None:
+    if device.startswith("cuda"):
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        capability = torch.cuda.get_device_capability(device)
+        return None if capability >= (7, 0) else f"{device} is older than sm_70"
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    return None if shutil.which(compiler.split()[-1]) else f"there is no C++ compiler {compiler!r}"
 
 
 def autocast(device: str, dtype: str) -> AbstractContextManager:

@@ -4,9 +4,10 @@
 # whitepapers, halved where they quote the figure with sparsity. The longest name contained in the device's
 # name counts, so "H100 PCIe" goes before "H100".
 PEAK_TFLOPS = {
-    "V100": 125, "T4": 65,
+    "V100": 125, "V100 PCIE": 112, "T4": 65,
     "A100": 312, "A800": 312, "A30": 165, "A40": 149.7, "A10": 125, "A10G": 70, "RTX A6000": 154.8,
-    "H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "H800": 989, "H200": 989, "GH200": 989, "H20": 148,
+    "H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "H800": 989, "H200": 989, "H200 NVL": 835,
+    "GH200": 989, "H20": 148,
     "L4": 121, "L40": 181, "L40S": 362, "RTX 6000 Ada": 364,
     "B200": 2250, "GB200": 2500,
     "RTX 3060": 25.5, "RTX 3060 Ti": 32.4, "RTX 3070": 40.6, "RTX 3070 Ti": 43.5,
@@ -15,7 +16,7 @@ PEAK_TFLOPS = {
     "RTX 4070 Ti SUPER": 88.2, "RTX 4080": 97.5, "RTX 4080 SUPER": 104.4, "RTX 4090": 165.2,
     "RTX 5070": 61.7, "RTX 5070 Ti": 87.9, "RTX 5080": 112.6, "RTX 5090": 209.5,
 }  # fmt: skip
-BEFORE_TF32 = {"V100", "T4"}
+BEFORE_TF32 = {"V100", "V100 PCIE", "T4"}
 
 
 def flops_per_token(n_params: int, n_layer: int, n_embd: int, block_size: int) -> int:
@@ -32,7 +33,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 
     "float32" is the TF32 peak, which is half the 16-bit one on every GPU that has it.
     """
-    if "Laptop" in device_name or "Max-Q" in device_name:  # same names, other clocks
+    if any(word in device_name for word in ("Laptop", "Max-Q", "MIG")):  # same names, other chips
         return None
     words = device_name.replace("-", " ").split()
     known = [name for name in PEAK_TFLOPS if _contains(words, name.split())]

@@ -1,5 +1,6 @@
 """Weights from elsewhere: checkpoints, this project's and nanoGPT's, and OpenAI's GPT-2 from Hugging Face."""
 
+import difflib
 import pickle
 import zipfile
 from pathlib import Path
@@ -11,6 +12,8 @@ from gpt.model import GPT, GPTConfig
 
 # nanoGPT calls GPTConfig(**model_args): these seven and no eighth.
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+ACTIVATION = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # theirs -> ours
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 MASKS = (".attn.bias", ".attn.masked_bias")
 
@@ -24,7 +27,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        LookupError,
+        TypeError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
         size = path.stat().st_size
         if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
             raise ValueError(
@@ -37,6 +47,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     missing = {"model", "model_args"} - checkpoint.keys() if isinstance(checkpoint, dict) else {"model"}
     if missing:
         raise ValueError(f"{path} is no GPT checkpoint: it lacks {', '.join(sorted(missing))}")
+    if not all(isinstance(checkpoint[name], dict) for name in ("model", "model_args")):
+        raise ValueError(f"{path} is no GPT checkpoint: its model and model_args are no dicts")
     prefix = "_orig_mod."
     checkpoint["model"] = {key.removeprefix(prefix): value for key, value in checkpoint["model"].items()}
     return checkpoint
@@ -44,7 +56,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def model_config(checkpoint: dict[str, Any], **overrides: Any) -> GPTConfig:
     """The GPTConfig a checkpoint was made with; `kernels` is the run's to choose, not the checkpoint's."""
-    args = {name: checkpoint["model_args"][name] for name in MODEL_ARGS if name in checkpoint["model_args"]}
+    args = checkpoint["model_args"]
+    if missing := [name for name in MODEL_ARGS if name not in args and name not in ("dropout", "bias")]:
+        raise ValueError(f"the checkpoint's model_args lack {', '.join(missing)}")
+    args = {name: args[name] for name in MODEL_ARGS if name in args}
     return GPTConfig(**{**args, "activation": checkpoint.get("activation", "gelu"), **overrides})
 
 
@@ -73,6 +88,19 @@ def best_or_latest(out_dir: Path) -> Path:
     return best if wants_best and best.exists() else latest
 
 
+def is_hugging_face(source: str) -> bool:
+    """Whether `source` is one of OpenAI's GPT-2s or a folder, rather than a checkpoint.
+
+    Raises ValueError for a name that is only close to one.
+    """
+    if source in GPT2_NAMES or Path(source).is_dir():
+        return True
+    if source.startswith("gpt2") and not Path(source).exists():
+        close = difflib.get_close_matches(source, GPT2_NAMES, n=1) or ["gpt2"]
+        raise ValueError(f"{source!r} is no GPT-2: did you mean {close[0]!r} of {', '.join(GPT2_NAMES)}?")
+    return False
+
+
 def from_hugging_face(name: str, override_args: dict[str, Any], device: str = "cpu") -> GPT:
     """A GPT2LMHeadModel by name or folder. Its weights were trained with the tanh GELU, so that is set."""
     allowed = {"dropout", "kernels"}
@@ -82,11 +110,18 @@ def from_hugging_face(name: str, override_args: dict[str, Any], device: str = "c
         from transformers import GPT2LMHeadModel
     except ImportError:
         raise ValueError(f"loading {name!r} needs the package transformers: pip install -e '.[hf]'") from None
-    hf = GPT2LMHeadModel.from_pretrained(name)
+    try:
+        hf = GPT2LMHeadModel.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name!r} could not be loaded by transformers: {_first_line(error)}") from None
     c = hf.config
+    if c.activation_function not in ACTIVATION:
+        raise ValueError(
+            f"{name!r} has the activation {c.activation_function!r}; known: {', '.join(ACTIVATION)}"
+        )
     config = GPTConfig(
         block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
-        n_embd=c.n_embd, bias=True, activation="gelu" if c.activation_function == "gelu" else "gelu_tanh",
+        n_embd=c.n_embd, bias=True, activation=ACTIVATION[c.activation_function],
         **override_args,
     )  # fmt: skip
     weights = {

@@ -1,15 +1,16 @@
 """python -m gpt.sample: continues a prompt with a trained model. The flags are nanoGPT's."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gpt import cli, tokenizer
-from gpt.device import autocast, resolve_device, resolve_dtype
+from gpt.device import autocast, resolve_compile, resolve_device, resolve_dtype
 from gpt.model import GPT
-from gpt.pretrained import best_or_latest, from_checkpoint, from_hugging_face
+from gpt.pretrained import best_or_latest, from_checkpoint, from_hugging_face, is_hugging_face
 
 
 @dataclass
@@ -34,30 +35,39 @@ class SampleConfig:
 
 def load(config: SampleConfig, device: str) -> tuple[GPT, tokenizer.Tokenizer]:
     """The model in eval mode on `device`, and the tokenizer it was trained with."""
-    if config.init_from.startswith("gpt2"):
+    if config.init_from != "resume" and is_hugging_face(config.init_from):
         model = from_hugging_face(config.init_from, {"kernels": config.kernels}, device)
         return model.eval(), tokenizer.GPT2Tokenizer()
     path = best_or_latest(Path(config.out_dir)) if config.init_from == "resume" else Path(config.init_from)
     model, checkpoint = from_checkpoint(path, device, dropout=0.0, kernels=config.kernels)
     described = checkpoint.get("tokenizer")
     if described is None:  # nanoGPT's: it looks for the data set by name
-        dataset = checkpoint.get("config", {}).get("dataset", "")
-        described = tokenizer.describe_dataset(Path("data", dataset))
+        folder = Path("data", checkpoint.get("config", {}).get("dataset", ""))
+        described = tokenizer.describe_dataset(folder)
+        if described["kind"] == "gpt2" and (model.config.vocab_size or 0) < tokenizer.GPT2_VOCAB_SIZE:
+            raise ValueError(
+                f"{path} knows {model.config.vocab_size} symbols and does not say which, and there is no "
+                f"{folder / 'meta.pkl'} to tell"
+            )
     return model.eval(), tokenizer.from_dict(described)
 
 
-def generate(model: GPT, tokens: tokenizer.Tokenizer, prompt: str, config: SampleConfig) -> str:
-    """One sample: the prompt and what follows it."""
-    ids = tokens.encode(prompt)
-    if not ids:
-        raise ValueError("the prompt is empty: give at least one symbol to go on from, such as --start='\\n'")
+def generate(
+    model: GPT,
+    tokens: tokenizer.Tokenizer,
+    prompt: Sequence[int],
+    config: SampleConfig,
+    generator: torch.Generator | None = None,
+) -> str:
+    """One sample: the text of the prompt's ids and of those that follow. Raises ValueError."""
     vocab_size = model.config.vocab_size or 0
-    if max(ids) >= vocab_size:
-        raise ValueError(f"the prompt has token id {max(ids)}, and the model knows {vocab_size} symbols")
-    idx = torch.tensor([ids], device=model.lm_head.weight.device)
-    return tokens.decode(
-        model.generate(idx, config.max_new_tokens, config.temperature, config.top_k)[0].tolist()
-    )
+    if not prompt:
+        raise ValueError("the prompt is empty: give at least one symbol to go on from, such as --start='A'")
+    if max(prompt) >= vocab_size:
+        raise ValueError(f"the prompt has token id {max(prompt)}, and the model knows {vocab_size} symbols")
+    idx = torch.tensor([prompt], device=model.lm_head.weight.device)
+    out = model.generate(idx, config.max_new_tokens, config.temperature, config.top_k, generator)
+    return tokens.decode(out[0].tolist())
 
 
 def main() -> None:
@@ -71,11 +81,12 @@ def main() -> None:
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = True
     model, tokens = load(config, device)
-    if config.compile:
+    ids = tokens.encode(prompt)
+    if resolve_compile(config.compile, device):
         model.compile(dynamic=True)  # the context grows by one at each step
     with autocast(device, dtype):
         for _ in range(config.num_samples):
-            print(generate(model, tokens, prompt, config))
+            print(generate(model, tokens, ids, config))
             print("---------------", flush=True)
 
 

@@ -16,6 +16,7 @@ GPT2_REPLACEMENT = 4210  # U+FFFD
 
 class Tokenizer(Protocol):
     vocab_size: int
+    start_id: int  # what a text may begin from when there is no prompt
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -29,6 +30,7 @@ class CharTokenizer:
         self.symbols = list(symbols)
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.vocab_size = len(self.symbols)
+        self.start_id = 0
 
     def encode(self, text: str) -> list[int]:
         """Raises ValueError naming the first symbol that the vocabulary lacks."""
@@ -53,6 +55,7 @@ class GPT2Tokenizer:
     """GPT-2's byte-pair encoding, by tiktoken."""
 
     vocab_size = GPT2_VOCAB_SIZE
+    start_id = 198  # a new line
 
     def __init__(self) -> None:
         self.bpe = _gpt2_bpe()

@@ -18,5 +18,6 @@ TINY = """
 def run(*flags: str, out_dir: str = "out") -> dict[str, Any]:
     """Trains in this process with TINY's settings and `flags`; returns the checkpoint."""
     ranks = distributed.start("auto", "cpu")
-    train(parse([*TINY, f"--out_dir={out_dir}", *flags]), ranks)
+    config, given = parse([*TINY, f"--out_dir={out_dir}", *flags])
+    train(config, ranks, given)
     return torch.load(f"{out_dir}/ckpt.pt", weights_only=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gpt import pretrained
-from tests.runs import TINY, run
+from tests.runs import run
 from train import checkpoint, distributed
 from train.__main__ import train
 from train.config import parse
@@ -175,15 +175,69 @@ def test_saving_flushes_to_the_disk_before_the_name_changes(tmp_path, monkeypatc
     assert numbers == [2, 1]
 
 
-def test_gpt2_by_folder_starts_a_fine_tuning(workplace, monkeypatch):
+def test_a_stale_temporary_file_shares_no_bytes_with_what_is_saved(tmp_path):
+    """Left by a crash between linking best.pt and renaming it: a third name of both checkpoints."""
+    checkpoint.save(tmp_path, {"iter_num": 1}, best=True)
+    os.link(tmp_path / "ckpt.pt", tmp_path / "ckpt.pt.tmp")
+    os.link(tmp_path / "ckpt.pt", tmp_path / "best.pt.tmp")
+    checkpoint.save(tmp_path, {"iter_num": 2}, best=False)
+    assert torch.load(tmp_path / "best.pt")["iter_num"] == 1
+    checkpoint.save(tmp_path, {"iter_num": 3}, best=True)
+    assert torch.load(tmp_path / "best.pt")["iter_num"] == torch.load(tmp_path / "ckpt.pt")["iter_num"] == 3
+
+
+def test_best_is_copied_where_there_are_no_links(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    checkpoint.save(tmp_path, {"iter_num": 1}, best=True)
+    checkpoint.save(tmp_path, {"iter_num": 2}, best=False)
+    assert [torch.load(tmp_path / name)["iter_num"] for name in ("ckpt.pt", "best.pt")] == [2, 1]
+
+
+def test_an_optimizer_of_another_shape_is_refused(workplace):
+    state = run("--max_iters=4")
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(state, "out/ckpt.pt")
+    with pytest.raises(ValueError, match=r"optimizer: exp_avg of tensor 0 is \(3,\), not \(21, 32\)"):
+        run("--init_from=resume")
+
+
+def test_resuming_says_which_settings_are_not_as_before(workplace, capsys):
+    run("--max_iters=4")
+    capsys.readouterr()
+    run("--init_from=resume", "--max_iters=4", "--seed=7", "--eval_only=True")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not as before")]
+    assert lines == [
+        "not as before: eval_only was False and is True",
+        "not as before: seed was 1337 and is 7",
+    ]
+
+
+def test_fine_tuning_takes_the_shape_of_the_checkpoint_or_refuses(workplace):
+    run("--max_iters=1")
+    with pytest.raises(ValueError, match=r"out/ckpt.pt has n_embd=32, and n_embd=64 was asked for"):
+        run("--init_from=out/ckpt.pt", "--n_embd=64", out_dir="tuned")
+
+
+def test_gpt2_by_folder_starts_a_fine_tuning(workplace):
     """`init_from=gpt2*` goes through transformers, here with a small model of random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     hf = GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=32, n_layer=1, n_head=2, n_embd=16))
     hf.save_pretrained("gpt2-small")
+    flags = (
+        "--init_from=gpt2-small --dataset=tiny --device=cpu --batch_size=2 --gradient_accumulation_steps=1 "
+    )
+    flags += "--eval_iters=1 --max_iters=1 --learning_rate=0 --min_lr=0 --block_size=16"
+    config, given = parse(flags.split())
+    with pytest.raises(
+        ValueError, match="gpt2-small was trained with another tokenizer or alphabet than data/tiny"
+    ):
+        train(config, distributed.start("auto", "cpu"), given)
     (workplace / "data" / "tiny" / "meta.pkl").unlink()
-    flags = ["--init_from=gpt2-small", "--max_iters=1", "--learning_rate=0", "--min_lr=0", "--out_dir=out"]
-    train(parse([*TINY, *flags]), distributed.start("auto", "cpu"))
+    train(config, distributed.start("auto", "cpu"), given)
     model, state = pretrained.from_checkpoint(Path("out/ckpt.pt"))
     assert state["activation"] == "gelu_tanh" and state["model_args"]["block_size"] == 16
     idx = torch.arange(16)[None]

@@ -44,7 +44,7 @@ NANOGPT_DEFAULTS = dict(
 
 
 def test_defaults_are_nanogpts():
-    flat = parse([]).flat()
+    flat = parse([])[0].flat()
     assert {name: flat[name] for name in NANOGPT_DEFAULTS} == NANOGPT_DEFAULTS
 
 
@@ -54,20 +54,26 @@ def test_flags_and_files_in_order(tmp_path, capsys):
     file.write_text(
         "import time\nout_dir = 'a=b'\nlayers = 6\nn_layer = layers\ndropout = 0\nbias = True\n"
         "wandb_run_name = 'ft-' + str(time.time())\nlearning_rat = 3\ncompile = False\n"
+        "lr_decay_iters = max_iters + 1  # what was set before is to be seen\n"
     )
-    config = parse(["--n_layer=2", "--n_embd=96", str(file), "--n_head", "3", "--min_lr=1e-5"])
+    config, given = parse(["--n_layer=2", "--n_embd=96", str(file), "--n_head", "3", "--min_lr=1e-5"])
     assert (config.model.n_layer, config.model.n_embd, config.model.n_head) == (6, 96, 3)
     assert config.out_dir == "a=b" and config.model.dropout == 0.0 and config.model.bias is True
     assert config.wandb_run_name.startswith("ft-1") and config.compile is False and config.min_lr == 1e-5
     message = capsys.readouterr().err
     assert "'learning_rat' is no flag and is ignored; did you mean 'learning_rate'?" in message
     assert "layers" not in message.replace("n_layer", "")
-    assert parse([str(file), "--n_layer=2"]).model.n_layer == 2
+    assert parse([str(file), "--n_layer=2"])[0].model.n_layer == 2
+    assert given == {
+        "n_layer", "n_embd", "n_head", "min_lr", "out_dir", "dropout", "bias", "wandb_run_name", "compile",
+        "lr_decay_iters",
+    }  # fmt: skip
+    assert config.lr_decay_iters == 600001
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.py")), ids=lambda p: p.stem)
 def test_every_preset_parses_by_name_and_assigns_only_flags(preset, capsys):
-    by_name, by_path = parse([preset.stem]), parse([str(preset)])
+    by_name, by_path = parse([preset.stem])[0], parse([str(preset)])[0]
     assert by_name == by_path
     assigned: dict = {}
     exec(preset.read_text(), assigned)
@@ -103,7 +109,10 @@ def test_help_explains_every_flag_with_its_default(monkeypatch, capsys):
         (["--dtype=int8"], 1, ["dtype='int8' is none of auto, float32, bfloat16, float16"]),
         (["--batch_size=0"], 1, ["batch_size=0 must be at least 1"]),
         (["--dropout=1.0"], 1, ["dropout=1.0 must be at least 0 and below 1"]),
-        (["--warmup_iters=9"], 1, ["lr_decay_iters=8 lies before the end of the warm-up", "warmup_iters=9"]),
+        (["--vocab_size=-5"], 1, ["vocab_size=-5 must be at least 1"]),
+        (["--wsd_decay_iters=-4"], 1, ["wsd_decay_iters=-4 must be at least 0"]),
+        (["--backend=mpi"], 1, ["backend='mpi' is none of auto, nccl, gloo"]),
+        (["--init_from=gpt2-medum"], 1, ["did you mean 'gpt2-medium'"]),
         (["--dataset=missing"], 1, ["there is no data/missing/train.bin", "python -m train.prepare"]),
         (["--block_size=90000"], 1, ["49,801 tokens", "block_size=90000"]),
         (["--vocab_size=5"], 1, ["vocab_size=5 allows 0 to 4"]),
@@ -137,6 +146,27 @@ def test_accumulation_that_does_not_divide_and_nccl_without_gpus():
         patch.setenv("RANK", "0")
         with pytest.raises(ValueError, match="backend='nccl' needs GPUs, and this rank is on cpu"):
             start("nccl", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("n_layer = 2\nn_head = = 3", "line 2: SyntaxError"),
+        ("n_layer = 2\nn_head = layers", "line 2: NameError: name 'layers' is not defined"),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_one_sentence(workplace, monkeypatch, capsys, content, message):
+    Path("mine.py").write_text(content)
+    code, _, err = command(loop.main, monkeypatch, capsys, "mine.py")
+    assert code == 1 and err.startswith(f"error: mine.py, {message}") and err.count("\n") == 1
+
+
+def test_torchrun_gives_each_rank_its_own_gpu(monkeypatch):
+    from train.distributed import start
+
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match="device='cuda:0' would put every rank on one GPU"):
+        start("auto", "cuda:0")
 
 
 def test_samples_continue_the_prompt_with_the_seed_of_the_user(workplace, monkeypatch, capsys):
@@ -186,6 +216,16 @@ def test_a_mistake_in_sampling_is_one_sentence(workplace, monkeypatch, capsys, f
     assert code == 1 and message in err and err.startswith("error: ") and err.count("\n") == 1
 
 
+def test_sampling_from_nanogpts_checkpoint_needs_its_meta_file(workplace, monkeypatch, capsys):
+    state = run("--max_iters=1")
+    torch.save({k: state[k] for k in ("model", "model_args", "config")}, "out/ckpt.pt")
+    flags = ["--device=cpu", "--num_samples=1", "--max_new_tokens=3", "--start=king"]
+    assert command(sample.main, monkeypatch, capsys, *flags)[1].startswith("king")
+    Path("data/tiny/meta.pkl").unlink()
+    code, _, err = command(sample.main, monkeypatch, capsys, *flags)
+    assert code == 1 and "knows 21 symbols and does not say which" in err and "data/tiny/meta.pkl" in err
+
+
 def test_text_of_ones_own_by_character(workplace, monkeypatch, capsys):
     text = "To be, or not to be — that is the question.\n" * 50
     Path("mine.txt").write_text(text)
@@ -202,15 +242,19 @@ def test_text_of_ones_own_by_character(workplace, monkeypatch, capsys):
     assert code == 1 and "data/mine is there already" in err
 
 
-def test_an_interrupted_preparation_leaves_nothing_half_made(workplace, monkeypatch):
-    write_meta = tokenizer.write_meta
-    monkeypatch.setattr(tokenizer, "write_meta", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+def test_an_interrupted_preparation_is_not_taken_for_a_whole_one(workplace, monkeypatch):
+    """In a folder that holds other files already, as nanoGPT's do."""
+    folder = Path("data/half")
+    folder.mkdir()
+    (folder / "prepare.py").touch()
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        prepare.write(Path("data/half"), "abc" * 100, "char")
-    assert not Path("data/half").exists()
-    monkeypatch.setattr(tokenizer, "write_meta", write_meta)
-    prepare.write(Path("data/half"), "abc" * 100, "char")
-    assert sorted(p.name for p in Path("data").iterdir()) == ["half", "tiny"]
+        prepare.write(folder, "abc" * 100, "char")
+    assert not prepare.is_complete(folder)
+    monkeypatch.setattr(Path, "rename", rename)
+    prepare.write(folder, "abc" * 100, "char")
+    assert sorted(p.name for p in folder.iterdir()) == ["meta.pkl", "prepare.py", "train.bin", "val.bin"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gpt.model import GPTConfig
 from train.__main__ import read_ahead
-from train.data import TokenFile
+from train.data import TokenFile, describe
 from train.distributed import Ranks
 
 
@@ -72,7 +72,7 @@ def test_files_that_cannot_be_read_are_told(tmp_path):
     config = GPTConfig(block_size=8, vocab_size=10)
     path = tmp_path / "train.bin"
     with pytest.raises(FileNotFoundError, match=r"there is no .*train.bin: prepare the data first"):
-        TokenFile(path, config, 0)
+        describe(tmp_path)
     path.write_bytes(b"\0" * 31)
     with pytest.raises(ValueError, match="odd number of bytes, 31"):
         TokenFile(path, config, 0)

@@ -102,12 +102,66 @@ def test_the_readme_names_what_exists():
     assert set(re.findall(r"--(\w+)", text)) <= flags | torchrun
 
 
+FAKE_PYTHON = """#!/bin/sh
+case "$*" in
+    --version*) echo "Python 3.11.0" ;;
+    *"-m venv"*) rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+    *"-m pip"*) echo pip >> log; [ ! -e broken ] ;;
+esac
+"""
+
+
+def executable(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def test_an_interrupted_install_is_made_again_and_a_whole_one_is_not(tmp_path):
+    python = executable(tmp_path / "python", FAKE_PYTHON)
+    for name in ("Makefile", "setup.py", "constraints.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+
+    def install():
+        done = subprocess.run(
+            ["make", f"PYTHON={python}", "install"], cwd=tmp_path, capture_output=True, text=True
+        )
+        log = tmp_path / "log"
+        return done.returncode == 0, log.read_text().count("pip") if log.exists() else 0
+
+    (tmp_path / "broken").touch()
+    assert install() == (False, 1)
+    (tmp_path / "broken").unlink()
+    assert install() == (True, 2)
+    assert install() == (True, 2)
+    (tmp_path / "constraints.txt").write_text("torch==9\n")
+    assert install() == (True, 3)
+
+
+@pytest.mark.parametrize(("code", "dataset"), [(0, "plays_char"), (1, "stdlib_char"), (130, None)])
+def test_quickstart_goes_on_with_the_standard_library_where_the_plays_cannot_be_had(tmp_path, code, dataset):
+    python = executable(
+        tmp_path / "python",
+        f'#!/bin/sh\necho "$*" >> log\n[ "$*" != "-m train.prepare plays_char" ] || exit {code}\n',
+    )
+    done = subprocess.run(
+        ["sh", str(ROOT / "train" / "quickstart.sh")],
+        cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHON": str(python), "DATA": "plays_char"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    steps = (tmp_path / "log").read_text().splitlines()
+    if dataset is None:
+        assert done.returncode == 130 and len(steps) == 1
+        return
+    assert done.returncode == 0, done.stderr
+    assert f"-m train quickstart --dataset={dataset} --out_dir=out-quickstart-{dataset}" in steps
+    assert ("could not be fetched" in done.stdout) == (code == 1)
+
+
 def test_make_lists_its_targets_and_refuses_an_old_python(tmp_path):
     listing = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
     assert all(f"make {target}" in listing for target in ("quickstart", "test", "lint", "help"))
-    old = tmp_path / "python3"
-    old.write_text("#!/bin/sh\nexit 1\n")
-    old.chmod(0o755)
+    old = executable(tmp_path / "python3", "#!/bin/sh\nexit 1\n")
     for name in ("Makefile", "setup.py", "constraints.txt"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     command = ["make", f"PYTHON={old}", "quickstart"]

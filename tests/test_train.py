@@ -78,16 +78,18 @@ def test_two_ranks_equal_one_on_the_same_global_batch(workplace):
     assert len(two["rng"]) == 2 and not torch.equal(two["rng"][0]["cpu"], two["rng"][1]["cpu"])
 
 
-def test_a_run_of_two_ranks_resumes_on_two_bit_for_bit_and_on_one(workplace):
-    torchrun("--dropout=0.2", "--out_dir=straight")
-    torchrun("--dropout=0.2", "--out_dir=stopped", "--max_iters=4")
+def test_a_run_of_three_ranks_resumes_on_three_bit_for_bit_and_on_one(workplace):
+    """Of three, because the sum of two has but one order."""
+    flags = ["--dropout=0.2", "--gradient_accumulation_steps=3", "--eval_interval=2"]
+    torchrun(*flags, "--max_iters=4", "--out_dir=straight", ranks=3)
+    torchrun(*flags, "--max_iters=2", "--out_dir=stopped", ranks=3)
     (workplace / "one").mkdir()
     (workplace / "one" / "ckpt.pt").write_bytes((workplace / "stopped" / "ckpt.pt").read_bytes())
-    torchrun("--dropout=0.2", "--out_dir=stopped", "--init_from=resume")
+    torchrun(*flags, "--max_iters=4", "--out_dir=stopped", "--init_from=resume", ranks=3)
     straight, resumed = (torch.load(f"{d}/ckpt.pt", weights_only=True) for d in ("straight", "stopped"))
     assert same_weights(straight, resumed)
     assert records("straight") == records("stopped")
-    alone = run("--init_from=resume", out_dir="one")
+    alone = run(*flags, "--max_iters=4", "--init_from=resume", out_dir="one")
     assert alone["position"] == straight["position"]
 
 
@@ -101,6 +103,18 @@ def test_what_is_printed_is_nanogpts(workplace, capsys):
     assert [line.split(":")[0] for line in evaluations] == ["step 0", "step 4", "step 8"]
     assert all(re.fullmatch(r"step \d: train loss \d\.\d{4}, val loss \d\.\d{4}", e) for e in evaluations)
     assert any("tokens per iteration will be: 128 " in line for line in lines)
+
+
+def test_mfu_is_printed_where_the_peak_is_known(workplace, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "gpt.model.GPT.estimate_mfu", lambda self, sequences, seconds, dtype: 0.25 * sequences / 8
+    )
+    run()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("iter ")]
+    assert [line.endswith("ms, mfu 25.00%") for line in lines] == [False] * 5 + [True] * 3
+    assert [r["mfu"] for r in metrics.read(Path("out/metrics.jsonl")) if "loss" in r] == [None] * 5 + [
+        25.0
+    ] * 3
 
 
 def test_exactly_max_iters_updates_then_an_evaluation_and_a_checkpoint(workplace):
@@ -122,20 +136,24 @@ def test_a_finished_run_says_so(workplace, capsys):
 
 def test_eval_only_trains_nothing_and_saves_nothing_also_when_resuming(workplace):
     run()
-    before = Path("out/ckpt.pt").read_bytes()
-    run("--init_from=resume", "--eval_only=True")
-    assert Path("out/ckpt.pt").read_bytes() == before
+    before = {p: p.read_bytes() for p in Path("out").iterdir()}
+    for source in ("resume", "scratch"):
+        run(f"--init_from={source}", "--eval_only=True")
+    assert {p: p.read_bytes() for p in Path("out").iterdir()} == before
 
 
 def test_best_checkpoint_is_that_of_the_lowest_validation_loss(workplace, monkeypatch):
     import train.__main__ as loop
 
-    losses = iter([3.0, 2.0, 1.0, 1.5, 2.5])
+    losses = iter([3.0, 1.0, math.nan, 1.5, 1.2])
     monkeypatch.setattr(loop, "evaluate", lambda *a: dict.fromkeys(("train", "val"), next(losses)))
     latest = run("--eval_interval=2")
     best = torch.load("out/best.pt", weights_only=True)
-    assert (latest["iter_num"], best["iter_num"]) == (8, 4)
+    assert (latest["iter_num"], best["iter_num"]) == (8, 2)
     assert latest["best_val_loss"] == best["best_val_loss"] == 1.0
+    lines = Path("out/metrics.jsonl").read_text().splitlines()
+    strict = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [r["val/loss"] for r in strict if "val/loss" in r] == [3.0, 1.0, None, 1.5, 1.2]
 
 
 def test_training_learns_and_half_precision_follows(workplace):

@@ -4,14 +4,14 @@ The flags are those of train/config.py. This file is the whole run, to be read f
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from gpt import cli, tokenizer
 from gpt.device import autocast
 from gpt.model import GPT
 from gpt.sample import SampleConfig, generate
+from gpt.tokenizer import Tokenizer
 from train import checkpoint, distributed
 from train.config import TrainConfig, parse, resolve
-from train.data import TokenFile, to_device
+from train.data import TokenFile, describe, to_device
 from train.distributed import Ranks
 from train.metrics import Metrics
 from train.optim import learning_rate
@@ -33,14 +34,14 @@ Precision = Callable[[], AbstractContextManager]
 
 
 def main() -> None:
-    config = parse(sys.argv[1:])
+    config, given = parse(sys.argv[1:])
     ranks = distributed.start(config.backend, config.device)
-    train(config, ranks)
+    train(config, ranks, given)
     distributed.stop(ranks)
 
 
-def train(config: TrainConfig, ranks: Ranks) -> None:
-    """The whole run, from `config` to the last checkpoint."""
+def train(config: TrainConfig, ranks: Ranks, given: Container[str] = ()) -> None:
+    """The whole run, from `config` to the last checkpoint; `given` are the flags that were set explicitly."""
     out_dir, data_dir = Path(config.out_dir), Path("data", config.dataset)
     if ranks.is_main:
         checkpoint.make_folder(out_dir)
@@ -48,11 +49,15 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True  # where float32 is asked for on a GPU; no effect on a CPU
 
     config = resolve(config, ranks)
-    tokens = tokenizer.describe_dataset(data_dir)
-    model, resumed = checkpoint.initial_model(config, tokens, ranks.device)
+    tokens = describe(data_dir)
+    model, resumed = checkpoint.initial_model(config, given, tokens, ranks.device)
     config = replace(config, model=model.config)
     step: int = resumed.get("iter_num", 0)
     best_val_loss = float(resumed.get("best_val_loss", torch.inf))
+    if ranks.differ(step):
+        raise ValueError(
+            f"the ranks found different checkpoints: all machines must share out_dir={config.out_dir!r}"
+        )
     if resumed and step >= config.max_iters and not config.eval_only:
         if ranks.is_main:
             print(f"{out_dir} holds a finished run: all max_iters={config.max_iters} steps are made")
@@ -62,12 +67,12 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
         config.weight_decay, config.learning_rate, (config.beta1, config.beta2), ranks.device_type
     )
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=config.dtype == "float16")
-    if resumed:
-        checkpoint.restore(resumed, optimizer, scaler, ranks)
+    precision = partial(autocast, ranks.device, config.dtype)
     if config.compile:
         model.compile()  # in place: the names of the weights stay as they are
-    trained = DDP(model, gradient_as_bucket_view=True) if ranks.backend else model
-    precision = partial(autocast, ranks.device, config.dtype)
+    trained = distributed.parallel(model, config.batch_size, ranks, precision()) if ranks.backend else model
+    if resumed:
+        checkpoint.restore(resumed, optimizer, scaler, ranks)
 
     train_file = TokenFile(data_dir / "train.bin", config.model, config.seed)
     eval_files = {  # of another seed: not the windows that training is about to see
@@ -78,7 +83,8 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
     position: int = resumed.get("position", step * windows_per_step)
     micro_batches = read_ahead(train_file, position, config.batch_size, ranks)
     metrics = Metrics(config, ranks, model, first_step=step)
-    metrics.start(len(train_file.tokens))
+    metrics.start(len(train_file.tokens), resumed.get("config", {}))
+    example = tokenizer.from_dict(tokens) if config.eval_sample and ranks.is_main else None
 
     evaluated = step if "position" in resumed else -1  # our own checkpoints are written after an evaluation
     while True:
@@ -88,16 +94,18 @@ def train(config: TrainConfig, ranks: Ranks) -> None:
             with metrics.paused():
                 losses = evaluate(model, eval_files, config, ranks, precision)
                 metrics.evaluation(step, losses, lr)
-                if config.eval_sample and ranks.is_main:
-                    metrics.print(sample(model, tokens, config, ranks.device))
+                if example is not None:
+                    metrics.print(sample(model, example, config))
                 if step > 0 and not config.eval_only:
                     is_best = losses["val"] < best_val_loss
-                    best_val_loss = min(losses["val"], best_val_loss)
+                    if is_best:
+                        best_val_loss = losses["val"]
                     state = checkpoint.contents(model, optimizer, scaler, config, ranks) | {
                         "iter_num": step, "best_val_loss": best_val_loss, "position": position, "tokenizer":
                         tokens
                     }  # fmt: skip
                     if ranks.is_main:
+                        metrics.flush()
                         checkpoint.save(out_dir, state, is_best)
         if last:
             break
@@ -195,19 +203,13 @@ def evaluate(
     return losses
 
 
-def sample(model: GPT, tokens: dict[str, Any], config: TrainConfig, device: str) -> str:
-    """A sample of eval_sample tokens; the random numbers of the training stay untouched."""
-    prompt = tokens.get("symbols", ["\n"])[0]
+def sample(model: GPT, tokens: Tokenizer, config: TrainConfig) -> str:
+    """A text of eval_sample tokens; the random numbers of the training stay untouched."""
     settings = SampleConfig(max_new_tokens=config.eval_sample)
-    gpus = [device] if device.startswith("cuda") else []
+    generator = torch.Generator(config.device).manual_seed(config.seed)
     model.eval()
-    with (
-        torch.random.fork_rng(gpus),
-        torch.compiler.set_stance("force_eager"),
-        autocast(device, config.dtype),
-    ):
-        torch.manual_seed(config.seed)
-        text = generate(model, tokenizer.from_dict(tokens), prompt, settings)
+    with torch.compiler.set_stance("force_eager"), autocast(config.device, config.dtype):
+        text = generate(model, tokens, [tokens.start_id], settings, generator)
     model.train()
     return text
 

@@ -6,6 +6,8 @@ happens.
 """
 
 import os
+import shutil
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,20 @@ from typing import Any
 import torch
 
 from gpt.model import GPT
-from gpt.pretrained import MODEL_ARGS, from_checkpoint, from_hugging_face
+from gpt.pretrained import GPT2_NAMES, MODEL_ARGS, from_checkpoint, from_hugging_face, is_hugging_face
 from train.config import TrainConfig
 from train.distributed import Ranks
 
 GPT2_PADDED_VOCAB_SIZE = 50304  # 50257 rounded up to a multiple of 64, for the tensor cores
 
 
-def initial_model(config: TrainConfig, tokens: dict[str, Any], device: str) -> tuple[GPT, dict[str, Any]]:
+def initial_model(
+    config: TrainConfig, given: Container[str], tokens: dict[str, Any], device: str
+) -> tuple[GPT, dict[str, Any]]:
     """The model that `config.init_from` names, on `device`, and the checkpoint to resume ({} for a new run).
 
-    `tokens` describes the tokenizer of the data. Raises ValueError where data, flags and checkpoint disagree.
+    `given` are the flags that were set, `tokens` describes the tokenizer of the data. Raises ValueError where
+    flags, checkpoint and data disagree.
     """
     source, wanted = config.init_from, config.model
     latest = Path(config.out_dir, "ckpt.pt")
@@ -32,30 +37,29 @@ def initial_model(config: TrainConfig, tokens: dict[str, Any], device: str) -> t
     if source == "scratch":
         vocab_size = wanted.vocab_size or len(tokens.get("symbols", ())) or GPT2_PADDED_VOCAB_SIZE
         return GPT(replace(wanted, vocab_size=vocab_size), device).to(device), {}
-    if source.startswith("gpt2"):
-        model = from_hugging_face(source, {"dropout": wanted.dropout, "kernels": wanted.kernels}, device)
-        return _cropped(model, wanted.block_size), {}
 
-    path = latest if source == "resume" else Path(source)
-    if not path.suffix and not path.exists():
-        raise ValueError(
-            f"init_from={source!r} is none of scratch, resume, auto, gpt2*, or the path of a ckpt.pt"
-        )
-    model, checkpoint = from_checkpoint(path, device, dropout=wanted.dropout, kernels=wanted.kernels)
+    if is_hugging_face(source):
+        model = from_hugging_face(source, {"dropout": wanted.dropout, "kernels": wanted.kernels}, device)
+        checkpoint: dict[str, Any] = {"tokenizer": {"kind": "gpt2"}}
+    else:
+        source_path = latest if source == "resume" else Path(source)
+        if not source_path.suffix and not source_path.exists():
+            known = ", ".join(("scratch", "resume", "auto", *GPT2_NAMES))
+            raise ValueError(f"init_from={source!r} is none of {known}, or the path of a ckpt.pt")
+        overrides = {"dropout": wanted.dropout, "kernels": wanted.kernels}
+        model, checkpoint = from_checkpoint(source_path, device, **overrides)
+    where = str(latest) if source == "resume" else source
     if checkpoint.get("tokenizer", tokens) != tokens:
         raise ValueError(
-            f"{path} was trained with another tokenizer or alphabet than data/{config.dataset} has"
+            f"{where} was trained with another tokenizer or alphabet than data/{config.dataset} has"
         )
-    if source != "resume":
-        return _cropped(model, wanted.block_size), {}
-    default = TrainConfig().model
+    if source != "resume" and wanted.block_size < model.config.block_size and "block_size" in given:
+        model.crop_block_size(wanted.block_size)
     for name in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "activation"):
         asked, has = getattr(wanted, name), getattr(model.config, name)
-        if asked not in (has, getattr(default, name)):
-            raise ValueError(
-                f"{path} has {name}={has}, and {name}={asked} was asked for; leave it out to resume"
-            )
-    return model, checkpoint
+        if name in given and asked != has:
+            raise ValueError(f"{where} has {name}={has}, and {name}={asked} was asked for; leave it out")
+    return model, checkpoint if source == "resume" else {}
 
 
 def contents(
@@ -93,29 +97,38 @@ def restore(
         raise ValueError(
             f"the checkpoint's optimizer has groups of {sizes[0]} tensors, this run's of {sizes[1]}"
         )
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, p in enumerate(params):
+        moments = saved.get("state", {}).get(i, {"exp_avg": p, "exp_avg_sq": p})  # none before the first step
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name not in moments or moments[name].shape != p.shape:
+                found = tuple(moments[name].shape) if name in moments else "missing"
+                raise ValueError(
+                    f"the checkpoint's optimizer: {name} of tensor {i} is {found}, not {tuple(p.shape)}"
+                )
+    optimizer.load_state_dict({"state": saved.get("state", {}), "param_groups": own})
     if checkpoint.get("scaler"):
         scaler.load_state_dict(checkpoint["scaler"])
     rng = checkpoint.get("rng", [])
     if ranks.rank < len(rng):
-        torch.set_rng_state(rng[ranks.rank]["cpu"])
-        if ranks.device_type == "cuda" and "cuda" in rng[ranks.rank]:
-            torch.cuda.set_rng_state(rng[ranks.rank]["cuda"], ranks.device)
+        state = rng[ranks.rank]
+        torch.set_rng_state(state["cpu"])
+        if ranks.device_type in state.keys() - {"cpu"}:
+            _device_rng(ranks.device).set_rng_state(state[ranks.device_type])
 
 
 def save(folder: Path, checkpoint: dict[str, Any], best: bool) -> None:
     """Replaces ckpt.pt and, for the best so far, best.pt. Raises OSError; what was there stays whole."""
-    latest = folder / "ckpt.pt"
-    temporary = folder / "ckpt.pt.tmp"
+    latest, temporary = folder / "ckpt.pt", folder / "ckpt.pt.tmp"
     try:
+        temporary.unlink(missing_ok=True)
         with temporary.open("wb") as f:
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
         temporary.replace(latest)
-        if best:  # the same bytes under a second name; the next save replaces the name ckpt.pt, not the bytes
-            os.link(latest, temporary)
-            temporary.replace(folder / "best.pt")
+        if best:
+            _duplicate(latest, folder / "best.pt")
         _flush_folder(folder)
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)
@@ -136,17 +149,32 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
-def _cropped(model: GPT, block_size: int) -> GPT:
-    if block_size < model.config.block_size:
-        model.crop_block_size(block_size)
-    return model
-
-
 def _rng_state(device: str) -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
-    if device.startswith("cuda"):
-        state["cuda"] = torch.cuda.get_rng_state(device)
+    if device != "cpu":
+        state[device.partition(":")[0]] = _device_rng(device).get_rng_state()
     return state
+
+
+def _device_rng(device: str) -> Any:
+    """torch.cuda or torch.mps: the generator of this rank's device, which is the current one."""
+    return getattr(torch, device.partition(":")[0])
+
+
+def _duplicate(source: Path, target: Path) -> None:
+    """Replaces `target` by the file `source`: its second name, or a copy where there are no links.
+
+    Saving never writes into a file that has a name, so neither name can change the other's bytes.
+    """
+    temporary = target.with_name(f"{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+        with temporary.open("rb") as f:
+            os.fsync(f.fileno())
+    temporary.replace(target)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -4,8 +4,6 @@ Names and defaults are nanoGPT's, so its config files run as they are; where its
 is "auto", resolved once and recorded.
 """
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any, Literal
 
 import kernels
 from gpt import cli
-from gpt.device import resolve_dtype
+from gpt.device import resolve_compile, resolve_dtype
 from gpt.model import GPTConfig
 from train.distributed import Ranks
 
@@ -76,23 +74,22 @@ class TrainConfig:
         at_least = {"eval_interval": 1, "log_interval": 1, "eval_iters": 1, "batch_size": 1, "max_iters": 0}
         at_least |= {"gradient_accumulation_steps": 1, "warmup_iters": 0, "grad_clip": 0}
         at_least |= {"block_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "eval_sample": 0}
+        at_least |= {"vocab_size": 1, "wsd_decay_iters": 0}
         values = self.flat()
         for name, least in at_least.items():
-            if values[name] < least:
+            if values[name] is not None and values[name] < least:
                 raise ValueError(f"{name}={values[name]} must be at least {least}")
         if not 0 <= self.model.dropout < 1:
             raise ValueError(f"dropout={self.model.dropout} must be at least 0 and below 1")
-        if self.decay_lr and self.lr_decay_iters < self.warmup_iters:
-            raise ValueError(
-                f"lr_decay_iters={self.lr_decay_iters} lies before the end of the warm-up: "
-                f"lower warmup_iters={self.warmup_iters} or raise it"
-            )
+        if self.backend not in ("auto", "nccl", "gloo"):
+            raise ValueError(f"backend={self.backend!r} is none of auto, nccl, gloo")
 
 
-def parse(args: Sequence[str]) -> TrainConfig:
-    config = cli.parse(TrainConfig, args, prog="python -m train", presets=PRESETS)
+def parse(args: Sequence[str]) -> tuple[TrainConfig, set[str]]:
+    """The configuration, checked, and the names of the flags that were set. Raises ValueError."""
+    config, given = cli.parse_given(TrainConfig, args, prog="python -m train", presets=PRESETS)
     config.check()
-    return config
+    return config, given
 
 
 def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
@@ -102,19 +99,13 @@ def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} is the total over all ranks "
             f"and does not divide by the {ranks.world_size} there are; try {_multiple(config, ranks)}"
         )
-    on_gpu = ranks.device_type == "cuda"
-    compiled = on_gpu if config.compile == "auto" else config.compile
-    if compiled and ranks.device_type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError(
-            "compile=True on a CPU needs a C++ compiler, and g++ is not installed; try --compile=False"
-        )
     operations = kernels.load(config.model.kernels, ranks.device)
     return replace(
         config,
         device=ranks.device,
         backend=ranks.backend or "none",
         dtype=resolve_dtype(config.dtype, ranks.device),
-        compile=compiled,
+        compile=resolve_compile(config.compile, ranks.device),
         model=replace(config.model, kernels=operations.spec),
     )
 

@@ -6,6 +6,7 @@ only say which stretch of it to read, so batches never overlap, and a resumed ru
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,22 +14,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpt.model import GPTConfig
+from gpt.tokenizer import describe_dataset
 
 U64 = NDArray[np.uint64]
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """The tokenizer of a data set, as `Tokenizer.to_dict` has it. Raises FileNotFoundError."""
+    for name in ("train.bin", "val.bin"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"there is no {folder / name}: prepare the data first, see python -m train.prepare"
+            )
+    return describe_dataset(folder)
 
 
 class TokenFile:
     """A headerless file of uint16 token ids, mapped into memory once: batches of its windows by position.
 
-    Raises FileNotFoundError or ValueError when the file is missing, of odd size, or shorter than one window.
+    Raises ValueError when the file is of odd size, or shorter than one window.
     """
 
     def __init__(self, path: Path, model: GPTConfig, seed: int):
         block_size = model.block_size
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"there is no {path}: prepare the data first, such as by python -m train.prepare plays_char"
-            )
         size = path.stat().st_size
         if size % 2:
             raise ValueError(
@@ -45,7 +53,7 @@ class TokenFile:
         self.vocab_size = model.vocab_size
         self.seed = seed
         self.tokens = np.memmap(path, np.uint16, mode="r")
-        # One block is kept back so that the offset of an epoch can be anything from 0 to block_size - 1.
+        # One block is kept back so that the offset of an epoch can be anything within a block, and more.
         self.windows = max(1, (len(self.tokens) - block_size) // block_size)
         self._all = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1)
 
@@ -116,7 +124,7 @@ def _permute(index: U64, n: int, key: U64) -> U64:
 
 
 def to_device(batch: tuple[Tensor, Tensor], device: str) -> tuple[Tensor, Tensor]:
-    """Starts the copy to `device`; from pinned memory it runs beside the GPU's work."""
+    """Copies to `device`; from pinned memory the CPU does not wait for it."""
     if device.startswith("cuda"):
         return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)  # type: ignore[return-value]
     return tuple(t.to(device) for t in batch)  # type: ignore[return-value]

@@ -1,14 +1,17 @@
 """The ranks of a run under torchrun, and what they tell each other. A plain process is a world of one."""
 
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gpt.device import resolve_device
+from gpt.model import GPT
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,14 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
+    def differ(self, value: int) -> bool:
+        """Whether the ranks hold different values."""
+        if not self.backend:
+            return False
+        extremes = torch.tensor([value, -value], device=self.device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        return bool(extremes[0] != -extremes[1])
+
     def gather(self, value: Any) -> list[Any]:
         """Plain values of all ranks, by rank, on rank 0; an empty list elsewhere."""
         if not self.backend:
@@ -43,18 +54,40 @@ class Ranks:
 
 def start(backend: str, device: str) -> Ranks:
     """Joins the process group that torchrun's environment describes, if it does. Raises ValueError."""
+    under_torchrun = "RANK" in os.environ
+    if under_torchrun and ":" in device:
+        raise ValueError(
+            f"device={device!r} would put every rank on one GPU; under torchrun give --device=cuda"
+        )
     device = resolve_device(device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
+    if not under_torchrun:
         return Ranks(rank=0, world_size=1, device=device, backend=None)
+    if device == "mps":
+        raise ValueError("an Apple GPU takes one process: run without torchrun, or with --device=cpu")
     if backend == "auto":
         backend = "nccl" if on_gpu else "gloo"
     if backend == "nccl" and not on_gpu:
         raise ValueError(f"backend='nccl' needs GPUs, and this rank is on {device}; try --backend=gloo")
     dist.init_process_group(backend, device_id=torch.device(device) if on_gpu else None)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, backend)
+
+
+def parallel(model: GPT, batch_size: int, ranks: Ranks, precision: AbstractContextManager) -> DDP:
+    """The model in DDP, with its buckets in their final order.
+
+    DDP sorts its buckets after the first backward. From three ranks on, the order of a bucket decides the
+    order of a sum, so that backward is made here, on zeros: a resumed run then adds as the one it continues.
+    """
+    ddp = DDP(model, gradient_as_bucket_view=True)
+    zeros = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=ranks.device)
+    with precision:
+        _, loss = ddp(zeros, zeros)
+    loss.backward()
+    ddp.zero_grad(set_to_none=True)
+    return ddp
 
 
 def stop(ranks: Ranks) -> None:

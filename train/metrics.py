@@ -3,10 +3,11 @@
 metrics.jsonl has one object a line. A step: iter, loss (mean of the whole global batch, in nats), lr,
 grad_norm (before clipping; null when off), ms (a step, mean since the last line), tokens_per_s, mfu
 (percent; null where the peak is unknown). An evaluation: iter, train/loss, val/loss, lr. `iter` counts the
-updates made before.
+updates made before. What is not finite is null.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -32,15 +33,16 @@ class Metrics:
         self.config, self.ranks, self.model = config, ranks, model
         self.first_step = self.last_logged = first_step
         self.mfu: float | None = None
-        self.bar = self.wandb = None
+        self.bar = self.wandb = self.file = None
         self.path = Path(config.out_dir, "metrics.jsonl")
         if ranks.is_main:
-            _keep_before(self.path, first_step)
-            self.file = self.path.open("a")
-            if sys.stdout.isatty():
-                self.bar = _progress_bar(first_step, config.max_iters)
             if config.wandb_log:
                 self.wandb = _start_wandb(config)
+            if not config.eval_only:  # looking at a run leaves its record alone
+                _keep_before(self.path, first_step)
+                self.file = self.path.open("a")
+            if sys.stdout.isatty() and not config.eval_only:
+                self.bar = _progress_bar(first_step, config.max_iters)
         self.started = time.perf_counter()
 
     def print(self, text: str) -> None:
@@ -49,8 +51,8 @@ class Metrics:
         elif self.ranks.is_main:
             print(text, flush=True)
 
-    def start(self, train_tokens: int) -> None:
-        """Says what is about to be trained, on what."""
+    def start(self, train_tokens: int, before: dict[str, Any]) -> None:
+        """Says what is about to be trained, on what, and which settings differ from those of `before`."""
         config, c = self.config, self.config.model
         tokens = config.batch_size * config.gradient_accumulation_steps * c.block_size
         shape = f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, block {c.block_size}"
@@ -58,7 +60,12 @@ class Metrics:
         millions = self.model.get_num_params() / 1e6
         self.print(f"number of parameters: {millions:.2f}M ({shape}, {c.vocab_size} symbols)")
         self.print(f"tokens per iteration will be: {tokens:,} (1/{train_tokens / tokens:,.1f} of the data)")
-        self.print(f"device {config.device} x {self.ranks.world_size}, {settings}")
+        backend = f", backend {config.backend}" if self.ranks.backend else ""
+        self.print(f"device {config.device} x {self.ranks.world_size}{backend}, {settings}")
+        now = config.flat()
+        for name in sorted(before.keys() & now.keys() - {"init_from", "out_dir", "device", "backend"}):
+            if before[name] != now[name]:
+                self.print(f"not as before: {name} was {before[name]!r} and is {now[name]!r}")
 
     def step(self, step: int, loss: Tensor, grad_norm: Tensor | None, lr: float) -> None:
         """Called after each update; the GPU is waited for only when there is something to say."""
@@ -108,21 +115,25 @@ class Metrics:
 
     def flush(self) -> None:
         """Puts what was said onto the disk: called before the checkpoint that makes it history."""
-        if self.ranks.is_main:
-            self.file.flush()
+        if self.file is not None:
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.ranks.is_main:
+        if self.file is not None:
             self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
 
     def _write(self, **record: Any) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        """What is not finite becomes null: JSON has no name for it."""
+        if self.file is not None:
+            plain = {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
+            }
+            self.file.write(json.dumps(plain) + "\n")
+            self.file.flush()
 
     def _synchronize(self) -> None:
         if self.ranks.device.startswith("cuda"):
@@ -150,8 +161,10 @@ def _keep_before(path: Path, first_step: int) -> None:
 
 
 def _progress_bar(first_step: int, max_iters: int) -> Any:
-    from tqdm import tqdm
-
+    try:
+        from tqdm import tqdm
+    except ImportError:  # plain lines then
+        return None
     form = "{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}{postfix} [{elapsed}, {remaining} left]"
     return tqdm(total=max_iters, initial=first_step, bar_format=form, dynamic_ncols=True, file=sys.stdout)
 

@@ -2,7 +2,8 @@
 # `make quickstart` after the install: a corpus, a small GPT trained on it, a picture of its loss, a sample.
 set -eu
 
-if ! "$PYTHON" -m train.prepare "$DATA"; then
+if "$PYTHON" -m train.prepare "$DATA"; then :; else
+    [ $? -eq 1 ] || exit 130 # interrupted, rather than refused in a sentence
     echo "$DATA could not be fetched, so the Python standard library's sources are the corpus instead."
     DATA=stdlib_char
     "$PYTHON" -m train.prepare "$DATA"

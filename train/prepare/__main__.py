@@ -7,7 +7,6 @@ text               a text of your own: --input=FILE --tokenizer=char|gpt2 --name
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,37 +45,40 @@ def main() -> None:
         raise ValueError(
             f"no corpus is called {name!r}: {', '.join(CORPORA)} or text --input=FILE --name=NAME"
         )
-    elif (folder := Path("data", name)).exists():
+    elif is_complete(folder := Path("data", name)):
         print(f"{folder} is there already")
     else:
         write(folder, CORPORA[name](), "char")
 
 
+def is_complete(folder: Path) -> bool:
+    return (folder / "train.bin").exists()  # the last file to appear
+
+
 def write(folder: Path, text: str, kind: str) -> None:
-    """Writes train.bin, val.bin and, for characters, meta.pkl; the folder appears when all of it is whole.
+    """Writes meta.pkl (for characters), val.bin and, last, train.bin: each appears when it is whole.
 
     The split is nanoGPT's: the first 90% of the characters are for training.
     """
-    if folder.exists():
+    if is_complete(folder):
         raise ValueError(f"{folder} is there already; remove it, or choose another --name")
     if len(text) < 2:
         raise ValueError(f"the text has {len(text)} characters: nothing to train on")
     tokens = tokenizer.GPT2Tokenizer() if kind == "gpt2" else tokenizer.CharTokenizer(sorted(set(text)))
     split = int(len(text) * 0.9)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(tokens, tokenizer.CharTokenizer):
+        tokenizer.write_meta(folder / "meta.pkl", tokens.symbols)
     counts = {}
-    for part, piece in (("train", text[:split]), ("val", text[split:])):
+    for part, piece in (("val", text[split:]), ("train", text[:split])):
         ids = np.array(tokens.encode(piece), np.uint16)
         counts[part] = len(ids)
-        with (partial / f"{part}.bin").open("wb") as f:
+        partial = folder / f"{part}.bin.partial"
+        with partial.open("wb") as f:
             ids.tofile(f)
             f.flush()
             os.fsync(f.fileno())
-    if isinstance(tokens, tokenizer.CharTokenizer):
-        tokenizer.write_meta(partial / "meta.pkl", tokens.symbols)
-    partial.rename(folder)
+        partial.rename(folder / f"{part}.bin")
     print(
         f"{folder}: train {counts['train']:,} tokens, val {counts['val']:,}, vocabulary {tokens.vocab_size}"
     )

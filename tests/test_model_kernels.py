@@ -1,0 +1,171 @@
+"""The model on our kernels against the same model on PyTorch's operations."""
+
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt.model import GPT, GPTConfig
+from kernels.op import record
+from tests.runs import TINY, run
+from train.__main__ import update
+from train.metrics import read
+
+SPECS = ["triton", "triton,attention=torch", "torch,layer_norm=triton", "torch,cross_entropy=triton"]
+# kernel -> launches in one forward and backward of a model of L layers
+LAUNCHES = {
+    "layer_norm": {"_forward_kernel": lambda L: 2 * L + 1, "_backward_kernel": lambda L: 2 * L + 1},
+    "attention": {"_forward_kernel": lambda L: L, "_dq_kernel": lambda L: L, "_dkdv_kernel": lambda L: L},
+    "cross_entropy": {"_loss_kernel": lambda L: 1},
+}
+
+
+def build(spec, device, **changes):
+    torch.manual_seed(0)
+    config = dict(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=32, kernels=spec) | changes
+    return GPT(GPTConfig(**config), device).to(device)
+
+
+def batch(device, B=2, T=13, V=37, seed=1):
+    tokens = torch.randint(0, V, (B, T + 1), generator=torch.Generator().manual_seed(seed)).to(device)
+    targets = tokens[:, 1:].clone()
+    targets[0, 2] = -1
+    return tokens[:, :-1].contiguous(), targets
+
+
+def counts(launches):
+    found: dict[str, dict[str, int]] = {}
+    for launch in launches:
+        kernel = launch.kernel.fn
+        family = kernel.__module__.removeprefix("kernels.")
+        of_family = found.setdefault(family, {})
+        of_family[kernel.__name__] = of_family.get(kernel.__name__, 0) + 1
+    return found
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_each_spec_runs_the_kernels_it_names_and_no_other(spec, device):
+    from kernels import load
+
+    default, *exceptions = spec.split(",")
+    chosen = dict.fromkeys(LAUNCHES, default) | dict(e.split("=") for e in exceptions)
+    assert load(spec, device).spec == spec
+    model = build(spec, device, n_layer=3)
+    with record() as launches:
+        model(*batch(device))[1].backward()
+    expected = {f: {k: n(3) for k, n in LAUNCHES[f].items()} for f in chosen if chosen[f] == "triton"}
+    assert counts(launches) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+def test_loss_and_gradients_are_pytorchs_under_autocast_too(spec, dtype, device):
+    """Half precision is held to float32: twice as far from it as PyTorch's operations are, at most."""
+    idx, targets = batch(device)
+
+    def gradients(spec, dtype):
+        model = build(spec, device)
+        on = nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
+        with on:
+            _, loss = model(idx, targets)
+        scale = 1024.0 if dtype == torch.float16 else 1.0  # as GradScaler has it
+        (loss * scale).backward()
+        return {"loss": loss.detach()} | {n: p.grad / scale for n, p in model.named_parameters()}
+
+    exact = gradients("torch", torch.float32)
+    peer, ours = gradients("torch", dtype), gradients(spec, dtype)
+    for name, expected in exact.items():
+        assert ours[name].dtype == expected.dtype, name
+        small = 1e-6 + 2 * torch.finfo(dtype).eps * expected.abs().max()
+        error, allowed = ((t[name] - expected).abs().max() for t in (ours, peer))
+        assert error <= 2 * allowed + small, name
+
+
+def test_a_training_of_200_steps_has_the_losses_of_pytorchs_operations(device):
+    """Clipping and AdamW as in a run, and every step on our kernels; as small as they come, for the interpreter."""
+    losses = {}
+    for spec in ("torch", "triton"):
+        model = build(spec, device, block_size=5, vocab_size=11, n_layer=1, n_head=1, n_embd=16, bias=False)
+        optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), device)
+        scaler = torch.amp.GradScaler(device, enabled=False)
+        losses[spec] = []
+        with record() as launches:
+            for step in range(200):
+                idx, targets = batch(device, B=1, T=5, V=11, seed=step % 4)
+                loss, _ = update(model, optimizer, scaler, [(idx, targets)], 1, 1.0, nullcontext)
+                losses[spec].append(loss.item())
+        assert len(launches) == (200 * (3 + 3 + 3 + 1) if spec == "triton" else 0)
+    assert losses["torch"][-1] < 0.5 * losses["torch"][0]
+    assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-3)
+
+
+def test_a_run_records_its_kernels_and_evaluates_with_them(workplace):
+    ours = run("--kernels=triton", "--max_iters=2", "--eval_iters=1", out_dir="triton")
+    theirs = run("--kernels=torch", "--max_iters=2", "--eval_iters=1", out_dir="torch")
+    assert (ours["kernels"], theirs["kernels"]) == ("triton", "torch")
+    for name, weight in theirs["model"].items():
+        torch.testing.assert_close(ours["model"][name], weight, rtol=1e-4, atol=2e-5, msg=name)
+    for a, b in zip(*(read(Path(d, "metrics.jsonl")) for d in ("triton", "torch")), strict=True):
+        keys = [k for k in a if "loss" in k]
+        assert [a[k] for k in keys] == pytest.approx([b[k] for k in keys], rel=1e-4)
+
+
+def test_two_ranks_with_loss_scaling_on_our_kernels_equal_one_on_pytorchs(workplace):
+    flags = ["--dtype=float16", "--max_iters=2", "--eval_iters=1"]
+    theirs = run(*flags, "--kernels=torch", out_dir="torch")
+    root = Path(__file__).parents[1]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "train",
+    ]
+    result = subprocess.run(
+        [*command, *TINY, *flags, "--kernels=triton", "--out_dir=ranks"],
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    ours = torch.load("ranks/ckpt.pt", weights_only=True)
+    assert ours["kernels"] == "triton" and ours["scaler"]["scale"] == theirs["scaler"]["scale"]
+    for a, b in zip(*(read(Path(d, "metrics.jsonl")) for d in ("ranks", "torch")), strict=True):
+        for key in a.keys() & {"loss", "grad_norm", "train/loss", "val/loss"}:
+            assert a[key] == pytest.approx(b[key], rel=5e-3), key
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_one_graph_without_a_break(spec, device):
+    """Forward and backward as one graph each; on a CPU without PyTorch's code generation."""
+    backend = "inductor" if device == "cuda" else "aot_eager"
+    idx, targets = batch(device)
+    eager, compiled = build(spec, device), build(spec, device)
+    torch._dynamo.reset()
+    compiled.compile(fullgraph=True, backend=backend)
+    for model in (eager, compiled):
+        model(idx, targets)[1].backward()
+    for (name, p), q in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(idx)[0], eager(idx)[0], rtol=1e-3, atol=1e-5)
+        expected, _ = eager(idx, targets, return_logits=True)
+        torch.testing.assert_close(
+            compiled(idx, targets, return_logits=True)[0], expected, rtol=1e-3, atol=1e-5
+        )
+
+
+def test_dropout_runs_in_the_kernel_and_only_in_training(device):
+    model = build("triton", device, dropout=0.5)
+    idx, targets = batch(device)
+    torch.manual_seed(5)
+    first = model(idx, targets)[1]
+    torch.manual_seed(5)
+    assert model(idx, targets)[1] == first != model(idx, targets)[1]
+    expected = build("torch", device, dropout=0.5).eval()(idx, targets)[1]
+    torch.testing.assert_close(model.eval()(idx, targets)[1], expected, rtol=1e-5, atol=1e-6)
