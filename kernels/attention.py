@@ -108,7 +108,7 @@ def _forward_step(
     D: tl.constexpr, DIAGONAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """One block of keys and values, added to (sum of p v, sum of p, running maximum of the scores)."""
-    k = _load(K + first * stride.to(tl.int64), n, d, stride, T - first, D, DIAGONAL)
+    k = _load(K + tl.cast(first, tl.int64) * stride, n, d, stride, T - first, D, DIAGONAL)
     s = dot(q, tl.trans(k)) * scale2
     if DIAGONAL:
         s = tl.where(m[:, None] >= first + n[None, :], s, -float("inf"))
@@ -118,7 +118,7 @@ def _forward_step(
     total = total * fade + tl.sum(p, 1)
     if DROPOUT:
         p *= _keep(seed, m[:, None], first + n[None, :], head, dropout_p)
-    v = _load(V + first * stride.to(tl.int64), n, d, stride, T - first, D, DIAGONAL)
+    v = _load(V + tl.cast(first, tl.int64) * stride, n, d, stride, T - first, D, DIAGONAL)
     acc = dot(round_to(p, v.dtype), v, acc * fade[:, None])
     return acc, total, new
 
@@ -180,8 +180,8 @@ def _dq_step(
     q, do, K, V, n, m, d, first, stride, dq, lse, delta, scale2, T, seed, head, dropout_p,
     D: tl.constexpr, DIAGONAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    k = _load(K + first * stride.to(tl.int64), n, d, stride, T - first, D, DIAGONAL)
-    v = _load(V + first * stride.to(tl.int64), n, d, stride, T - first, D, DIAGONAL)
+    k = _load(K + tl.cast(first, tl.int64) * stride, n, d, stride, T - first, D, DIAGONAL)
+    v = _load(V + tl.cast(first, tl.int64) * stride, n, d, stride, T - first, D, DIAGONAL)
     p = tl.exp2(dot(q, tl.trans(k)) * scale2 - lse[:, None])
     if DIAGONAL:
         p = tl.where(m[:, None] >= first + n[None, :], p, 0.0)
@@ -264,8 +264,8 @@ def _dkdv_step(
     A query from T on has q = do = 0 and lse = delta = 0: p is 1, and what it adds is 0.
     """
     left = T - first
-    q = _load(Q + first * stride.to(tl.int64), m, d, stride, left, D, MASK)
-    do = _load(DO + first * dout_stride.to(tl.int64), m, d, dout_stride, left, D, MASK)
+    q = _load(Q + tl.cast(first, tl.int64) * stride, m, d, stride, left, D, MASK)
+    do = _load(DO + tl.cast(first, tl.int64) * dout_stride, m, d, dout_stride, left, D, MASK)
     if MASK:
         lse = tl.load(LSE + first + m, mask=m < left, other=0)
         delta = tl.load(DELTA + first + m, mask=m < left, other=0)
@@ -411,11 +411,8 @@ def _constants(qkv: Tensor, tile: Tile) -> dict[str, Any]:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """With the last dimension contiguous, and T's stride such that 32 bits count a tile: else a copy.
-
-    A stride of 1 Triton would make a constant of, which has no dtype to widen.
-    """
-    return x if x.stride(-1) == 1 and 1 < x.stride(1) < 1 << 24 else x.contiguous()
+    """With the last dimension contiguous, and T's stride such that 32 bits count a tile: else a copy."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 1 << 24 else x.contiguous()
 
 
 def _forward(
