@@ -251,7 +251,7 @@ def _attempt(position: int) -> Figures | str:
     try:
         return compile_build(_BUILDS[position])
     except Exception as error:  # a compiler's failure is a result here
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
 
 
 _BUILDS: list[Build] = []  # what the forked workers find: a Triton kernel cannot be pickled

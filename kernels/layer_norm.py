@@ -166,12 +166,12 @@ def _backward_kernel(
 
 
 # BLOCK_C, the power of two that holds a row -> (rows a tile, warps) forward, (rows a tile, warps, programs a
-# multiprocessor) backward. Not yet tuned on any GPU: chosen by registers and bytes in flight (bench.aot); no
-# tensor core is involved, so the architectures start alike.
+# multiprocessor) backward. Not yet tuned on any GPU: chosen for at least 24 KiB in flight a multiprocessor
+# and few warps a program, which waits for its slowest; no tensor core is involved, so all start alike.
 _TILES = {
     512: ((4, 4), (4, 4, 4)),
-    1024: ((4, 4), (4, 8, 2)),
-    2048: ((2, 4), (2, 8, 2)),
+    1024: ((4, 4), (1, 4, 6)),
+    2048: ((2, 4), (1, 4, 4)),
     4096: ((1, 4), (1, 8, 2)),
     8192: ((1, 8), (1, 16, 1)),
 }

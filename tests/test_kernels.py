@@ -198,10 +198,11 @@ def _compiled(op: Op, sample: dict[str, Any], device: str, backend: str) -> None
     judge(op, found, call, gradients)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(("op", "sample"), FIRST, ids=FIRST_IDS)
-def test_compiles_without_a_graph_break(op: Op, sample: dict[str, Any], device: str) -> None:
+def test_compiles_without_a_graph_break(op: Op, sample: dict[str, Any], backend: str, device: str) -> None:
     """LayerNorm under compile returned zeros: Liger issue 871."""
-    _compiled(op, sample, device, "aot_eager")
+    _compiled(op, sample, device, backend)
 
 
 def test_dropout_compiles_without_a_graph_break(device: str, poisoned: None) -> None:
@@ -213,12 +214,6 @@ def test_dropout_compiles_without_a_graph_break(device: str, poisoned: None) -> 
     first.sum().backward()
     assert qkv.grad is not None
     assert qkv.grad.isfinite().all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("op", "sample"), FIRST, ids=FIRST_IDS)
-def test_compiles_with_inductor(op: Op, sample: dict[str, Any], device: str) -> None:
-    _compiled(op, sample, device, "inductor")
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager"])

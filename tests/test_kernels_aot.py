@@ -3,6 +3,12 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
+
+import pytest
+
+from bench.aot import Build, Figures, _instructions, faults
+from kernels.op import Launch
 
 
 def test_every_tile_compiles_within_the_rules() -> None:
@@ -11,7 +17,58 @@ def test_every_tile_compiles_within_the_rules() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "bench.aot", "--check"], capture_output=True, text=True, env=environment
     )
-    faults = "\n".join(line for line in result.stdout.splitlines() if "FAULT" in line)
-    assert result.returncode == 0, faults + result.stdout[-200:] + result.stderr
+    broken = "\n".join(line for line in result.stdout.splitlines() if "FAULT" in line)
+    assert result.returncode == 0, broken + result.stdout[-200:] + result.stderr
     for architecture in ("sm_80", "sm_89", "sm_90", "sm_100"):
         assert f"{architecture} _dkdv_kernel" in result.stdout
+
+
+GOOD = Figures(
+    registers=128,
+    stack=0,
+    spills=0,
+    loop_spills=0,
+    shared=99 << 10,
+    tensor_memory=0,
+    instructions=500,
+    tensor_core={"HMMA": 8, "HGMMA": 8, "UTCHMMA": 8},
+    expected=8,
+    wide_loads=2,
+    blocks=2,
+    occupancy=0.25,
+)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "sentence"),
+    [
+        (80, {"loop_spills": 1}, "1 spills in loops"),
+        (90, {"tensor_core": {"HMMA": 64}}, "8 HGMMA are expected"),
+        (100, {"tensor_core": {"UTCHMMA": 7}}, "8 UTCHMMA are expected"),
+        (89, {"shared": (99 << 10) + 1}, "bytes of shared memory"),
+        (100, {"tensor_memory": 513}, "513 columns of tensor memory"),
+        (100, {"instructions": 4}, "a body of 4 instructions"),
+        (80, {"wide_loads": 0}, "no load of 16 bytes"),
+        (80, {"blocks": 0}, "not one block fits"),
+    ],
+)
+def test_rules(architecture: int, change: dict[str, object], sentence: str) -> None:
+    build = Build(architecture, Launch(kernel=None, arguments={}, num_warps=4, num_stages=1))
+    assert not faults(build, GOOD)
+    (fault,) = faults(build, replace(GOOD, **change))
+    assert sentence in fault
+
+
+def test_loops_are_found_in_sass() -> None:
+    """A spill before the loop is outside, one between the label and the branch back to it inside."""
+    sass = """
+        /*0000*/                   STL [R1], R2 ;
+.L_x_1:
+        /*0010*/                   LDL R2, [R1] ;
+        /*0020*/              @!P0 BRA `(.L_x_1) ;
+        /*0030*/                   EXIT ;
+.L_x_2:
+        /*0040*/                   BRA `(.L_x_2);
+    """
+    found = [(line.split()[0], inside) for line, inside in _instructions(sass)]
+    assert found == [("STL", False), ("LDL", True), ("BRA", True), ("EXIT", False), ("BRA", False)]

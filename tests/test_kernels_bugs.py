@@ -59,12 +59,12 @@ def test_offsets_beyond_int32_in_cross_entropy(device: str) -> None:
 
 
 def test_offsets_beyond_int32_in_attention(device: str) -> None:
-    """The batch stride, and the position times its stride, both pass 2^31."""
+    """The batch times its stride, and the position times its stride, both pass 2^31."""
     op = BY_NAME["causal_attention"]
-    call = make(op, torch.float16, device, {"B": 2, "T": 2, "H": 1, "D": 16})
+    call = make(op, torch.float16, device, {"B": 4, "T": 2, "H": 1, "D": 16})
     gradients = upstream(op, call)
-    far = {"qkv": _far_apart(call["qkv"], INT32 + 16)}
-    apart = tuple(_far_apart(g.half(), INT32 + 16) for g in gradients)
+    far = {"qkv": _far_apart(call["qkv"], INT32 // 3 + 16)}
+    apart = tuple(_far_apart(g.half(), INT32 // 3 + 16) for g in gradients)
     judge(op, run(op.implementations["triton"], far, apart), call, gradients)
 
     T, stride = 160, (1 << 24) - 16  # as far apart as the kernels go without a copy

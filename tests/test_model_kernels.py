@@ -86,7 +86,7 @@ def test_loss_and_gradients_are_pytorchs_under_autocast_too(spec, dtype, device)
 
 
 def test_a_training_of_200_steps_has_the_losses_of_pytorchs_operations(device):
-    """Clipping and AdamW as in a run, and every step on our kernels; as small as they come, for the interpreter."""
+    """With clipping and AdamW, as in a run; as small as can be, for the interpreter's sake."""
     losses = {}
     for spec in ("torch", "triton"):
         model = build(spec, device, block_size=5, vocab_size=11, n_layer=1, n_head=1, n_embd=16, bias=False)
