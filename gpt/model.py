@@ -37,7 +37,7 @@ class GPTConfig:
     dropout: float = 0.0  # probability of dropping; 0 for pretraining, 0.1 and more for fine-tuning
     bias: bool = True  # biases in Linear and LayerNorm layers, as GPT-2; without is a bit better and faster
     activation: str = "gelu"  # gelu (erf, nanoGPT's) or gelu_tanh (OpenAI's and Hugging Face's GPT-2)
-    kernels: str = "auto"  # who computes: auto, torch, or a list with exceptions (see kernels/__init__.py)
+    kernels: str = "auto"  # who computes: auto, triton, torch, or with exceptions: triton,attention=torch
 
 
 class LayerNorm(nn.Module):

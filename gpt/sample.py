@@ -30,7 +30,7 @@ class SampleConfig:
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:1, ...
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     compile: bool = False  # torch.compile the model
-    kernels: str = "auto"  # who computes; see kernels/__init__.py
+    kernels: str = "auto"  # who computes: auto, triton, torch, or with exceptions
 
 
 def load(config: SampleConfig, device: str) -> tuple[GPT, tokenizer.Tokenizer]:
