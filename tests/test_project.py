@@ -97,6 +97,7 @@ def test_the_readme_names_what_exists():
     flags = {n for c in (TrainConfig, SampleConfig, PrepareConfig) for n in flag_names(c)} | {
         "nanogpt",
         "help",
+        "check",
     }
     torchrun = {"standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
     assert set(re.findall(r"--(\w+)", text)) <= flags | torchrun

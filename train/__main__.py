@@ -79,6 +79,7 @@ def train(config: TrainConfig, ranks: Ranks, given: Container[str] = ()) -> None
         split: TokenFile(data_dir / f"{split}.bin", config.model, config.seed + 1)
         for split in ("train", "val")
     }
+    accumulation = config.gradient_accumulation_steps // ranks.world_size
     windows_per_step = config.batch_size * config.gradient_accumulation_steps
     position: int = resumed.get("position", step * windows_per_step)
     micro_batches = read_ahead(train_file, position, config.batch_size, ranks)
@@ -87,6 +88,7 @@ def train(config: TrainConfig, ranks: Ranks, given: Container[str] = ()) -> None
     example = tokenizer.from_dict(tokens) if config.eval_sample and ranks.is_main else None
 
     evaluated = step if "position" in resumed else -1  # our own checkpoints are written after an evaluation
+    resumed.clear()  # its tensors are the old file, mapped
     while True:
         lr = learning_rate(step, config)
         last = step >= config.max_iters or config.eval_only
@@ -100,10 +102,9 @@ def train(config: TrainConfig, ranks: Ranks, given: Container[str] = ()) -> None
                     is_best = losses["val"] < best_val_loss
                     if is_best:
                         best_val_loss = losses["val"]
-                    state = checkpoint.contents(model, optimizer, scaler, config, ranks) | {
-                        "iter_num": step, "best_val_loss": best_val_loss, "position": position, "tokenizer":
-                        tokens
-                    }  # fmt: skip
+                    progress = {"iter_num": step, "best_val_loss": best_val_loss, "position": position}
+                    state = checkpoint.contents(model, optimizer, scaler, config, ranks)
+                    state |= progress | {"tokenizer": tokens}
                     if ranks.is_main:
                         metrics.flush()
                         checkpoint.save(out_dir, state, is_best)
@@ -112,16 +113,8 @@ def train(config: TrainConfig, ranks: Ranks, given: Container[str] = ()) -> None
 
         for group in optimizer.param_groups:
             group["lr"] = lr
-        accumulation = config.gradient_accumulation_steps // ranks.world_size
-        loss, grad_norm = update(
-            trained,
-            optimizer,
-            scaler,
-            islice(micro_batches, accumulation),
-            accumulation,
-            config.grad_clip,
-            precision,
-        )
+        share = islice(micro_batches, accumulation)
+        loss, grad_norm = update(trained, optimizer, scaler, share, accumulation, config.grad_clip, precision)
         metrics.step(step, loss, grad_norm, lr)
         position += windows_per_step
         step += 1
