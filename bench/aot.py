@@ -191,10 +191,12 @@ def _figures(
             tensor_core[kind] = tensor_core.get(kind, 0) + 1
     wide = sum(n.startswith(("LDG", "LDGSTS", "UTMALDG")) and (".128" in n or "UTMA" in n) for n, _ in names)
     gpu, warps, shared = GPUS[build.architecture], build.launch.num_warps, compiled.metadata.shared
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
     registers_warp = -(-registers * 32 // 256) * 256
     blocks = min(
         gpu.registers // (registers_warp * warps),
         gpu.shared // (shared + 1024),  # the driver keeps 1 KiB a block
+        TENSOR_MEMORY // max(columns, 1),
         gpu.warps // warps,
         gpu.blocks,
     )
@@ -204,7 +206,7 @@ def _figures(
         spills=len(spills),
         loop_spills=sum(spills),
         shared=shared,
-        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        tensor_memory=columns,
         instructions=sum(name != "NOP" for name, _ in names),
         tensor_core=tensor_core,
         expected=_expected(build, compiled.asm["ttir"]),
@@ -279,8 +281,8 @@ def main() -> int:
                 line = (
                     f"    {figures.registers} registers, "
                     f"{figures.spills} spills ({figures.loop_spills} in loops), {figures.stack} B stack, "
-                    f"{figures.shared / 1024:.1f} KiB shared, {figures.tensor_memory} columns, {cores}, "
-                    f"{figures.wide_loads} wide loads, "
+                    f"{figures.shared / 1024:.1f} KiB shared, {cores}, {figures.wide_loads} wide loads, "
+                    f"{figures.tensor_memory} columns of tensor memory, "
                     f"{figures.blocks} blocks = {figures.occupancy:.0%}"
                 )
             broken += bool(wrong)
