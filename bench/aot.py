@@ -1,7 +1,7 @@
 """Every shipped tile of every kernel, compiled for every architecture, on a machine without a GPU.
 
-    python -m bench.aot             one line a kernel: registers, spills, shared memory, instructions,
-    occupancy python -m bench.aot --check     the same, and exit code 1 where a line breaks the rules below
+    python -m bench.aot                                 a line a kernel: registers, spills, shared memory, ...
+    python -m bench.aot --check                         and exit code 1 where a rule below is broken
     python -m bench.aot --only sm_90 --only _dq_kernel
 
 What to compile is not listed here: each operation's launchers run on meta tensors, and `kernels.op.record`

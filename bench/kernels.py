@@ -1,0 +1,288 @@
+"""python -m bench.kernels [NAME ...]: every operation against its peers and against the machine's limit.
+
+For each shape: milliseconds forward, backward and both, interleaved with the peers that are installed; the
+share of the limit, which is the least time that the operation's bytes or FLOPs (`Op.cost`) could take at
+the rates measured in the same run; and the memory needed beyond the inputs. Before anything is timed it is
+held to fp64 on fewer rows of the same shape: what is wrong is said and not timed. Peers that are missing
+are said too.
+
+Without a GPU the shapes are small, only PyTorch's operations run, and the figures say nothing about a GPU.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench import timing
+from kernels import OPS
+from kernels.op import INTERPRETED, Op, unavailable
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+WIDTHS = (768, 1024, 1280, 1600, 2048, 4096, 8192)
+NORMS = [{"shape": (rows, C)} for rows in (65536, 16384) for C in WIDTHS]
+HEADS = [(32, 1024, 12, 64), (64, 1024, 12, 64), (16, 2048, 12, 64), (8, 4096, 12, 64), (2, 16384, 12, 64)]
+HEADS += [(16, 2048, 16, 128), (8, 4096, 16, 128)]
+SHAPES: dict[str, list[dict[str, Any]]] = {
+    "layer_norm": NORMS,
+    "add_layer_norm": NORMS,
+    "cross_entropy": [{"N": N, "V": V} for V in (50304, 50257, 128256) for N in (8192, 32768)],
+    "linear_cross_entropy": [{"N": N, "C": C, "V": 50304} for N in (16384, 65536) for C in (768, 1024, 1600)],
+    "causal_attention": [dict(zip("BTHD", heads)) for heads in HEADS],
+}
+SMALL: dict[str, dict[str, Any]] = {
+    "layer_norm": {"shape": (256, 768)},
+    "add_layer_norm": {"shape": (256, 768)},
+    "cross_entropy": {"N": 64, "V": 5003},
+    "linear_cross_entropy": {"N": 64, "C": 64, "V": 503},
+    "causal_attention": {"B": 1, "T": 128, "H": 2, "D": 64},
+}
+FEWER = {"N": 512, "B": 1, "H": 2}  # enough to be judged by
+
+
+def variants(op: Op, device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
+    """(name, function with the operation's arguments, or why it is missing)."""
+    reason = unavailable(torch.device(device))
+    if reason is None and INTERPRETED:
+        reason = "the interpreter is no GPU"
+    yield "tritongpt", op.implementations["triton"] if reason is None else reason
+    yield "eager", op.reference
+    if device.startswith("cuda"):
+        yield "compile", torch.compile(op.reference, dynamic=False)
+    yield from PEERS.get(op.name, lambda _: iter(()))(device)
+
+
+def _liger(name: str) -> Callable[..., Any] | str:
+    try:
+        from liger_kernel.transformers import functional
+    except ImportError:
+        return "Liger-Kernel is not installed"
+    return getattr(functional, name, f"this Liger-Kernel has no {name}")
+
+
+def _norm_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
+    liger = _liger("liger_layer_norm")
+    if isinstance(liger, str):
+        yield "liger", liger
+    else:
+        yield "liger", lambda input, normalized_shape, weight, bias: liger(input, weight, bias, 1e-5)
+
+
+def _loss_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
+    yield "liger", _liger("liger_cross_entropy")
+
+
+def _linear_loss_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
+    yield "torch fused", getattr(F, "linear_cross_entropy", "this PyTorch has no F.linear_cross_entropy")
+    liger = _liger("liger_fused_linear_cross_entropy")
+    if isinstance(liger, str):
+        yield "liger", liger
+    else:
+        yield (
+            "liger",
+            lambda input, linear_weight, target, ignore_index: liger(
+                input, linear_weight, target, ignore_index=ignore_index
+            ),
+        )
+
+
+def _attention_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
+    reference = _OPS["causal_attention"].reference
+    backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
+
+    def sdpa(qkv: Tensor, backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return reference(qkv)
+
+    for name, backend in backends.items():
+        yield name, partial(sdpa, backend=backend) if device.startswith("cuda") else "needs a GPU"
+    yield "flex", _flex(device) if device.startswith("cuda") else "needs a GPU"
+    try:
+        import flash_attn  # noqa: F401
+    except ImportError:
+        yield "flash-attn", "flash-attn is not installed"
+    else:
+        yield "flash-attn", _OPS["causal_attention"].implementations["flash_attn"]
+
+
+def _flex(device: str) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    masks: dict[int, Any] = {}
+
+    def flex(qkv: Tensor) -> Tensor:
+        T = qkv.size(1)
+        if T not in masks:
+            masks[T] = create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device=device)
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        return compiled(q, k, v, block_mask=masks[T]).transpose(1, 2)
+
+    return flex
+
+
+_OPS = {op.name: op for op in OPS}
+PEERS = {
+    "layer_norm": _norm_peers,
+    "cross_entropy": _loss_peers,
+    "linear_cross_entropy": _linear_loss_peers,
+    "causal_attention": _attention_peers,
+}
+
+
+def make_call(op: Op, dtype: torch.dtype, device: str, sample: dict[str, Any]) -> dict[str, Any]:
+    """Random arguments, the floating ones leaves; no target is ignored, since a peer may skip its row."""
+    call = op.make(dtype=dtype, device=device, **sample)
+    if "target" in call:
+        call["target"] = torch.randint(sample["V"], call["target"].shape, device=device)
+    return {k: v.requires_grad_() if _floating(v) else v for k, v in call.items()}
+
+
+def error(op: Op, function: Callable[..., Any], call: dict[str, Any]) -> dict[str, float]:
+    """Largest relative error of each output and gradient against fp64."""
+    exact_call = {k: v.detach().double().requires_grad_() if _floating(v) else v for k, v in call.items()}
+    # A peer may overwrite its inputs.
+    own_call = {k: v.detach().clone().requires_grad_() if _floating(v) else v for k, v in call.items()}
+    gradients: tuple[Tensor, ...] = ()
+    found: list[list[Tensor]] = []
+    for f, arguments in ((op.reference, exact_call), (function, own_call)):
+        outputs = _tuple(f(**arguments))
+        if not gradients:
+            gradients = tuple(torch.randn_like(o) + 1.5 for o in outputs)
+        inputs = [v for v in arguments.values() if _floating(v)]
+        copies = [o.detach().double() for o in outputs]
+        grads = torch.autograd.grad(outputs, inputs, [g.to(o.dtype) for g, o in zip(gradients, outputs)])
+        found.append(copies + [g.double() for g in grads])
+    names = [f"output {i}" for i in range(len(gradients))]
+    names += [f"d{k}" for k, v in call.items() if _floating(v)]
+    return {n: ((a - b).norm() / a.norm()).item() for n, a, b in zip(names, *found, strict=True)}
+
+
+def wrong(op: Op, function: Callable[..., Any], call: dict[str, Any]) -> str | None:
+    """Why `function` is not right, or None: its error may be twice that of PyTorch in the same dtype."""
+    allowed = error(op, op.reference, call)
+    eps = torch.finfo(next(v.dtype for v in call.values() if _floating(v))).eps
+    for name, value in error(op, function, call).items():
+        if not value <= 2 * allowed[name] + eps:
+            return f"wrong: {name} is off by {value:.1e}, and PyTorch's by {allowed[name]:.1e}"
+    return None
+
+
+def directions(function: Callable[..., Any], call: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """forward, backward and both, ready to be timed; gradients of everything that floats."""
+    inputs = [v for v in call.values() if _floating(v)]
+    outputs = _tuple(function(**call))
+    gradients = [torch.randn_like(o) for o in outputs]
+    return {
+        "forward": lambda: function(**call),
+        "backward": lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True),
+        "both": lambda: torch.autograd.grad(_tuple(function(**call)), inputs, gradients),
+    }
+
+
+def measure(
+    op: Op, sample: dict[str, Any], dtype: torch.dtype, device: str, limits: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    """One shape: {variant: {direction: {median, low, high, runs, limit}, "bytes"} or why there is none}."""
+    call = make_call(op, dtype, device, sample)
+    few = {k: min(v, FEWER[k]) if k in FEWER else v for k, v in sample.items()}
+    if "shape" in few:
+        few["shape"] = (min(512, few["shape"][0]), few["shape"][1])
+    judged = make_call(op, dtype, device, few)
+    result: dict[str, Any] = {}
+    ready: dict[str, dict[str, Callable[[], Any]]] = {}
+    for name, function in variants(op, device):
+        if isinstance(function, str):
+            result[name] = function
+            continue
+        try:
+            if (reason := wrong(op, function, judged)) is not None:
+                result[name] = reason
+                continue
+            ready[name] = directions(function, call)
+            result[name] = {"bytes": timing.peak_extra_bytes(ready[name]["both"], device)}
+        except (RuntimeError, TypeError, ValueError) as failure:  # out of memory, or a peer that cannot do it
+            result[name] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
+            ready.pop(name, None)
+    cost = op.cost(**call)
+    for direction in ("forward", "backward", "both"):
+        least = _least(cost, direction, limits)
+        calls = {name: parts[direction] for name, parts in ready.items()}
+        for name, found in timing.plain(timing.interleaved(calls, device, seconds)).items():
+            result[name][direction] = found | {"limit": 1000 * least / found["median"]}
+    return result
+
+
+def _least(cost: Any, direction: str, limits: dict[str, float]) -> float:
+    """Seconds that the bytes, or the FLOPs, take at the least."""
+
+    def seconds(moved: float, computed: float) -> float:
+        return max(moved / limits["copy_bytes_per_s"], computed / limits["product_flops_per_s"])
+
+    forward = seconds(cost.forward_bytes, cost.forward_flops)
+    backward = seconds(cost.backward_bytes, cost.backward_flops)
+    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+
+def _floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _line(name: str, found: Any) -> str:
+    if isinstance(found, str):
+        return f"  {name:12} {found}"
+    parts = [
+        f"{direction} {found[direction]['median']:8.3f} ms ({found[direction]['limit']:4.0%})"
+        for direction in ("forward", "backward", "both")
+    ]
+    extra = "" if found["bytes"] is None else f"  {found['bytes'] / 2**20:8,.0f} MiB"
+    return f"  {name:12} {'  '.join(parts)}{extra}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(_OPS)}; all by default")
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=DTYPES)
+    parser.add_argument("--seconds", type=float, default=0.2, help="for each variant and direction")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    options = parser.parse_args()
+    if unknown := set(options.names) - _OPS.keys():
+        sys.exit(f"error: no operation is called {', '.join(sorted(unknown))}; there are {', '.join(_OPS)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        print("There is no GPU: small shapes on the CPU, which say nothing about a GPU.")
+    limits = timing.limits(device)
+    copy, product = limits["copy_bytes_per_s"] / 1e9, limits["product_flops_per_s"] / 1e12
+    print(f"limits of this machine: copy {copy:,.0f} GB/s, product {product:,.1f} TFLOP/s")
+    cases = []
+    for op in (_OPS[name] for name in options.names or _OPS):
+        for sample in SHAPES[op.name] if device == "cuda" else [SMALL[op.name]]:
+            for dtype in options.dtype:
+                found = measure(op, sample, DTYPES[dtype], device, limits, options.seconds)
+                cases.append({"operation": op.name, "sample": sample, "dtype": dtype, "variants": found})
+                print(f"{op.name} {dtype} {' '.join(f'{k}={v}' for k, v in sample.items())}")
+                print(*(_line(name, variant) for name, variant in found.items()), sep="\n", flush=True)
+    if options.out:
+        environment = timing.environment(device, ["python", "-m", "bench.kernels", *sys.argv[1:]])
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(
+            json.dumps({"environment": environment, "limits": limits, "cases": cases}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

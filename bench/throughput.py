@@ -1,0 +1,292 @@
+"""python -m bench.throughput: tokens/s, MFU and memory of the training step, each kernel taken away in turn.
+
+The step is `train.update`, the one that trains, on random tokens: forward and backward in mixed precision,
+accumulation to about half a million tokens, clipping, AdamW. Variants take turns in one process, so that
+clocks and temperature treat them alike. With --nanogpt=PATH, a checkout of nanoGPT, its own model and step
+are among them. Under torchrun it measures all GPUs together.
+
+Without a GPU the model is tiny, and the figures say nothing about a GPU.
+"""
+
+import argparse
+import gc
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import timing
+from gpt.device import autocast, resolve_dtype
+from gpt.flops import peak_flops
+from gpt.model import GPT, GPTConfig
+from train import distributed
+from train.__main__ import update
+from train.distributed import Ranks
+
+SIZES = {  # layers, heads, width
+    "124M": (12, 12, 768),
+    "350M": (24, 16, 1024),
+    "774M": (36, 20, 1280),
+    "1.5B": (48, 25, 1600),
+    "tiny": (2, 2, 64),
+}
+ABLATIONS = ("layer_norm", "attention", "cross_entropy")
+TOKENS_A_STEP = 1 << 19
+
+
+@dataclass
+class Variant:
+    """A training that can make steps; `step` does one, of `tokens` tokens over all ranks."""
+
+    name: str
+    step: Callable[[], Any]
+    tokens: int
+    flops_per_token: int
+    peak_bytes: int | None = None
+
+
+def our_variant(
+    name: str, spec: str, compiled: bool, config: GPTConfig, batch_size: int, dtype: str, ranks: Ranks
+) -> Variant:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**vars(config), "kernels": spec}), ranks.device).to(ranks.device)
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), ranks.device_type)
+    scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
+    precision = partial(autocast, ranks.device, dtype)
+    if compiled:
+        model.compile()
+    trained = distributed.parallel(model, batch_size, ranks, precision()) if ranks.backend else model
+    accumulation = _accumulation(batch_size, config.block_size, ranks)
+    batch = _batch(config, batch_size, ranks.device)
+
+    def step() -> None:
+        update(trained, optimizer, scaler, repeat(batch, accumulation), accumulation, 1.0, precision)
+
+    tokens = accumulation * ranks.world_size * batch_size * config.block_size
+    return Variant(name, step, tokens, model.flops_per_token())
+
+
+def nanogpt_variant(checkout: Path, config: GPTConfig, batch_size: int, dtype: str, ranks: Ranks) -> Variant:
+    """nanoGPT's model from its own file, in the step of its train.py: compiled, its default attention."""
+    module = _import(checkout / "model.py")
+    own = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    torch.manual_seed(0)
+    raw = module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in own})).to(ranks.device)
+    optimizer = raw.configure_optimizers(0.1, 6e-4, (0.9, 0.95), ranks.device_type)
+    scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
+    model = torch.compile(raw) if ranks.device_type == "cuda" else raw
+    accumulation = _accumulation(batch_size, config.block_size, ranks)
+    idx, targets = _batch(config, batch_size, ranks.device)
+
+    def step() -> None:
+        for _ in range(accumulation):
+            with autocast(ranks.device, dtype):
+                _, loss = model(idx, targets)
+                loss = loss / accumulation
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    flops = 6 * raw.get_num_params() + 12 * config.n_layer * config.n_embd * config.block_size
+    return Variant("nanogpt", step, accumulation * batch_size * config.block_size, flops)
+
+
+def wanted(options: argparse.Namespace, on_gpu: bool) -> Iterator[tuple[str, str, bool]]:
+    """(name, load spec, compiled) of our variants."""
+    ours = "triton" if on_gpu else "torch"
+    yield "tritongpt", ours, on_gpu
+    if options.ablate and on_gpu:
+        for family in ABLATIONS:
+            yield f"without {family}", f"triton,{family}=torch", True
+        yield "torch compiled", "torch", True
+        yield "tritongpt eager", "triton", False
+        yield "torch eager", "torch", False
+
+
+def prepare(build: Callable[[], Variant], ranks: Ranks) -> Variant | str:
+    """Builds and warms up a variant, with its peak memory; or why it cannot be."""
+    gc.collect()
+    on_gpu = ranks.device_type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    try:
+        variant = build()
+        variant.step()  # compiles, makes the optimizer's state
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        variant.step()
+        if on_gpu:
+            torch.cuda.synchronize()
+            variant.peak_bytes = torch.cuda.max_memory_allocated() - before
+    except torch.OutOfMemoryError:
+        gc.collect()
+        torch.cuda.empty_cache()
+        return "out of memory"
+    return variant
+
+
+def measure(variants: list[Variant], seconds: float, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """Steps of all variants in turns, about `seconds` of each and at least three."""
+
+    def timed(variant: Variant) -> float:
+        _synchronize(ranks)
+        start = time.perf_counter()
+        variant.step()
+        _synchronize(ranks)
+        return time.perf_counter() - start
+
+    slowest = torch.tensor(max(map(timed, variants)), device=ranks.device)
+    slowest = ranks.sum(slowest) / ranks.world_size  # the same number of rounds on every rank
+    rounds = max(3, round(seconds / slowest.item()))
+    times: dict[str, list[float]] = {v.name: [] for v in variants}
+    for _ in range(rounds):
+        for variant in variants:
+            times[variant.name].append(timed(variant))
+    return {v.name: _figures(v, times[v.name], ranks) for v in variants}
+
+
+def _figures(variant: Variant, times: list[float], ranks: Ranks) -> dict[str, Any]:
+    rates = timing.summary([1000 * t for t in times])
+    tokens_per_s = variant.tokens / (rates.median / 1000)
+    peak = peak_flops(torch.cuda.get_device_name(), "bfloat16") if ranks.device_type == "cuda" else None
+    mfu = None if peak is None else tokens_per_s * variant.flops_per_token / (peak * ranks.world_size)
+    return {
+        "tokens_per_s": tokens_per_s,
+        "mfu": mfu,
+        "step_ms": rates.median,
+        "step_ms_low": rates.low,
+        "step_ms_high": rates.high,
+        "steps": rates.runs,
+        "peak_bytes": variant.peak_bytes,
+    }
+
+
+def best_batch(
+    config: GPTConfig, dtype: str, ranks: Ranks, sizes: tuple[int, ...], nanogpt: Path | None
+) -> dict[str, dict[int, Any]]:
+    """Tokens/s by micro-batch, of ours and of nanoGPT, until memory ends."""
+    found: dict[str, dict[int, Any]] = {}
+    builds: dict[str, Callable[[int], Variant]] = {
+        "tritongpt": lambda b: our_variant("tritongpt", "triton", True, config, b, dtype, ranks)
+    }
+    if nanogpt is not None:
+        builds["nanogpt"] = lambda b: nanogpt_variant(nanogpt, config, b, dtype, ranks)
+    for name, build in builds.items():
+        found[name] = {}
+        for size in sizes:
+            variant = prepare(partial(build, size), ranks)
+            found[name][size] = variant if isinstance(variant, str) else measure([variant], 2.0, ranks)[name]
+            del variant
+            if isinstance(found[name][size], str):
+                break
+    return found
+
+
+def _accumulation(batch_size: int, block_size: int, ranks: Ranks) -> int:
+    if ranks.device_type != "cuda":
+        return 2
+    return max(1, round(TOKENS_A_STEP / (batch_size * block_size * ranks.world_size)))
+
+
+def _batch(config: GPTConfig, batch_size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    assert config.vocab_size is not None
+    tokens = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), device=device)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def _synchronize(ranks: Ranks) -> None:
+    if ranks.device_type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _import(path: Path) -> Any:
+    if not path.is_file():
+        sys.exit(f"error: {path.parent} is no checkout of nanoGPT: it has no {path.name}")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _line(name: str, found: Any) -> str:
+    if isinstance(found, str):
+        return f"{name:24} {found}"
+    mfu = "" if found["mfu"] is None else f"  MFU {found['mfu']:6.1%}"
+    memory = "" if found["peak_bytes"] is None else f"  {found['peak_bytes'] / 2**30:6.1f} GiB"
+    return (
+        f"{name:24} {found['tokens_per_s']:12,.0f} tokens/s  {found['step_ms']:9.2f} ms a step{mfu}{memory}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.throughput", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--size", default=None, choices=SIZES, help="of the model; 124M on a GPU")
+    parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch; by default the fastest")
+    parser.add_argument("--block_size", type=int, default=1024)
+    parser.add_argument("--ablate", action="store_true", help="take each kernel away in turn; eager as well")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each variant")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT, to stand beside ours")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    options = parser.parse_args()
+    ranks = distributed.start("auto", "auto")
+    on_gpu = ranks.device_type == "cuda"
+    dtype = resolve_dtype("auto", ranks.device)
+    layers, heads, width = SIZES[options.size or ("124M" if on_gpu else "tiny")]
+    block_size = options.block_size if on_gpu else 64
+    config = GPTConfig(block_size, 50304 if on_gpu else 512, layers, heads, width, bias=False)
+
+    def say(text: str) -> None:
+        if ranks.is_main:
+            print(text, flush=True)
+
+    if not on_gpu:
+        say("There is no GPU: a tiny model on the CPU, whose figures say nothing about a GPU.")
+    sweep: dict[str, dict[int, Any]] = {}
+    best = {"tritongpt": options.batch_size or 2, "nanogpt": options.batch_size or 2}
+    if options.batch_size is None and on_gpu:
+        sweep = best_batch(config, dtype, ranks, (8, 16, 32, 64, 128), options.nanogpt)
+        for name, by_size in sweep.items():
+            for size, found in by_size.items():
+                say(_line(f"{name} micro-batch {size}", found))
+            rates = {b: f["tokens_per_s"] for b, f in by_size.items() if not isinstance(f, str)}
+            best[name] = max(rates, key=lambda b: rates[b])
+
+    builds: dict[str, Callable[[], Variant]] = {
+        name: partial(our_variant, name, spec, compiled, config, best["tritongpt"], dtype, ranks)
+        for name, spec, compiled in wanted(options, on_gpu)
+    }
+    if options.nanogpt is not None:
+        builds["nanogpt"] = partial(nanogpt_variant, options.nanogpt, config, best["nanogpt"], dtype, ranks)
+    prepared = {name: prepare(build, ranks) for name, build in builds.items()}
+    results: dict[str, Any] = {name: v for name, v in prepared.items() if isinstance(v, str)}
+    variants = [v for v in prepared.values() if isinstance(v, Variant)]
+    results |= measure(variants, options.seconds if on_gpu else min(options.seconds, 1.0), ranks)
+    for name, found in results.items():
+        say(_line(name, found))
+    if options.out and ranks.is_main:
+        environment = timing.environment(ranks.device, ["python", "-m", "bench.throughput", *sys.argv[1:]])
+        report = {
+            "environment": environment | {"ranks": ranks.world_size},
+            "model": vars(config), "dtype": dtype, "batch_size": best, "sweep": sweep, "variants": results,
+        }  # fmt: skip
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    distributed.stop(ranks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The one clock: medians of device time, competitors interleaved, caches cold unless said otherwise.
+
+On a GPU a call is timed by device events. Before each, a buffer larger than the L2 cache is overwritten
+(cold), and the GPU is kept busy for long enough that the host has queued the whole call by the time it
+starts: what is measured is the GPU's time and not Python's. Competitors take turns, in an order that
+changes from round to round, so that clocks and temperature treat them alike. On a CPU a call is timed by
+the host's clock.
+"""
+
+import datetime
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+FLUSH_BYTES = 512 << 20  # several times the largest L2
+HEAD_START_CYCLES = 1_000_000  # about half a millisecond
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call: median, and the 10th and 90th percentiles of `runs` calls."""
+
+    median: float
+    low: float
+    high: float
+    runs: int
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], device: str, seconds: float = 0.5, cold: bool = True
+) -> dict[str, Timing]:
+    """Times each call for about `seconds`, after warm-up, all of them in turns.
+
+    The calls must be correct and compiled already: what they return is thrown away.
+    """
+    if not calls:
+        return {}
+    clock = _GpuClock(cold) if device.startswith("cuda") else _HostClock()
+    longest = max(statistics.median(clock(call) for _ in range(3)) for call in calls.values())
+    rounds = max(5, min(200, int(seconds * 1000 / max(longest, 1e-3))))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
+    for _ in range(rounds):
+        shuffle(order)
+        for name in order:
+            times[name].append(clock(calls[name]))
+    return {name: summary(values) for name, values in times.items()}
+
+
+def summary(milliseconds: list[float]) -> Timing:
+    ordered = sorted(milliseconds)
+    tenth = len(ordered) // 10
+    return Timing(statistics.median(ordered), ordered[tenth], ordered[-1 - tenth], len(ordered))
+
+
+class _GpuClock:
+    def __init__(self, cold: bool):
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if cold else None
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self.flush is not None:
+            self.flush.zero_()
+        torch.cuda._sleep(HEAD_START_CYCLES)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+class _HostClock:
+    def __call__(self, call: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        call()
+        return 1000 * (time.perf_counter() - start)
+
+
+def peak_extra_bytes(call: Callable[[], Any], device: str) -> int | None:
+    """The most memory that `call` holds beyond what was held before it; None on a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def limits(device: str) -> dict[str, float]:
+    """What this machine gives: bytes/s of a large copy (read and written), FLOP/s of a square product."""
+    on_gpu = device.startswith("cuda")
+    size, n = (2 << 30, 8192) if on_gpu else (64 << 20, 1024)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    source = torch.empty(size, dtype=torch.int8, device=device).random_()
+    target = torch.empty_like(source)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    timings = interleaved(
+        {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=product)}, device
+    )
+    return {
+        "copy_bytes_per_s": 2 * size / timings["copy"].median * 1e3,
+        "product_flops_per_s": 2 * n**3 / timings["product"].median * 1e3,
+    }
+
+
+def environment(device: str, command: list[str]) -> dict[str, Any]:
+    """What somebody needs to know to repeat a measurement."""
+    on_gpu = device.startswith("cuda")
+    smi = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit",
+        "--format=csv,noheader",
+    ]
+    return {
+        "device": torch.cuda.get_device_name()
+        if on_gpu
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "driver, clocks, power": _output(smi) if on_gpu else None,
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "python": platform.python_version(),
+        "commit": _output(["git", "rev-parse", "--short=12", "HEAD"]),
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(command),
+    }
+
+
+def plain(timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
+    """For JSON."""
+    return {name: asdict(timing) for name, timing in timings.items()}
+
+
+def _triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def _output(command: list[str]) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
