@@ -42,6 +42,8 @@ run() {
     fi
 }
 set -o pipefail
+workers=() # compiling keeps the processors busy, not the GPU
+python3 -c 'import xdist' 2>/dev/null && workers=(-n 8)
 
 for part in "${parts[@]}"; do
     if [ -e "$prefix-$part.json" ]; then
@@ -49,7 +51,7 @@ for part in "${parts[@]}"; do
         continue
     fi
     case "$part" in
-        tests) run tests 170 python3 -m pytest -x -p no:cacheprovider tests/test_kernels.py tests/test_kernels_bugs.py \
+        tests) run tests 170 python3 -m pytest "${workers[@]}" -p no:cacheprovider tests/test_kernels.py tests/test_kernels_bugs.py \
             tests/test_kernels_checks.py tests/test_model_kernels.py ;;
         kernels) run kernels 200 python3 -m bench.kernels --seconds 0.1 --out "$prefix-kernels.json" ;;
         throughput) run throughput 170 python3 -m bench.throughput --ablate --batch_size 64 --seconds 10 \

@@ -141,7 +141,8 @@ def _loss_kernel(
     if DX is not None:
         g = tl.where(ignored, 0.0, 1.0)
         tl.debug_barrier()  # every warp has read its part of the row, and the target's logit
-        _gradient(X + aligned, DX + aligned, lead, lead + V, lead + target, lse, g, smoothing, BLOCK)
+        hot = lead + target.to(tl.int32)
+        _gradient(X + aligned, DX + aligned, lead, lead + V, hot, lse, g, smoothing, BLOCK)
 
 
 @jit
@@ -170,7 +171,8 @@ def _gradient_kernel(
     g = tl.load(DLOSS + row * dloss_stride).to(tl.float32)
     g = tl.where(target == ignore_index, 0.0, g)
     lse = tl.load(LSE + row)
-    _gradient(X + aligned, DX + dx_aligned, lead, lead + V, lead + target, lse, g, smoothing, BLOCK)
+    hot = lead + target.to(tl.int32)
+    _gradient(X + aligned, DX + dx_aligned, lead, lead + V, hot, lse, g, smoothing, BLOCK)
 
 
 # (BLOCK, warps) for V up to 2048, and beyond
@@ -371,6 +373,7 @@ OP = Op(
         {"N": 8192, "V": 256},
         {"N": 8192, "V": 50304},
         {"N": 8192, "V": 50257},
+        {"N": 8192, "V": 50304, "label_smoothing": 0.1},
     ),
     launchers=_launchers,
 )

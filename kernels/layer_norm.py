@@ -373,11 +373,14 @@ def _inputs(
     weight: bool = True,
     bias: bool = True,
     add: bool = False,
+    mixed: bool = False,
 ) -> dict[str, Any]:
-    def random(*size: int, mean: float = 0.0) -> Tensor:
-        return (torch.randn(*size, device=device) + mean).to(dtype)
+    """With `mixed`, the residual stream and the parameters are fp32, as in a training under autocast."""
 
-    call: dict[str, Any] = {"input": random(*shape, mean=0.5)}
+    def random(*size: int, mean: float = 0.0) -> Tensor:
+        return (torch.randn(*size, device=device) + mean).to(torch.float32 if mixed else dtype)
+
+    call: dict[str, Any] = {"input": random(*shape, mean=0.5).to(dtype)}
     call |= {"residual": random(*shape)} if add else {"normalized_shape": shape[-1:]}
     if weight:
         call["weight"] = random(shape[-1], mean=1.0)
@@ -400,7 +403,8 @@ def _cost(input: Tensor, weight: Tensor | None = None, residual: Tensor | None =
 def _launchers(input, residual=None, weight=None, bias=None, eps=1e-5, normalized_shape=None):
     normed, summed, mean, rstd = _forward(input, residual, weight, bias, eps, input.dtype)
     x, ds = (input, None) if residual is None else (summed, summed)
-    _backward(normed, ds, x, weight, bias is not None, mean, rstd, input.dtype, input.dtype)
+    residual_dtype = input.dtype if residual is None else residual.dtype
+    _backward(normed, ds, x, weight, bias is not None, mean, rstd, input.dtype, residual_dtype)
 
 
 _SAMPLES = (
@@ -412,7 +416,8 @@ _SAMPLES = (
     {"shape": (2, 1600)},
     {"shape": (0, 64)},
 )
-# A width for each tile. The add needs more registers, and one width shows that its absence changes nothing.
+# A width for each tile, and the dtypes of a training. The add needs more registers, and one width shows that
+# its absence changes nothing.
 _SHIPPED = tuple({"shape": (65536, C)} for C in (512, 768, 1600, 4096, 8192))
 
 OPS = (
@@ -435,7 +440,7 @@ OPS = (
         make=_add_inputs,
         cost=_cost,
         samples=_SAMPLES,
-        shipped=_SHIPPED,
+        shipped=(*_SHIPPED, {"shape": (65536, 768), "mixed": True, "bias": False}),
         launchers=_launchers,
     ),
 )

@@ -89,7 +89,7 @@ def record(assume: int | None = None) -> Iterator[list[Launch]]:
     try:
         yield launches
     finally:
-        _records.remove(launches)
+        _records.pop()
         if assume is not None:
             _assumed.pop()
 
@@ -102,7 +102,8 @@ def launch(kernel, grid: tuple[int, ...], *args, num_warps: int, num_stages: int
     if _assumed:
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
 
 

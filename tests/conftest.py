@@ -19,6 +19,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU of sm_80 or newer"))
 
 
+@pytest.fixture(autouse=True)
+def exact_float32() -> Iterator[None]:
+    """A training run in this process allows TF32; the test after it starts without."""
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if GPU else "cpu"

@@ -100,12 +100,16 @@ def test_a_training_of_200_steps_has_the_losses_of_pytorchs_operations(device):
                 losses[spec].append(loss.item())
         assert len(launches) == (200 * (3 + 3 + 3 + 1) if spec == "triton" else 0)
     assert losses["torch"][-1] < 0.5 * losses["torch"][0]
-    assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-3)
+    assert losses["triton"][:20] == pytest.approx(losses["torch"][:20], rel=1e-4)
+    # PyTorch's embedding backward adds in any order on a GPU, and 200 steps make much of little.
+    assert losses["triton"] == pytest.approx(losses["torch"], rel=2e-2 if device == "cuda" else 1e-3)
 
 
-def test_a_run_records_its_kernels_and_evaluates_with_them(workplace):
-    ours = run("--kernels=triton", "--max_iters=2", "--eval_iters=1", out_dir="triton")
-    theirs = run("--kernels=torch", "--max_iters=2", "--eval_iters=1", out_dir="torch")
+def test_a_run_records_its_kernels_and_evaluates_with_them(workplace, device):
+    flags = ["--max_iters=2", "--eval_iters=1", "--n_layer=1", "--batch_size=2", "--compile=False"]
+    flags += [f"--device={device}", "--dtype=float32"]
+    ours = run("--kernels=triton", *flags, out_dir="triton")
+    theirs = run("--kernels=torch", *flags, out_dir="torch")
     assert (ours["kernels"], theirs["kernels"]) == ("triton", "torch")
     for name, weight in theirs["model"].items():
         torch.testing.assert_close(ours["model"][name], weight, rtol=1e-4, atol=2e-5, msg=name)
@@ -114,8 +118,25 @@ def test_a_run_records_its_kernels_and_evaluates_with_them(workplace):
         assert [a[k] for k in keys] == pytest.approx([b[k] for k in keys], rel=1e-4)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_accumulation_under_loss_scaling(spec, device):
+    """Two micro-batches in float16 with a GradScaler: the step that PyTorch's operations make."""
+    found = {}
+    for each in (spec, "torch"):
+        model = build(each, device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+        micro = [batch(device, seed=s) for s in (1, 2)]
+        loss, norm = update(
+            model, optimizer, scaler, micro, 2, 0.5, lambda: torch.autocast(device, torch.float16)
+        )
+        found[each] = {"loss": loss, "norm": norm} | dict(model.named_parameters())
+    for name, expected in found["torch"].items():
+        torch.testing.assert_close(found[spec][name], expected, rtol=5e-3, atol=5e-4, msg=name)
+
+
 def test_two_ranks_with_loss_scaling_on_our_kernels_equal_one_on_pytorchs(workplace):
-    flags = ["--dtype=float16", "--max_iters=2", "--eval_iters=1"]
+    flags = ["--dtype=float16", "--max_iters=2", "--eval_iters=1", "--n_layer=1", "--batch_size=2"]
     theirs = run(*flags, "--kernels=torch", out_dir="torch")
     root = Path(__file__).parents[1]
     command = [
@@ -129,7 +150,7 @@ def test_two_ranks_with_loss_scaling_on_our_kernels_equal_one_on_pytorchs(workpl
     ]
     result = subprocess.run(
         [*command, *TINY, *flags, "--kernels=triton", "--out_dir=ranks"],
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
         capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -145,7 +166,7 @@ def test_one_graph_without_a_break(spec, device):
     """Forward and backward as one graph each; on a CPU without PyTorch's code generation."""
     backend = "inductor" if device == "cuda" else "aot_eager"
     idx, targets = batch(device)
-    eager, compiled = build(spec, device), build(spec, device)
+    eager, compiled = build(spec, device, n_layer=1), build(spec, device, n_layer=1)
     torch._dynamo.reset()
     compiled.compile(fullgraph=True, backend=backend)
     for model in (eager, compiled):

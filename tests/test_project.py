@@ -98,6 +98,9 @@ def test_the_readme_names_what_exists():
         "nanogpt",
         "help",
         "check",
+        "ablate",
+        "iters",
+        "rounds",
     }
     torchrun = {"standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
     assert set(re.findall(r"--(\w+)", text)) <= flags | torchrun
