@@ -4,7 +4,8 @@
 #   tests        the tests on this GPU: kernels against fp64 in every dtype, the model on them
 #   kernels      python -m bench.kernels
 #   throughput   python -m bench.throughput on the 124M, each kernel taken away in turn, beside nanoGPT when given
-#   large        the same for 350M, 774M and 1.5B; not part of the default
+#   sweep        python -m bench.sweep: tile sizes; not part of the default
+#   large        throughput of 350M, 774M and 1.5B; not part of the default
 #
 # Needs python with torch, triton, numpy and, for the tests, pytest; no network. Each part has a time limit and writes
 # its log and its JSON into DIR (bench/results by default); a part whose JSON is there is not run again, so a call that
@@ -19,8 +20,8 @@ for argument in "$@"; do
     case "$argument" in
         --out=*) out=${argument#*=} ;;
         --nanogpt=*) nanogpt=(--nanogpt "${argument#*=}") ;;
-        tests | kernels | throughput | large) parts+=("$argument") ;;
-        *) echo "error: '$argument' is none of --out=DIR, --nanogpt=PATH, tests, kernels, throughput, large" >&2; exit 2 ;;
+        tests | kernels | throughput | sweep | large) parts+=("$argument") ;;
+        *) echo "error: '$argument' is none of --out=DIR, --nanogpt=PATH, tests, kernels, throughput, sweep, large" >&2; exit 2 ;;
     esac
 done
 [ ${#parts[@]} -gt 0 ] || parts=(tests kernels throughput)
@@ -56,6 +57,7 @@ for part in "${parts[@]}"; do
         kernels) run kernels 200 python3 -m bench.kernels --seconds 0.1 --out "$prefix-kernels.json" ;;
         throughput) run throughput 170 python3 -m bench.throughput --ablate --batch_size 64 --seconds 10 \
             "${nanogpt[@]}" --out "$prefix-throughput.json" ;;
+        sweep) run sweep 540 python3 -m bench.sweep --out "$prefix-sweep.json" ;;
         large) for size in 350M 774M 1.5B; do
             run large 170 python3 -m bench.throughput --size $size --batch_size 16 --seconds 15 "${nanogpt[@]}" \
                 --out "$prefix-throughput-$size.json"

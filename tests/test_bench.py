@@ -11,6 +11,7 @@ import torch
 
 import kernels
 from bench import kernels as suite
+from bench import sweep as tuner
 from bench import throughput, timing
 from gpt.model import GPTConfig
 from train.distributed import Ranks
@@ -123,3 +124,25 @@ def test_throughput_makes_the_steps_of_training(monkeypatch):
     found = throughput.measure([variant], 0.0, ranks)["ours"]
     assert len(calls) == 2 + 1 + 3 and calls[-1][0] < calls[0][0] and all(norm > 0 for _, norm in calls)
     assert found["steps"] == 3 and found["tokens_per_s"] == pytest.approx(64e3 / found["step_ms"])
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "cross_entropy", "causal_attention"])
+def test_a_sweep_launches_each_candidate_and_leaves_the_table_as_it_was(name, monkeypatch):
+    """On tensors without data, as an H100 would be given them."""
+    from kernels.op import record
+
+    op = OPS[name]
+    call = op.make(**{"dtype": torch.bfloat16, "device": "meta"} | op.shipped[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "interleaved", lambda calls, *_: {n: c() for n, c in calls.items()})
+    with record(assume=90) as launches:
+        found_slots = list(tuner.slots(op, call))
+        assert found_slots
+        for slot in found_slots:
+            before, table = slot.get(), dict(slot.table)
+            launches.clear()
+            found = tuner.sweep(op, call, slot, 0.01)
+            assert slot.get() == before and slot.table == table
+            assert found.keys() >= {str(tuple(c)) for c in slot.candidates}
+            used = {(launch.num_warps, launch.num_stages) for launch in launches}
+            assert len(used) > 2, "every candidate was launched with the same settings"
