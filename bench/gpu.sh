@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bench/gpu.sh [--out=DIR] [--nanogpt=PATH] [PART ...]: what a GPU can tell, in one command of about nine minutes.
+# bench/gpu.sh [--out=DIR] [--nanogpt=PATH] [PART ...]: what a GPU can tell, in one command of nine minutes at most. It has not run on one yet.
 #
 #   tests        the tests on this GPU: kernels against fp64 in every dtype, the model on them
 #   kernels      python -m bench.kernels
