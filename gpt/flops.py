@@ -1,9 +1,9 @@
 """What a token costs, and what a GPU could give: the two halves of MFU (model FLOPs utilisation)."""
 
-# Dense 16-bit tensor-core peak with fp32 accumulation, in TFLOP/s, by the vendor's published figures, halved where
-# those count sparsity; for GeForce cards twice the fp32 rate, which is how their whitepapers have it. A100, H100 and
-# H200 were checked; the others were written down from memory and want a check before they are quoted. The longest name contained in the device's
-# name counts, so "H100 PCIe" goes before "H100".
+# Dense 16-bit tensor-core peak with fp32 accumulation, in TFLOP/s, as the vendor publishes it, halved
+# where that counts sparsity; for GeForce cards twice the fp32 rate. A100, H100 and H200 were compared
+# with a second source; the others were written from memory and want a check before they are quoted.
+# The longest name contained in the device's name counts, so "H100 PCIe" goes before "H100".
 PEAK_TFLOPS = {
     "V100": 125, "V100 PCIE": 112, "T4": 65,
     "A100": 312, "A800": 312, "A30": 165, "A40": 149.7, "A10": 125, "A10G": 70, "RTX A6000": 154.8,
