@@ -2,7 +2,8 @@
 
 For each shape: milliseconds forward, backward and both, interleaved with the peers that are installed; the
 share of the limit, which is the least time that the operation's bytes or FLOPs (`Op.cost`) could take at
-the rates measured in the same run; and the memory needed beyond the inputs. Before anything is timed it is
+the rates measured in the same run; and the memory needed beyond the inputs. What fits into the L2 cache is
+timed once more without emptying it ("warm"). Before anything is timed it is
 held to fp64 on fewer rows of the same shape: what is wrong is said and not timed. Peers that are missing
 are said too.
 
@@ -57,6 +58,11 @@ def variants(op: Op, device: str) -> Iterator[tuple[str, Callable[..., Any] | st
     yield "eager", op.reference
     if device.startswith("cuda"):
         yield "compile", torch.compile(op.reference, dynamic=False)
+    yield from peers(op, device)
+
+
+def peers(op: Op, device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
+    """Other people's implementations, as `variants` has them."""
     yield from PEERS.get(op.name, lambda _: iter(()))(device)
 
 
@@ -218,6 +224,9 @@ def measure(
         calls = {name: parts[direction] for name, parts in ready.items()}
         for name, found in timing.plain(timing.interleaved(calls, device, seconds)).items():
             result[name][direction] = found | {"limit": 1000 * least / found["median"]}
+        if cost.forward_bytes < timing.l2_bytes(device):
+            for name, warm in timing.interleaved(calls, device, seconds, cold=False).items():
+                result[name][direction]["warm"] = warm.median
     return result
 
 
@@ -243,10 +252,11 @@ def _tuple(result: Any) -> tuple[Tensor, ...]:
 def _line(name: str, found: Any) -> str:
     if isinstance(found, str):
         return f"  {name:12} {found}"
-    parts = [
-        f"{direction} {found[direction]['median']:8.3f} ms ({found[direction]['limit']:4.0%})"
-        for direction in ("forward", "backward", "both")
-    ]
+    parts = []
+    for direction in ("forward", "backward", "both"):
+        timed = found[direction]
+        warm = f"; warm {timed['warm']:.3f} ms" if "warm" in timed else ""
+        parts.append(f"{direction} {timed['median']:8.3f} ms ({timed['limit']:4.0%}{warm})")
     extra = "" if found["bytes"] is None else f"  {found['bytes'] / 2**20:8,.0f} MiB"
     return f"  {name:12} {'  '.join(parts)}{extra}"
 
@@ -268,20 +278,28 @@ def main() -> None:
     limits = timing.limits(device)
     copy, product = limits["copy_bytes_per_s"] / 1e9, limits["product_flops_per_s"] / 1e12
     print(f"limits of this machine: copy {copy:,.0f} GB/s, product {product:,.1f} TFLOP/s")
-    cases = []
+    cases = _finished(options.out)
+    done = [(case["operation"], case["dtype"], str(case["sample"])) for case in cases]
     for op in (_OPS[name] for name in options.names or _OPS):
         for sample in SHAPES[op.name] if device == "cuda" else [SMALL[op.name]]:
+            sample = json.loads(json.dumps(sample))  # as it is read back from a file
             for dtype in options.dtype:
+                if (op.name, dtype, str(sample)) in done:
+                    continue
                 found = measure(op, sample, DTYPES[dtype], device, limits, options.seconds)
                 cases.append({"operation": op.name, "sample": sample, "dtype": dtype, "variants": found})
                 print(f"{op.name} {dtype} {' '.join(f'{k}={v}' for k, v in sample.items())}")
                 print(*(_line(name, variant) for name, variant in found.items()), sep="\n", flush=True)
-    if options.out:
-        environment = timing.environment(device, ["python", "-m", "bench.kernels", *sys.argv[1:]])
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(
-            json.dumps({"environment": environment, "limits": limits, "cases": cases}, indent=1) + "\n"
-        )
+                if options.out:  # what is measured is kept, whatever comes next
+                    timing.write(options.out, "kernels", device, limits=limits, cases=cases)
+
+
+def _finished(path: Path | None) -> list[dict[str, Any]]:
+    """The cases of a run of the same commit that was cut short."""
+    if path is None or not path.exists():
+        return []
+    before = json.loads(path.read_text())
+    return before["cases"] if before["environment"]["commit"] == timing.commit() else []
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ off, each in a process of its own; the time is that of the process, start-up and
 nanoGPT makes one update more than max_iters says, so it is asked for one less.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -15,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import timing
 from gpt import cli
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +34,7 @@ class NanoGPTConfig:
     dataset: str = "plays_char"  # folder in data/
     iters: int = 500  # updates in a run
     rounds: int = 5  # runs of each, alternating
+    out: Path | None = None  # a JSON file for the results
 
 
 def seconds(command: list[str], folder: Path) -> float:
@@ -63,11 +64,9 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, values in times.items():
         print(f"{name}: median {medians[name]:.2f} s, from {min(values):.2f} to {max(values):.2f}")
-    print(
-        json.dumps(
-            {"iters": config.iters, "seconds": times, "ratio": medians["tritongpt"] / medians["nanogpt"]}
-        )
-    )
+    print(f"ratio of the medians, ours to nanoGPT's: {medians['tritongpt'] / medians['nanogpt']:.2f}")
+    if config.out is not None:
+        timing.write(config.out, "nanogpt", "cpu", iters=config.iters, preset=PRESET, seconds=times)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
 """python -m bench.sweep [NAME ...]: tries tile sizes on this GPU and prints what each costs, the best first.
 
-For every entry of the tables in `kernels/` that the shipped samples reach, all candidates take turns in one
+For every entry of the tables in `kernels/` that the shipped samples reach, a pool of processes compiles and
+runs each candidate once, so that one which crashes takes nothing with it; those that work take turns in this
 process while the other entries stay as they are. Nothing is written: the winner is put into the table by
 hand, with the GPU it was found on, and the tests decide whether it is right.
 """
 
 import argparse
-import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -67,26 +72,63 @@ def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
             yield Slot(f"{name} (m, n, warps, stages)", _attention.TILES[arch], width, index, candidates)
 
 
-def sweep(op: Op, call: dict[str, Any], slot: Slot, seconds: float) -> dict[str, timing.Timing | str]:
+def arguments(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
+    return op.make(**{"dtype": torch.bfloat16, "device": "cuda"} | sample)
+
+
+def attempt(name: str, sample: dict[str, Any], position: int, tile: Any) -> str | None:
+    """Runs an operation once with `tile` in its slot of that position: None, or why it cannot be.
+
+    In a process of the pool: what it compiles is in Triton's cache on disk afterwards.
+    """
+    op = next(op for op in OPS if op.name == name)
+    try:
+        call = arguments(op, sample)
+        slot = list(slots(op, call))[position]
+        before = slot.get()
+        try:
+            slot.set(tile)
+            op.launchers(**call)
+            torch.cuda.synchronize()
+        finally:
+            slot.set(before)
+    except Exception as error:  # a tile that does not compile, or needs more than there is
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+    return None
+
+
+def attempts(
+    pool: Callable[[], Executor], op: Op, sample: dict[str, Any], position: int, tiles: list[Any]
+) -> dict[Any, str | None]:
+    """{tile: None, or why it cannot be}. A process that dies takes its pool along: the rest get a new one."""
+    found: dict[Any, str | None] = {}
+    while left := [tile for tile in tiles if tile not in found]:
+        with pool() as workers:
+            tried = {tile: workers.submit(attempt, op.name, sample, position, tile) for tile in left}
+            for tile, result in tried.items():
+                try:
+                    found[tile] = result.result()
+                except BrokenProcessPool:
+                    # Which one it was is not told: the first without an answer is tried no more.
+                    found[tile] = "its process died"
+                    break
+    return found
+
+
+def sweep(
+    op: Op, call: dict[str, Any], slot: Slot, tried: dict[Any, str | None], seconds: float
+) -> dict[str, timing.Timing | str]:
     """{candidate: time of all kernels of `op`, or why there is none}; the entry is as before afterwards."""
     before = slot.get()
-    found: dict[str, timing.Timing | str] = {}
-    works: dict[str, Any] = {}
 
     def run(tile: Any) -> None:
         slot.set(tile)
         op.launchers(**call)
 
+    works = {str(tuple(tile)): partial(run, tile) for tile, reason in tried.items() if reason is None}
+    failed = {str(tuple(tile)): reason for tile, reason in tried.items() if reason is not None}
     try:
-        for tile in dict.fromkeys((before, *slot.candidates)):
-            name = str(tuple(tile))
-            try:
-                run(tile)
-                torch.cuda.synchronize()
-                works[name] = lambda tile=tile: run(tile)
-            except Exception as error:  # a tile that does not compile, or needs more than there is
-                found[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
-        return found | timing.interleaved(works, "cuda", seconds)
+        return failed | timing.interleaved(works, "cuda", seconds)
     finally:
         slot.set(before)
 
@@ -103,23 +145,26 @@ def main() -> None:
     if reason is not None or INTERPRETED:
         sys.exit(f"error: tiles are tried on a GPU: {reason or 'TRITON_INTERPRET is set'}")
     results = []
+    # each process has a GPU context of its own, about half a GB
+    spawn = multiprocessing.get_context("spawn")
+    pool = partial(ProcessPoolExecutor, max(1, min(14, (os.cpu_count() or 2) - 2)), spawn)
     for op in OPS:
         for sample in op.shipped if not options.names or op.name in options.names else ():
-            call = op.make(**{"dtype": torch.bfloat16, "device": "cuda"} | sample)
-            for slot in slots(op, call):
-                found = sweep(op, call, slot, options.seconds)
+            call = arguments(op, sample)
+            for position, slot in enumerate(slots(op, call)):
+                tiles = list(dict.fromkeys((slot.get(), *slot.candidates)))
+                tried = attempts(pool, op, sample, position, tiles)
+                found = sweep(op, call, slot, tried, options.seconds)
                 timed = {n: t.median for n, t in found.items() if isinstance(t, timing.Timing)}
                 now = str(tuple(slot.get()))
-                print(f"{op.name} {sample} {slot.name}: now {now} {timed[now]:.4f} ms")
+                print(f"{op.name} {sample} {slot.name}: now {now} {timed.get(now, float('nan')):.4f} ms")
                 best = sorted(timed, key=lambda n: timed[n])[:5]
                 print(*(f"    {n:24} {timed[n]:.4f} ms" for n in best), sep="\n", flush=True)
                 failed = {n: t for n, t in found.items() if isinstance(t, str)}
                 where = {"operation": op.name, "sample": str(sample), "slot": slot.name}
                 results.append(where | {"now": now, "ms": timed, "failed": failed})
-    if options.out:
-        environment = timing.environment("cuda", ["python", "-m", "bench.sweep", *sys.argv[1:]])
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"environment": environment, "sweeps": results}, indent=1) + "\n")
+                if options.out:
+                    timing.write(options.out, "sweep", "cuda", sweeps=results)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ Without a GPU the model is tiny, and the figures say nothing about a GPU.
 import argparse
 import gc
 import importlib.util
-import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -76,7 +76,7 @@ def our_variant(
 
 def nanogpt_variant(checkout: Path, config: GPTConfig, batch_size: int, dtype: str, ranks: Ranks) -> Variant:
     """nanoGPT's model from its own file, in the step of its train.py: compiled, its default attention."""
-    module = _import(checkout / "model.py")
+    module = nanogpt_module(checkout)
     own = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
     torch.manual_seed(0)
     raw = module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in own})).to(ranks.device)
@@ -209,7 +209,9 @@ def _synchronize(ranks: Ranks) -> None:
         torch.cuda.synchronize()
 
 
-def _import(path: Path) -> Any:
+def nanogpt_module(checkout: Path) -> Any:
+    """Its model.py. Exits with a sentence where there is none."""
+    path = checkout / "model.py"
     if not path.is_file():
         sys.exit(f"error: {path.parent} is no checkout of nanoGPT: it has no {path.name}")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
@@ -239,9 +241,13 @@ def main() -> None:
     parser.add_argument("--block_size", type=int, default=1024)
     parser.add_argument("--ablate", action="store_true", help="take each kernel away in turn; eager as well")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each variant")
+    parser.add_argument(
+        "--budget", type=float, default=math.inf, help="seconds in all: variants that do not fit are left out"
+    )
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT, to stand beside ours")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
+    started = time.monotonic()
     ranks = distributed.start("auto", "auto")
     on_gpu = ranks.device_type == "cuda"
     dtype = resolve_dtype("auto", ranks.device)
@@ -271,20 +277,22 @@ def main() -> None:
     }
     if options.nanogpt is not None:
         builds["nanogpt"] = partial(nanogpt_variant, options.nanogpt, config, best["nanogpt"], dtype, ranks)
-    prepared = {name: prepare(build, ranks) for name, build in builds.items()}
+    prepared: dict[str, Variant | str] = {}
+    # what matters most comes first
+    for name in sorted(builds, key=lambda name: ("tritongpt", "nanogpt", name).index(name)):
+        spent = time.monotonic() - started + options.seconds * (len(prepared) + 1)
+        late = torch.tensor(float(spent > options.budget), device=ranks.device)
+        prepared[name] = "no time was left for it" if ranks.sum(late).item() else prepare(builds[name], ranks)
     results: dict[str, Any] = {name: v for name, v in prepared.items() if isinstance(v, str)}
     variants = [v for v in prepared.values() if isinstance(v, Variant)]
     results |= measure(variants, options.seconds if on_gpu else min(options.seconds, 1.0), ranks)
     for name, found in results.items():
         say(_line(name, found))
     if options.out and ranks.is_main:
-        environment = timing.environment(ranks.device, ["python", "-m", "bench.throughput", *sys.argv[1:]])
-        report = {
-            "environment": environment | {"ranks": ranks.world_size},
-            "model": vars(config), "dtype": dtype, "batch_size": best, "sweep": sweep, "variants": results,
-        }  # fmt: skip
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        timing.write(
+            options.out, "throughput", ranks.device, ranks=ranks.world_size, model=vars(config), dtype=dtype,
+            batch_size=best, sweep=sweep, variants=results,
+        )  # fmt: skip
     distributed.stop(ranks)
 
 

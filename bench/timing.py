@@ -8,13 +8,16 @@ the host's clock.
 """
 
 import datetime
+import json
 import platform
 import random
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,6 +98,11 @@ def peak_extra_bytes(call: Callable[[], Any], device: str) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
+def l2_bytes(device: str) -> int:
+    """Size of the GPU's L2 cache; 0 on a CPU, whose caches nothing here empties."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.startswith("cuda") else 0
+
+
 def limits(device: str) -> dict[str, float]:
     """What this machine gives: bytes/s of a large copy (read and written), FLOP/s of a square product."""
     on_gpu = device.startswith("cuda")
@@ -129,10 +137,30 @@ def environment(device: str, command: list[str]) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _triton_version(),
         "python": platform.python_version(),
-        "commit": _output(["git", "rev-parse", "--short=12", "HEAD"]),
-        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
         "command": " ".join(command),
     }
+
+
+def commit() -> str | None:
+    return _output(["git", "rev-parse", "--short=12", "HEAD"])
+
+
+def write(path: Path, benchmark: str, device: str, **results: Any) -> None:
+    """A JSON file of one benchmark's results with what somebody needs to repeat it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = ["python", "-m", f"bench.{benchmark}", *sys.argv[1:]]
+    report = {"benchmark": benchmark, "environment": environment(device, command)} | results
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(report, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """Every result in `folder`, the oldest first; "file" is added to each."""
+    results = [json.loads(path.read_text()) | {"file": path.name} for path in sorted(folder.glob("*.json"))]
+    return sorted(results, key=lambda result: result["environment"]["date"])
 
 
 def plain(timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:

@@ -394,10 +394,15 @@ def _add_inputs(dtype: torch.dtype, device: str, **sample: Any) -> dict[str, Any
 
 
 def _cost(input: Tensor, weight: Tensor | None = None, residual: Tensor | None = None, **_: Any) -> Cost:
-    tensor = input.numel() * input.element_size()
-    # forward: input (residual) -> normed (summed); backward: dnormed, x (dsummed) -> dx
-    forward, backward = (2, 3) if residual is None else (4, 4)
-    return Cost(forward * tensor, backward * tensor, 8 * input.numel(), 12 * input.numel())
+    n, size = input.numel(), input.element_size()
+    # forward: input (residual) -> normed (summed); backward: dnormed, x (dsummed) -> dinput (dresidual)
+    forward, backward = 2 * size, 3 * size
+    if residual is not None:
+        stream = residual.element_size()
+        forward = 2 * size + 2 * stream
+        # one gradient serves both where they have one dtype
+        backward = size + 3 * stream + (0 if stream == size else size)
+    return Cost(forward * n, backward * n, 8 * n, 12 * n)
 
 
 def _launchers(input, residual=None, weight=None, bias=None, eps=1e-5, normalized_shape=None):

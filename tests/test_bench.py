@@ -1,19 +1,27 @@
 """The benchmarks measure what they say, and nothing that is wrong. No speed is asserted."""
 
+import importlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from bench import generate, roofline, throughput, timing
 from bench import kernels as suite
 from bench import sweep as tuner
-from bench import throughput, timing
-from gpt.model import GPTConfig
+from gpt.model import GPT, GPTConfig
+from kernels.op import record
 from train.distributed import Ranks
 
 ROOT = Path(__file__).parents[1]
@@ -129,20 +137,330 @@ def test_throughput_makes_the_steps_of_training(monkeypatch):
 @pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "cross_entropy", "causal_attention"])
 def test_a_sweep_launches_each_candidate_and_leaves_the_table_as_it_was(name, monkeypatch):
     """On tensors without data, as an H100 would be given them."""
-    from kernels.op import record
-
-    op = OPS[name]
-    call = op.make(**{"dtype": torch.bfloat16, "device": "meta"} | op.shipped[0])
+    op, sample = OPS[name], OPS[name].shipped[0]
+    call = op.make(**{"dtype": torch.bfloat16, "device": "meta"} | sample)
+    monkeypatch.setattr(tuner, "arguments", lambda *_: call)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(timing, "interleaved", lambda calls, *_: {n: c() for n, c in calls.items()})
     with record(assume=90) as launches:
         found_slots = list(tuner.slots(op, call))
         assert found_slots
-        for slot in found_slots:
+        for position, slot in enumerate(found_slots):
             before, table = slot.get(), dict(slot.table)
             launches.clear()
-            found = tuner.sweep(op, call, slot, 0.01)
+            tried = {tile: tuner.attempt(name, sample, position, tile) for tile in slot.candidates}
+            assert set(tried.values()) == {None} and slot.get() == before and slot.table == table
+            in_pool = [(launch.num_warps, launch.num_stages, launch.arguments) for launch in launches]
+            launches.clear()
+            tried[slot.candidates[0]] = "why"
+            found = tuner.sweep(op, call, slot, tried, 0.01)
             assert slot.get() == before and slot.table == table
-            assert found.keys() >= {str(tuple(c)) for c in slot.candidates}
-            used = {(launch.num_warps, launch.num_stages) for launch in launches}
+            assert found.keys() == {str(tuple(c)) for c in slot.candidates}
+            assert found[str(tuple(slot.candidates[0]))] == "why"
+            here = [(launch.num_warps, launch.num_stages, launch.arguments) for launch in launches]
+            kernels_a_call = len(in_pool) // len(slot.candidates)
+            assert str(here) == str(in_pool[kernels_a_call:]), "another thing is timed than was compiled"
+            used = {(warps, stages) for warps, stages, _ in here}
             assert len(used) > 2, "every candidate was launched with the same settings"
+
+
+def test_a_candidate_that_kills_its_process_takes_no_other_with_it():
+    deadly, pools = (2, 2), []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self):
+            super().__init__(1)
+            self.dead = False
+            pools.append(self)
+
+        def submit(self, function, name, sample, position, tile):
+            def work():
+                self.dead |= tile == deadly
+                if self.dead:
+                    raise BrokenProcessPool
+                return "too large" if tile == (4, 4) else None
+
+            return super().submit(work)
+
+    tiles = [(1, 1), deadly, (3, 3), (4, 4)]
+    found = tuner.attempts(Pool, OPS["layer_norm"], {}, 0, tiles)
+    assert found == {(1, 1): None, deadly: "its process died", (3, 3): None, (4, 4): "too large"}
+    assert len(pools) == 2
+
+
+# ---- roofline
+
+TINY = GPTConfig(16, 64, 2, 2, 32, bias=False)
+
+
+def test_the_products_of_the_roofline_are_those_that_pytorch_counts():
+    model = GPT(GPTConfig(**vars(TINY) | {"kernels": "torch"}))
+    idx = torch.randint(64, (3, 16))
+    with FlopCounterMode(display=False) as counter:
+        model(idx, idx)[1].backward()
+    counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    assert set(counted) >= {"aten.mm"}
+    found = {part.name: part for part in roofline.parts(TINY, batch_size=3, accumulation=5)}
+    products = found["matrix products"].flops + found["lm_head and loss"].flops
+    assert products == 5 * counted["aten.mm"]
+    # 2 products forward and 5 backward of the causal half, the diagonal included
+    pairs = sum(range(1, 16 + 1))
+    assert found["attention"].flops == 5 * 3 * 2 * 2 * 7 * (2 * 16 * pairs)
+    assert all(found[name].flops == 0 for name in ("norms", "GELU", "weights", "optimizer"))
+
+
+def test_the_roofline_knows_what_a_step_keeps_in_memory():
+    """Counted by autograd, of the model on our kernels in bf16 autocast."""
+    model = GPT(GPTConfig(**vars(TINY) | {"kernels": "triton"}))
+    idx = torch.randint(64, (3, 16))
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        model(idx, idx)
+    counted = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own)
+    predicted = roofline.memory(TINY, 3)
+    of_weights = predicted["weights, bf16"] - 2 * (64 + 16) * 32  # the embeddings are read in fp32
+    positions_and_count = 16 * 8 + 8
+    expected = predicted["saved for the backward pass"] + predicted["gradient of lm_head"] + of_weights
+    assert counted == expected + positions_and_count
+    n = sum(p.numel() for p in model.parameters())
+    assert (predicted["weights, fp32"], predicted["AdamW, fp32"]) == (4 * n, 8 * n)
+
+
+def test_each_kernel_waits_for_the_slower_of_its_two_limits():
+    part = roofline.Part("both", ((100.0, 1.0, 3), (1.0, 50.0, 2)))
+    limits = roofline.Limits(copy=10.0, product=20.0, link=8.0, memory=0, source="")
+    assert part.least(limits) == 3 * 5.0 + 2 * 5.0
+    assert (part.flops, part.bytes) == (302.0, 103.0)
+    # a ring of 4 sends three quarters of the gradients twice, 4 bytes each
+    assert roofline.exchange(100, 4, limits) == 2 * 0.75 * 400 / 8.0
+
+
+def environment(device="NVIDIA H100 80GB HBM3", date="2026-01-01 00:00"):
+    return {
+        "device": device, "torch": "2.11.0", "triton": "3.6.0", "commit": "abc", "date": date,
+        "command": "python -m bench.x",
+    }  # fmt: skip
+
+
+def kernels_result(ms=1.0, limit=0.5, **where):
+    def timed(median):
+        return {"median": median, "low": median, "high": median, "runs": 5, "limit": limit}
+
+    ours = {"bytes": 2_000_000, "forward": timed(ms), "backward": timed(2 * ms), "both": timed(3 * ms)}
+    eager = {"bytes": None} | {d: timed(6.0) for d in ("forward", "backward", "both")}
+    cases = [
+        {
+            "operation": "add_layer_norm", "sample": {"shape": [64, C]}, "dtype": "bf16",
+            "variants": {"tritongpt": ours | {"both": timed(3 * ms) | {"limit": limit * C / 768}},
+                         "eager": eager, "liger": "is not installed"},
+        }
+        for C in (768, 1600)
+    ]  # fmt: skip
+    limits = {"copy_bytes_per_s": 1e12, "product_flops_per_s": 1e14}
+    return {"benchmark": "kernels", "environment": environment(**where), "limits": limits, "cases": cases}
+
+
+def throughput_result(tokens_per_s=300e3, **where):
+    def of(rate):
+        ms = 524288e3 / rate
+        figures = {"step_ms": ms, "step_ms_low": ms - 1, "step_ms_high": ms + 1, "steps": 9}
+        return figures | {"tokens_per_s": rate, "mfu": 0.4, "peak_bytes": 25_000_000_000}
+
+    variants = {"torch eager": of(100e3), "tritongpt": of(tokens_per_s), "nanogpt": of(200e3)}
+    return {
+        "benchmark": "throughput", "environment": environment(**where), "ranks": 1, "dtype": "bfloat16",
+        "model": vars(GPTConfig()), "batch_size": {"tritongpt": 64, "nanogpt": 32},
+        "variants": variants | {"tritongpt eager": "out of memory"},
+    }  # fmt: skip
+
+
+def save(folder, *results):
+    folder.mkdir(exist_ok=True)
+    for i, result in enumerate(results):
+        (folder / f"{9 - i}.json").write_text(json.dumps(result))  # not in the order of time
+
+
+@pytest.fixture
+def bench_command(monkeypatch, capsys):
+    """Runs `python -m bench.NAME FLAGS` in this process."""
+
+    def run(name, *flags):
+        monkeypatch.setattr(sys, "argv", [f"bench.{name}", *map(str, flags)])
+        try:
+            importlib.import_module(f"bench.{name}").main()
+            code, reason = 0, ""
+        except SystemExit as stopped:
+            code, reason = (stopped.code, "") if isinstance(stopped.code, int) else (1, str(stopped.code))
+        shown = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=shown.out, stderr=shown.err + reason)
+
+    return run
+
+
+def test_the_roofline_uses_what_was_measured_on_that_gpu_and_says_so(bench_command, tmp_path):
+    slow = kernels_result(limit=0.1, date="2025-12-31 00:00")
+    other = kernels_result(limit=0.9, device="NVIDIA H200", date="2026-01-02 00:00")
+    save(tmp_path, slow, kernels_result(limit=0.25), other, throughput_result())
+    shown = bench_command(
+        "roofline", "--gpu", "H100", "--gpus", "8", "--results", tmp_path, "--tokens", "1e9"
+    )
+    assert shown.returncode == 0, shown.stderr
+    lines = {line.split("  ")[0]: line for line in shown.stdout.splitlines()}
+    assert re.search(r" 25% .* 8\.json$", lines["norms"]) and "assumed" in lines["attention"]
+    assert "predicted" in lines["expected"] and "300,000 tokens/s" in lines["measured"]
+    assert all(
+        "predicted" in line for line in shown.stdout.splitlines() if re.search("GPUs,|limits:|days", line)
+    )
+    refused = bench_command("roofline", "--gpu", "P100")
+    assert refused.returncode == 1 and "no datasheet of 'P100' is at hand" in refused.stderr
+
+
+# ---- report
+
+
+def test_tables_hold_the_newest_results_and_where_they_are_from(bench_command, tmp_path):
+    old = throughput_result(1.0, date="2025-12-31 23:59")
+    save(
+        tmp_path / "results",
+        throughput_result(),
+        old,
+        kernels_result(),
+        throughput_result(1e6, device="NVIDIA H200"),
+    )
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench.report -->\nold text\n<!-- /bench.report -->\nafter\n")
+    flags = "--results", tmp_path / "results", "--readme", readme
+    shown = bench_command("report", *flags)
+    assert shown.returncode == 0, shown.stderr
+    full = (tmp_path / "results" / "README.md").read_text()
+    assert "| tritongpt | 300,000 | 1.50x | 1747.6 (1746.6 to 1748.6) | 40.0% | 25.0 |" in full
+    assert "| add_layer_norm bf16 | 64 x 1600 | 1.000 | 2.000 | 104% | eager, 6.000 | 2.00x | 2 |" in full
+    assert "tritongpt eager: out of memory." in full and "- liger: is not installed" in full
+    assert (
+        full.count("torch 2.11.0, triton 3.6.0, commit abc, 2026-01-01 00:00 UTC: `python -m bench.x`") == 3
+    )
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("<!-- /bench.report -->\nafter\n")
+    assert (
+        "old text" not in text
+        and "| tritongpt | 1,000,000 | 5.00x |" in text
+        and "No GPU figures" not in text
+    )
+    pictures = {p.name: p.read_text() for p in (tmp_path / "results").glob("*.svg")}
+    assert set(re.findall(r"\]\((\S+\.svg)\)", full)) == pictures.keys() and len(pictures) == 5
+    assert bench_command("report", *flags).returncode == 0
+    assert pictures == {p.name: p.read_text() for p in (tmp_path / "results").glob("*.svg")}
+
+
+@pytest.mark.parametrize(
+    ("rate", "ms", "worse"), [(292e3, 1.02, []), (290e3, 1.0, ["step"]), (300e3, 1.04, ["norm"])]
+)
+def test_a_loss_of_more_than_3_percent_is_a_failure(bench_command, tmp_path, rate, ms, worse):
+    later = {"date": "2026-01-02 00:00"}
+    elsewhere = {"date": "2026-01-03 00:00", "device": "NVIDIA A100-SXM4-80GB"}
+    older = {"date": "2025-01-01 00:00"}
+    save(
+        tmp_path, throughput_result(rate, **later), throughput_result(), throughput_result(900e3, **older),
+        throughput_result(10.0, **elsewhere), kernels_result(ms, **later), kernels_result(),
+    )  # fmt: skip
+    shown = bench_command("report", "--compare", "--results", tmp_path)
+    assert shown.returncode == (1 if worse else 0), shown.stderr
+    told = [line for line in shown.stdout.splitlines() if "->" in line]
+    assert bool(told) == bool(worse) and all(worse[0] in line for line in told)
+    assert "5 figures compared" in shown.stdout
+
+
+def test_the_readme_has_what_the_results_say(bench_command, tmp_path):
+    """Nobody writes a figure into it by hand."""
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text())
+    results = shutil.copytree(ROOT / "bench" / "results", tmp_path / "results")
+    shown = bench_command("report", "--results", results, "--readme", copy)
+    assert shown.returncode == 0, shown.stderr
+    assert copy.read_text() == (ROOT / "README.md").read_text()
+    assert (results / "README.md").read_text() == (ROOT / "bench" / "results" / "README.md").read_text()
+
+
+# ---- generate, the suite of pytest-benchmark, gpu.sh
+
+
+def test_a_decoded_token_is_what_the_prompt_does_not_explain(monkeypatch):
+    model = GPT(TINY).eval()
+    calls = []
+
+    def interleaved(timed, *_, cold):
+        calls.append(timed)
+        milliseconds = 10.0 if len(calls) == 1 else 40.0
+        return {name: timing.Timing(milliseconds, 0, 0, 1) for name in timed}
+
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+    found = generate.measure({"ours": model}, torch.zeros(2, 5, dtype=torch.long), 7, "float32", 1.0)["ours"]
+    # 7 tokens, the first of them out of the prompt
+    assert found == {"prefill": 1000.0, "decode": 2 / 5e-3, "ms": 5.0, "generate_ms": 40.0}
+
+
+@pytest.mark.parametrize("fault", [0.0, 1.0])
+def test_nothing_is_timed_when_nanogpt_would_say_something_else(bench_command, tmp_path, fault):
+    (tmp_path / "model.py").write_text(
+        "import torch\nfrom gpt.model import GPTConfig\nfrom gpt.model import GPT as Ours\n"
+        "class GPT(Ours):\n"
+        "    def load_state_dict(self, state):\n        super().load_state_dict(state)\n"
+        f"        torch.nn.init.normal_(self.transformer.ln_f.weight, std=1.0) if {fault} else None\n"
+        "        return self\n"
+    )
+    flags = ["--nanogpt", tmp_path, "--prompt", 4, "--new", 8, "--seconds", 0.01, "--size", "tiny"]
+    shown = bench_command("generate", *flags)
+    assert shown.returncode == (1 if fault else 0), shown.stderr
+    assert ("the greedy tokens of both models differ" in shown.stderr) == bool(fault)
+    assert shown.stdout.count("tokens/s, ") == (0 if fault else 3)
+
+
+def test_pytest_benchmark_has_a_row_for_each_variant_and_the_reason_of_each_that_is_missing(tmp_path):
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "-rs", "-k", "layer_norm"]
+    command += [f"--benchmark-json={tmp_path / 'b.json'}", "-p", "no:cacheprovider"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stdout
+    groups = {b["name"]: b["group"] for b in json.loads((tmp_path / "b.json").read_text())["benchmarks"]}
+    assert groups["test_operation[add_layer_norm-eager-backward]"].startswith("add_layer_norm backward")
+    if not torch.cuda.is_available():
+        assert "the interpreter is no GPU" in shown.stdout
+
+
+FAKE_GPU_MACHINE = """#!/bin/sh
+case "$*" in
+    *get_device_name*) echo nvidia-x ;;
+    *xdist*) exit 1 ;;
+    *) echo "$*" >> "$LOG"; case "$*" in *"$FAILS"*) exit 3 ;; esac ;;
+esac
+"""
+
+
+def test_one_command_measures_everything_and_goes_on_where_it_stopped(tmp_path):
+    python = tmp_path / "python3"
+    python.write_text(FAKE_GPU_MACHINE)
+    python.chmod(0o755)
+
+    def measure(*flags, fails="nothing"):
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LOG": str(log), "FAILS": fails}
+        command = ["bash", str(ROOT / "bench" / "gpu.sh"), f"--out={tmp_path / 'out'}", *flags]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        return done, log.read_text() if log.exists() else ""
+
+    order = ["bench.roofline", "test_kernels.py", "bench.kernels", "bench.throughput"]
+    done, log = measure("--nanogpt=elsewhere", fails="bench.kernels")
+    assert done.returncode == 1 and "kernels failed" in done.stdout
+    assert [name for line in log.splitlines() for name in order if name in line] == order
+    assert "--nanogpt elsewhere" in log.splitlines()[-1]
+    done, log = measure("--nanogpt=elsewhere")
+    assert done.returncode == 0 and log.count("\n") == 1 and "bench.kernels" in log
+    assert len(list((tmp_path / "out").iterdir())) <= 8 - 3  # as many JSON files come beside them
+    done, log = measure("typo")
+    assert done.returncode == 2 and "'typo' is none of" in done.stderr and log == ""

@@ -1,0 +1,136 @@
+"""python -m bench.generate: tokens/s of a prompt read (prefill) and of tokens sampled (decode).
+
+With --nanogpt=PATH, a checkout of nanoGPT, its own model takes turns with ours, on the same weights; before
+anything is timed, both must give the same greedy tokens in fp32. The floor is what the products of one token
+take by themselves, weights read from memory every time: nothing that samples one token a step is faster.
+
+Without a GPU the model is small, and the figures say nothing about a GPU.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import timing
+from bench.throughput import SIZES, nanogpt_module
+from gpt.device import autocast, resolve_dtype
+from gpt.model import GPT, GPTConfig
+
+MORE_SIZES = SIZES | {"10M": (6, 6, 384)}  # nanoGPT's character model
+
+
+def nanogpt_model(checkout: Path, model: GPT) -> nn.Module:
+    """nanoGPT's model from its own file, with the weights of ours."""
+    module, config = nanogpt_module(checkout), model.config
+    own = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    theirs = module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in own}))
+    weights = model.state_dict()
+    # Without flash attention it has its mask among the buffers.
+    theirs.load_state_dict({k: weights.get(k, v) for k, v in theirs.state_dict().items()})
+    return theirs.eval().to(model.lm_head.weight.device)
+
+
+def floor(model: GPT, batch_size: int) -> Callable[[], Any]:
+    """The linear layers of one token of each sequence, one after the other."""
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    device = model.lm_head.weight.device
+    inputs = [torch.randn(batch_size, m.in_features, device=device) for m in linear]
+    return lambda: [m(x) for m, x in zip(linear, inputs)]
+
+
+def same_tokens(ours: GPT, theirs: nn.Module, idx: Tensor, new: int) -> bool:
+    """Greedy tokens of both; nanoGPT's way to be greedy is top_k=1."""
+    found = ours.generate(idx, new, top_k=1)
+    return torch.equal(found, theirs.generate(idx, new, top_k=1))  # type: ignore[operator]
+
+
+def measure(
+    models: dict[str, nn.Module], idx: Tensor, new: int, dtype: str, seconds: float
+) -> dict[str, dict[str, float]]:
+    """{model: {"prefill", "decode"}} in tokens/s over all sequences, and "ms" a decoded token."""
+    device = idx.device.type
+
+    def ready(call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> None:
+            with torch.no_grad(), autocast(device, dtype):
+                call()
+
+        run()  # compiles, allocates
+        return run
+
+    B, T = idx.shape
+    found: dict[str, dict[str, float]] = {}
+    prefill = {name: ready(partial(model, idx)) for name, model in models.items()}
+    whole = {name: ready(partial(model.generate, idx, new)) for name, model in models.items()}  # type: ignore
+    read = timing.interleaved(prefill, device, seconds, cold=False)
+    made = timing.interleaved(whole, device, seconds, cold=False)
+    for name in models:
+        # the first new token comes out of the prefill
+        decoding = max(made[name].median - read[name].median, 1e-6) / max(new - 1, 1)
+        found[name] = {
+            "prefill": 1e3 * B * T / read[name].median,
+            "decode": 1e3 * B / decoding,
+            "ms": decoding,
+            "generate_ms": made[name].median,
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.generate", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--size", choices=MORE_SIZES, help="of the model; 124M on a GPU, 10M on a CPU")
+    parser.add_argument("--batch_size", type=int, nargs="+", help="sequences at once; 1 and 32, 1 on a CPU")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
+    parser.add_argument("--new", type=int, default=256, help="tokens to sample")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each model")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT, to stand beside ours")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = options.size or ("124M" if device == "cuda" else "10M")
+    layers, heads, width = MORE_SIZES[size]
+    block_size = 1024 if size in SIZES else 256
+    vocab_size = 50304 if size in SIZES else 65
+    if options.prompt < 1 or options.new < 2:
+        sys.exit(f"error: --prompt {options.prompt} must be at least 1 and --new {options.new} at least 2")
+    config = GPTConfig(block_size, vocab_size, layers, heads, width, bias=False)
+    dtype = resolve_dtype("auto", device)
+    torch.manual_seed(0)
+    ours = GPT(config, device).to(device).eval()
+    models: dict[str, nn.Module] = {"tritongpt": ours}
+    if options.nanogpt is not None:
+        models["nanogpt"] = nanogpt_model(options.nanogpt, ours)
+    cases = []
+    for batch_size in options.batch_size or ([1, 32] if device == "cuda" else [1]):
+        idx = torch.randint(vocab_size, (batch_size, options.prompt), device=device)
+        if "nanogpt" in models and not same_tokens(ours, models["nanogpt"], idx[:1], min(32, options.new)):
+            sys.exit("error: the greedy tokens of both models differ: nothing was timed")
+        found = measure(models, idx, options.new, dtype, options.seconds)
+        products = floor(ours, batch_size)
+        with torch.no_grad(), autocast(device, dtype):
+            least = timing.interleaved({"floor": products}, device, 1.0)["floor"].median
+        cases.append({"batch_size": batch_size, "floor_ms": least, "models": found})
+        print(f"{size}, {batch_size} sequences, prompt {options.prompt}, {options.new} new tokens, {dtype}")
+        for name, figures in found.items():
+            print(
+                f"  {name:12} prefill {figures['prefill']:12,.0f} tokens/s  "
+                f"decode {figures['decode']:10,.0f} tokens/s, {figures['ms']:.3f} ms a token"
+            )
+        print(f"  {'floor':12} {'':37}{1e3 * batch_size / least:10,.0f} tokens/s, {least:.3f} ms a token")
+        if options.out:
+            timing.write(
+                options.out, "generate", device, size=size, dtype=dtype, prompt=options.prompt,
+                new=options.new, cases=cases,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,414 @@
+"""python -m bench.roofline: what the training step must cost at least on a GPU, what it costs, the gap.
+
+    python -m bench.roofline                                     this GPU, its limits measured first
+    python -m bench.roofline --gpu A100 --gpus 8 --tokens 10e9   another: predicted, and so it says
+
+The step is cut into parts. Each has the FLOPs and bytes that it needs at the least (`Op.cost` for the
+operations of `kernels`, counted here for the rest), so the least time at a GPU's limits. The expected time
+divides that by the share of the limit that each part reaches: measured where `--results` has it, of the
+nearest shape, otherwise assumed. Both are printed with where they are from.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import timing
+from bench.kernels import peers
+from bench.throughput import SIZES, TOKENS_A_STEP
+from gpt.flops import peak_flops
+from gpt.model import GPT, GPTConfig
+from kernels import OPS
+from kernels.op import Cost
+
+_OPS = {op.name: op for op in OPS}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a GPU gives. `link` is bytes/s to the other GPUs of its machine, in one direction."""
+
+    copy: float  # bytes/s, read and written
+    product: float  # FLOP/s of a large bf16 matrix product
+    link: float
+    memory: float  # bytes
+    source: str
+
+
+# memory bytes/s, NVLink bytes/s in one direction, memory; by the vendor's datasheets of the SXM parts
+DATASHEET = {
+    "A100": (2.039e12, 300e9, 80e9),
+    "H100": (3.35e12, 450e9, 80e9),
+    "H200": (4.8e12, 450e9, 141e9),
+    "B200": (8.0e12, 900e9, 180e9),
+}
+# Share of the datasheet that a large copy, a large product and an exchange reach. A plain PyTorch 2.11
+# program got 3.0 TB/s and 798 TFLOP/s of an H100, 4.3 TB/s and 788 TFLOP/s of an H200; the rest is
+# assumed, and more of an A100, whose power holds it back less.
+REACHED = {"copy": 0.9, "product": 0.8, "A100 product": 0.87, "link": 0.8}
+# Share of its limit that a part reaches where nothing was measured.
+ASSUMED = {
+    "matrix products": 0.8, "attention": 0.45, "norms": 0.85, "GELU": 0.9, "lm_head and loss": 0.75,
+    "embedding": 0.5, "weights": 0.85, "optimizer": 0.85,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """A share of the step: work that one kernel does, each as (FLOPs, bytes, times a step)."""
+
+    name: str
+    work: tuple[tuple[float, float, int], ...]
+
+    @property
+    def flops(self) -> float:
+        return sum(flops * times for flops, _, times in self.work)
+
+    @property
+    def bytes(self) -> float:
+        return sum(moved * times for _, moved, times in self.work)
+
+    def least(self, limits: Limits) -> float:
+        """Seconds: each kernel at the slower of its two limits."""
+        return sum(max(f / limits.product, b / limits.copy) * times for f, b, times in self.work)
+
+
+def parts(config: GPTConfig, batch_size: int, accumulation: int) -> list[Part]:
+    """The step of the Triton kernels in bf16 with an fp32 residual stream: `accumulation` micro-batches."""
+    assert config.vocab_size is not None
+    T, L, H, C, V = config.block_size, config.n_layer, config.n_head, config.n_embd, config.vocab_size
+    rows, layers = batch_size * T, L * accumulation
+    matrices = V * C + 12 * L * C * C
+    params = matrices + T * C + (2 * L + 1) * C * (1 + config.bias) + 9 * L * C * config.bias
+
+    def cost(name: str, **sample: Any) -> Cost:
+        return _OPS[name].cost(**_OPS[name].make(dtype=torch.bfloat16, device="meta", **sample))
+
+    def both(found: Cost, times: int) -> tuple[tuple[float, float, int], ...]:
+        forward = (found.forward_flops, found.forward_bytes, times)
+        return forward, (found.backward_flops, found.backward_bytes, times)
+
+    # The FLOPs of a norm or a loss are no tensor core's.
+    norm = cost("add_layer_norm", shape=(rows, C), bias=config.bias, mixed=True)._replace(
+        forward_flops=0, backward_flops=0
+    )
+    products = tuple(
+        (2.0 * rows * n * k, 2.0 * (rows * n + rows * k + n * k), 3 * layers) for n, k in shapes(C).values()
+    )
+    return [
+        Part("matrix products", products),
+        Part("attention", both(cost("causal_attention", B=batch_size, T=T, H=H, D=C // H), layers)),
+        Part("norms", both(norm, 2 * layers + accumulation)),
+        # forward x -> y; backward dy, x -> dx
+        Part("GELU", ((0, 2 * 2 * 4 * C * rows, layers), (0, 3 * 2 * 4 * C * rows, layers))),
+        Part("lm_head and loss", both(cost("linear_cross_entropy", N=rows, C=C, V=V), accumulation)),
+        # the rows of wte -> the stream; its gradient -> wte's
+        Part("embedding", ((0, 8 * C * rows, accumulation), (0, 8 * C * rows, accumulation))),
+        # fp32 -> bf16 and the gradient added in fp32, once a micro-batch
+        Part("weights", ((0, 6 * matrices, accumulation), (0, 10 * matrices, accumulation))),
+        # norm of the gradient, clipping, AdamW: p, g, m, v -> p, m, v
+        Part("optimizer", ((0, (4 + 8 + 28) * params, 1),)),
+    ]
+
+
+def shapes(C: int) -> dict[str, tuple[int, int]]:
+    """The linear layers of a block: (inputs, outputs)."""
+    return {"c_attn": (C, 3 * C), "attn.c_proj": (C, C), "c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+
+
+def saved_bytes(config: GPTConfig, batch_size: int) -> int:
+    """What the forward pass keeps for the backward pass, beside the weights; no dropout.
+
+    A layer and token: twice the fp32 stream (4C) and the bf16 norm of it (2C), qkv (6C), the attention's
+    output (2C), the MLP's middle before and after the GELU (8C each); mean and rstd of two norms and the
+    log-sum-exp of every head. At the end the last norm's stream, and the gradient that the loss has for it.
+    """
+    T, L, H, C = config.block_size, config.n_layer, config.n_head, config.n_embd
+    layer = 2 * (4 + 2) * C + 6 * C + 2 * C + 2 * 8 * C + 2 * 2 * 4 + 4 * H
+    final = 4 * C + 2 * C + 2 * 4
+    idx = 8
+    return batch_size * T * (L * layer + final + idx)
+
+
+def memory(config: GPTConfig, batch_size: int) -> dict[str, float]:
+    """Bytes by what they hold, at the end of a forward pass."""
+    with torch.device("meta"):
+        model = GPT(config)
+    n = sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    return {
+        "weights, fp32": 4 * n,
+        "gradients, fp32": 4 * n,
+        "AdamW, fp32": 8 * n,
+        "weights, bf16": 2 * matrices,
+        "saved for the backward pass": saved_bytes(config, batch_size),
+        # dW in fp32 from the loss's chunks, before it is added to the gradient
+        "gradient of lm_head": 4 * model.lm_head.weight.numel(),
+    }
+
+
+def exchange(params: int, gpus: int, limits: Limits) -> float:
+    """Seconds of the ring all-reduce of fp32 gradients over `gpus`, if nothing hid it."""
+    return 2 * (gpus - 1) / gpus * 4 * params / limits.link
+
+
+def predicted_limits(name: str) -> Limits:
+    """Of a GPU that is not at hand. Raises ValueError for one that is not in the table."""
+    known = [key for key in DATASHEET if key in name.replace("-", " ").upper().split()]
+    peak = peak_flops(known[0], "bfloat16") if known else None
+    if peak is None:
+        raise ValueError(f"no datasheet of {name!r} is at hand; there are {', '.join(DATASHEET)}")
+    copy, link, size = DATASHEET[known[0]]
+    product = REACHED.get(f"{known[0]} product", REACHED["product"])
+    return Limits(
+        REACHED["copy"] * copy, product * peak, REACHED["link"] * link, size,
+        f"predicted: {REACHED['copy']:.0%} of the datasheet's {copy / 1e12:.2f} TB/s, "
+        f"{product:.0%} of its {peak / 1e12:,.0f} TFLOP/s",
+    )  # fmt: skip
+
+
+def measured_limits(device: str) -> Limits:
+    """Of this GPU, or CPU; its links are the datasheet's where it has one."""
+    found = timing.limits(device)
+    link, size = 1e10, 0.0
+    if device == "cuda":
+        size = torch.cuda.get_device_properties(0).total_memory
+        with suppress(ValueError):
+            link = predicted_limits(torch.cuda.get_device_name()).link
+    return Limits(found["copy_bytes_per_s"], found["product_flops_per_s"], link, size, "measured now")
+
+
+def measure_products(config: GPTConfig, batch_size: int, device: str) -> dict[str, dict[str, float]]:
+    """The step's matrix products as they lie in memory: {layer, direction: {ms, flops_per_s}}."""
+    rows = batch_size * config.block_size
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    assert config.vocab_size is not None
+    layers = shapes(config.n_embd)
+    found: dict[str, dict[str, float]] = {}
+    for name, (n, k) in (layers | {"lm_head, a chunk": (config.n_embd, config.vocab_size)}).items():
+        m = min(rows, 4096) if "chunk" in name else rows
+        x, dy, w = (torch.randn(*s, device=device).to(dtype) for s in ((m, n), (m, k), (k, n)))
+        calls: dict[str, Callable[[], Any]] = {
+            "forward": partial(torch.mm, x, w.t()),
+            "dx": partial(torch.mm, dy, w),
+            "dw": partial(torch.mm, dy.t(), x),
+        }
+        for direction, timed in timing.interleaved(calls, device, 0.1).items():
+            rate = 2.0 * m * n * k / timed.median * 1e3
+            found[f"{name} {direction}"] = {"ms": timed.median, "flops_per_s": rate}
+    return found
+
+
+def measure_attention(config: GPTConfig, batch_size: int, device: str) -> dict[str, Any]:
+    """Forward and backward of causal attention in ms, by PyTorch's backends; or why there is none."""
+    op = _OPS["causal_attention"]
+    B = batch_size if device == "cuda" else 1
+    shape = {"B": B, "T": config.block_size, "H": config.n_head, "D": config.n_embd // config.n_head}
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    qkv = op.make(dtype=dtype, device=device, **shape)["qkv"].requires_grad_()
+    dy = torch.randn_like(qkv[:, :, 0])
+    found: dict[str, Any] = {}
+    ready: dict[str, Callable[[], Any]] = {}
+
+    def both(function: Callable[..., Any]) -> Any:
+        return torch.autograd.grad(function(qkv), qkv, dy)
+
+    for name, function in [("eager", op.reference), *peers(op, device)]:
+        if isinstance(function, str):
+            found[name] = function
+            continue
+        try:
+            both(function)
+            ready[name] = partial(both, function)
+        except RuntimeError as failure:
+            found[name] = " ".join(str(failure).split())[:160]
+    return found | {name: t.median for name, t in timing.interleaved(ready, device, 0.1).items()}
+
+
+def reached(
+    results: list[dict[str, Any]], gpu: str, config: GPTConfig
+) -> Iterator[tuple[str, tuple[float, str]]]:
+    """(part, (share of its limit, where from)) of what `results` has of this GPU, the newest last."""
+    wanted = {
+        "norms": ("add_layer_norm", {"C": config.n_embd}),
+        "attention": ("causal_attention", {"T": config.block_size, "D": config.n_embd // config.n_head}),
+        "lm_head and loss": ("linear_cross_entropy", {"C": config.n_embd}),
+    }
+    for result in results:
+        if gpu not in result["environment"]["device"]:
+            continue
+        if result["benchmark"] == "roofline":
+            # Shares are of the limits of their own run.
+            shares = [p["flops_per_s"] for name, p in result["products"].items() if "lm_head" not in name]
+            share = len(shares) / sum(1 / s for s in shares) / result["limits"]["product_flops_per_s"]
+            yield "matrix products", (share, result["file"])
+        for part, (operation, size) in wanted.items() if result["benchmark"] == "kernels" else ():
+            nearest = _nearest(result["cases"], operation, size)
+            if nearest is not None:
+                yield part, (nearest, result["file"])
+
+
+def _nearest(cases: list[dict[str, Any]], operation: str, size: dict[str, int]) -> float | None:
+    """The share that our variant reached, forward and backward, at the shape that is most like `size`."""
+
+    def distance(sample: dict[str, Any]) -> float:
+        sample = {"C": sample["shape"][-1]} if "shape" in sample else sample
+        return sum(abs(sample[k] - v) / v for k, v in size.items())
+
+    ours = [
+        (distance(case["sample"]), case["variants"]["tritongpt"]["both"]["limit"])
+        for case in cases
+        if case["operation"] == operation
+        and case["dtype"] == "bf16"
+        and "both" in case["variants"].get("tritongpt", ())
+    ]
+    return min(ours)[1] if ours else None
+
+
+def _measured_step(results: list[dict[str, Any]], gpu: str, config: GPTConfig) -> tuple[float, str] | None:
+    """(tokens/s, where from) of our whole step on one of these GPUs; the newest."""
+    found = None
+    for result in results:
+        if result["benchmark"] != "throughput" or gpu not in result["environment"]["device"]:
+            continue
+        same = all(result["model"][k] == getattr(config, k) for k in ("n_layer", "n_embd", "block_size"))
+        ours = result["variants"].get("tritongpt")
+        if same and result["ranks"] == 1 and isinstance(ours, dict):
+            found = ours["tokens_per_s"], result["file"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.roofline", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--gpu", help=f"predict for another: {', '.join(DATASHEET)}")
+    parser.add_argument("--gpus", type=int, default=1, help="of one machine, linked by NVLink")
+    parser.add_argument("--size", default=None, choices=SIZES, help="of the model; 124M")
+    parser.add_argument("--batch_size", type=int, default=None, help="sequences in a micro-batch; 64")
+    parser.add_argument("--block_size", type=int, default=1024)
+    parser.add_argument("--tokens", type=float, help="of a whole run, to say how long it takes")
+    parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of measurements")
+    parser.add_argument("--out", type=Path, help="a JSON file for the limits that were measured")
+    options = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    small = options.gpu is None and not on_gpu
+    layers, heads, width = SIZES[options.size or ("tiny" if small else "124M")]
+    vocab_size, block_size = (512, 64) if small else (50304, options.block_size)
+    batch_size = options.batch_size or (2 if small else 64)
+    config = GPTConfig(block_size, vocab_size, layers, heads, width, bias=False, kernels="torch")
+    if min(batch_size, options.gpus) < 1:
+        sys.exit(f"error: --batch_size {batch_size} and --gpus {options.gpus} must be at least 1")
+
+    if options.gpu is None:
+        device = "cuda" if on_gpu else "cpu"
+        name = torch.cuda.get_device_name() if on_gpu else "CPU"
+        if small:
+            print("There is no GPU: a tiny model on the CPU, which says nothing about a GPU. Try --gpu A100.")
+        limits = measured_limits(device)
+        products = measure_products(config, batch_size, device)
+        attention = measure_attention(config, batch_size, device)
+        for what, found in products.items():
+            print(f"  {what:26} {found['ms']:8.3f} ms  {found['flops_per_s'] / 1e12:7.1f} TFLOP/s")
+        for what, ms in attention.items():
+            print(f"  attention {what:16} {ms if isinstance(ms, str) else f'{ms:8.3f} ms'}")
+        if options.out:
+            rates = {"copy_bytes_per_s": limits.copy, "product_flops_per_s": limits.product}
+            timing.write(
+                options.out, "roofline", device, limits=rates, products=products, attention=attention,
+                model=vars(config), batch_size=batch_size,
+            )  # fmt: skip
+    else:
+        try:
+            limits, name = predicted_limits(options.gpu), options.gpu
+        except ValueError as error:
+            sys.exit(f"error: {error}")
+    results = timing.read(options.results)
+    print_step(config, batch_size, name, limits, results, options.gpus, options.tokens)
+
+
+def print_step(
+    config: GPTConfig,
+    batch_size: int,
+    name: str,
+    limits: Limits,
+    results: list[dict[str, Any]],
+    gpus: int,
+    tokens: float | None,
+) -> None:
+    """The parts of one GPU's step, then memory, then all GPUs."""
+    accumulation = max(1, round(TOKENS_A_STEP / (batch_size * config.block_size * gpus)))
+    step_tokens = accumulation * batch_size * config.block_size
+    kind = next((key for key in DATASHEET if key in name.replace("-", " ").upper().split()), name)
+    shares = {part: (share, "assumed") for part, share in ASSUMED.items()}
+    shares |= dict(reached(results, kind, config))
+    print(
+        f"{config.n_layer} layers, {config.n_embd} wide, {accumulation} micro-batches of {batch_size} x "
+        f"{config.block_size} tokens on one {name}"
+    )
+    print(
+        f"limits: copy {limits.copy / 1e9:,.0f} GB/s, product {limits.product / 1e12:,.1f} TFLOP/s "
+        f"({limits.source})"
+    )
+    print(f"\n{'part':18} {'TFLOP':>8} {'GB':>8} {'least ms':>9} {'share':>6} {'expected':>9}  share from")
+    least = expected = 0.0
+    for part in parts(config, batch_size, accumulation):
+        share, source = shares[part.name]
+        seconds = part.least(limits)
+        least, expected = least + seconds, expected + seconds / share
+        print(
+            f"{part.name:18} {part.flops / 1e12:8.2f} {part.bytes / 1e9:8.1f} {1e3 * seconds:9.2f} "
+            f"{share:6.0%} {1e3 * seconds / share:9.2f}  {source}"
+        )
+    with torch.device("meta"):
+        model = GPT(config)
+    peak = peak_flops(name, "bfloat16")
+
+    def line(what: str, seconds: float, note: str) -> str:
+        rate = step_tokens / seconds
+        mfu = "" if peak is None else f", MFU {rate * model.flops_per_token() / peak:.1%}"
+        return f"{what:18} {1e3 * seconds:9.2f} ms a step, {rate:,.0f} tokens/s{mfu} ({note})"
+
+    print()
+    print(line("at least", least, "every part at its limit"))
+    print(line("expected", expected, "predicted"))
+    measured = _measured_step(results, kind, config)
+    if measured is not None:
+        seconds = step_tokens / measured[0]
+        print(line("measured", seconds, measured[1]))
+        print(f"{'gap':18} {1e3 * (seconds - expected):9.2f} ms that no part explains")
+
+    held = memory(config, batch_size)
+    print(f"\nmemory, predicted: {sum(held.values()) / 1e9:.1f} GB")
+    for what, size in held.items():
+        print(f"  {what:28} {size / 1e9:8.2f} GB")
+    if limits.memory and sum(held.values()) > limits.memory:
+        print(f"  more than the {limits.memory / 1e9:.0f} GB there are: lower the micro-batch, --batch_size")
+
+    one = step_tokens / measured[0] if measured is not None else expected
+    rate = step_tokens / one
+    if gpus > 1:
+        # Gradients travel while the last micro-batch's backward pass, two thirds of it, computes the rest.
+        whole = exchange(sum(p.numel() for p in model.parameters()), gpus, limits)
+        exposed = max(0.05 * whole, whole - one / accumulation * 2 / 3)
+        rate = gpus * step_tokens / (one + exposed)
+        print(
+            f"\n{gpus} GPUs, predicted: gradients take {1e3 * whole:.1f} ms, {1e3 * exposed:.1f} of it not "
+            f"hidden: {rate:,.0f} tokens/s, {one / (one + exposed):.1%} of {gpus} times one"
+        )
+    if tokens:
+        print(
+            f"\n{tokens:,.0f} tokens, predicted: {tokens / rate / 3600:,.1f} hours, "
+            f"{tokens / rate / 86400:,.1f} days"
+        )
+
+
+if __name__ == "__main__":
+    main()

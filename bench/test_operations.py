@@ -1,0 +1,42 @@
+"""pytest bench --benchmark-only: every operation and its peers in the tables of pytest-benchmark.
+
+The shapes are GPT-2 124M's on a GPU, small on a CPU. A call is timed by the host's clock until the GPU is
+done, so launching is included; `python -m bench.kernels` has the GPU's own time. What is wrong is not timed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bench.kernels import DTYPES, SHAPES, SMALL, directions, make_call, variants, wrong
+from kernels import OPS
+from kernels.op import Op
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = DTYPES["bf16" if DEVICE == "cuda" else "fp32"]
+CASES = [(op, name, function) for op in OPS for name, function in variants(op, DEVICE)]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("op", "name", "function"), CASES, ids=[f"{op.name}-{name}" for op, name, _ in CASES]
+)
+def test_operation(
+    benchmark: Any, op: Op, name: str, function: Callable[..., Any] | str, direction: str
+) -> None:
+    if isinstance(function, str):
+        pytest.skip(function)
+    if (reason := wrong(op, function, make_call(op, DTYPE, DEVICE, SMALL[op.name]))) is not None:
+        pytest.fail(reason)
+    sample = SHAPES[op.name][0] if DEVICE == "cuda" else SMALL[op.name]
+    call = directions(function, make_call(op, DTYPE, DEVICE, sample))[direction]
+
+    def until_done() -> None:
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{op.name} {direction} {', '.join(f'{k}={v}' for k, v in sample.items())}"
+    benchmark.pedantic(until_done, rounds=20, iterations=1, warmup_rounds=3)
