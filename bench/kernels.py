@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import timing
 from kernels import OPS
-from kernels.op import INTERPRETED, Op, unavailable
+from kernels.op import INTERPRETED, Cost, Op, unavailable
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 WIDTHS = (768, 1024, 1280, 1600, 2048, 4096, 8192)
@@ -220,25 +220,27 @@ def measure(
             ready.pop(name, None)
     cost = op.cost(**call)
     for direction in ("forward", "backward", "both"):
-        least = _least(cost, direction, limits)
+        seconds_at_limit, amount, unit = least(cost, direction, limits)
         calls = {name: parts[direction] for name, parts in ready.items()}
         for name, found in timing.plain(timing.interleaved(calls, device, seconds)).items():
-            result[name][direction] = found | {"limit": 1000 * least / found["median"]}
+            share, rate = 1e3 * seconds_at_limit / found["median"], 1e3 * amount / found["median"]
+            result[name][direction] = found | {"limit": share, f"{unit}_per_s": rate}
         if cost.forward_bytes < timing.l2_bytes(device):
             for name, warm in timing.interleaved(calls, device, seconds, cold=False).items():
                 result[name][direction]["warm"] = warm.median
     return result
 
 
-def _least(cost: Any, direction: str, limits: dict[str, float]) -> float:
-    """Seconds that the bytes, or the FLOPs, take at the least."""
-
-    def seconds(moved: float, computed: float) -> float:
-        return max(moved / limits["copy_bytes_per_s"], computed / limits["product_flops_per_s"])
-
-    forward = seconds(cost.forward_bytes, cost.forward_flops)
-    backward = seconds(cost.backward_bytes, cost.backward_flops)
-    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+def least(cost: Cost, direction: str, limits: dict[str, float]) -> tuple[float, float, str]:
+    """(seconds that the bytes, or the FLOPs, take at the least; how many; of which of the two)."""
+    if direction == "both":
+        (forward, n, unit), (backward, m, _) = (least(cost, d, limits) for d in ("forward", "backward"))
+        return forward + backward, n + m, unit
+    moved, computed = cost.forward_bytes, cost.forward_flops
+    if direction == "backward":
+        moved, computed = cost.backward_bytes, cost.backward_flops
+    by_bytes, by_flops = moved / limits["copy_bytes_per_s"], computed / limits["product_flops_per_s"]
+    return (by_bytes, moved, "bytes") if by_bytes > by_flops else (by_flops, computed, "flops")
 
 
 def _floating(value: Any) -> bool:
@@ -249,6 +251,13 @@ def _tuple(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
+def rate(timed: dict[str, float]) -> str:
+    """What it reached of what limits it."""
+    if "bytes_per_s" in timed:
+        return f"{timed['bytes_per_s'] / 1e9:,.0f} GB/s"
+    return f"{timed['flops_per_s'] / 1e12:,.1f} TFLOP/s"
+
+
 def _line(name: str, found: Any) -> str:
     if isinstance(found, str):
         return f"  {name:12} {found}"
@@ -256,7 +265,7 @@ def _line(name: str, found: Any) -> str:
     for direction in ("forward", "backward", "both"):
         timed = found[direction]
         warm = f"; warm {timed['warm']:.3f} ms" if "warm" in timed else ""
-        parts.append(f"{direction} {timed['median']:8.3f} ms ({timed['limit']:4.0%}{warm})")
+        parts.append(f"{direction} {timed['median']:8.3f} ms ({timed['limit']:4.0%}, {rate(timed)}{warm})")
     extra = "" if found["bytes"] is None else f"  {found['bytes'] / 2**20:8,.0f} MiB"
     return f"  {name:12} {'  '.join(parts)}{extra}"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import timing
+from bench.kernels import rate
 
 Result = dict[str, Any]
 ROOT = Path(__file__).parents[1]
@@ -133,7 +134,8 @@ def kernels_table(result: Result) -> str:
         if ours is None:
             row += ["", "", ""]
         else:
-            row += [_ms(ours, "forward"), _ms(ours, "backward"), f"{ours['both']['limit']:.0%}"]
+            row += [_ms(ours, "forward"), _ms(ours, "backward")]
+            row.append(f"{ours['both']['limit']:.0%}, {rate(ours['both'])}")
         if best is None:
             row += ["", ""]
         else:
@@ -289,7 +291,9 @@ def shares(cases: list[dict[str, Any]], operation: str, path: Path, below: str) 
         ]
         if any(value is not None for value in reached):
             width = 3 if name == "tritongpt" else 1.2
-            axes.plot(shapes, [v or float("nan") for v in reached], marker="o", lw=width, label=name)
+            colour = "tab:orange" if name == "tritongpt" else None
+            values = [float("nan") if v is None else v for v in reached]
+            axes.plot(shapes, values, marker="o", lw=width, label=name, color=colour)
     axes.set_ylim(bottom=0)
     axes.set_title(f"{operation}: % of the machine's limit, forward and backward", loc="left", fontsize=10)
     axes.tick_params(axis="x", rotation=30, labelsize=7)

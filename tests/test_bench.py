@@ -76,9 +76,11 @@ def test_a_wrong_result_is_not_timed(name, monkeypatch):
     found = suite.measure(op, suite.SMALL[name], torch.float32, "cpu", limits, 0.001)
     assert found["none"] == "why" and found["wrong"].startswith(f"wrong: d{first} is off by 1.0e-03")
     cost = op.cost(**suite.make_call(op, torch.float32, "cpu", suite.SMALL[name]))
-    least = max(cost.backward_bytes / 1e9, cost.backward_flops / 1e12)
+    by_bytes, by_flops = cost.backward_bytes / 1e9, cost.backward_flops / 1e12
     backward = found["right"]["backward"]
-    assert backward["limit"] == pytest.approx(1000 * least / backward["median"])
+    assert backward["limit"] == pytest.approx(1000 * max(by_bytes, by_flops) / backward["median"])
+    unit, amount = ("bytes", cost.backward_bytes) if by_bytes > by_flops else ("flops", cost.backward_flops)
+    assert backward[f"{unit}_per_s"] == pytest.approx(1000 * amount / backward["median"])
 
 
 def test_every_operation_has_shapes_that_it_accepts():
@@ -250,7 +252,14 @@ def environment(device="NVIDIA H100 80GB HBM3", date="2026-01-01 00:00"):
 
 def kernels_result(ms=1.0, limit=0.5, **where):
     def timed(median):
-        return {"median": median, "low": median, "high": median, "runs": 5, "limit": limit}
+        return {
+            "median": median,
+            "low": median,
+            "high": median,
+            "runs": 5,
+            "limit": limit,
+            "bytes_per_s": 2e12,
+        }
 
     ours = {"bytes": 2_000_000, "forward": timed(ms), "backward": timed(2 * ms), "both": timed(3 * ms)}
     eager = {"bytes": None} | {d: timed(6.0) for d in ("forward", "backward", "both")}
@@ -340,7 +349,10 @@ def test_tables_hold_the_newest_results_and_where_they_are_from(bench_command, t
     assert shown.returncode == 0, shown.stderr
     full = (tmp_path / "results" / "README.md").read_text()
     assert "| tritongpt | 300,000 | 1.50x | 1747.6 (1746.6 to 1748.6) | 40.0% | 25.0 |" in full
-    assert "| add_layer_norm bf16 | 64 x 1600 | 1.000 | 2.000 | 104% | eager, 6.000 | 2.00x | 2 |" in full
+    assert (
+        "| add_layer_norm bf16 | 64 x 1600 | 1.000 | 2.000 | 104%, 2,000 GB/s | eager, 6.000 | 2.00x | 2 |"
+        in full
+    )
     assert "tritongpt eager: out of memory." in full and "- liger: is not installed" in full
     assert (
         full.count("torch 2.11.0, triton 3.6.0, commit abc, 2026-01-01 00:00 UTC: `python -m bench.x`") == 3
