@@ -61,9 +61,7 @@ def our_variant(
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), ranks.device_type)
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
     precision = partial(autocast, ranks.device, dtype)
-    if compiled:
-        model.compile()
-    trained = distributed.parallel(model, batch_size, ranks, precision()) if ranks.backend else model
+    trained = distributed.parallel(model, "ddp", compiled, dtype, batch_size, ranks, precision())
     accumulation = _accumulation(batch_size, config.block_size, ranks)
     batch = _batch(config, batch_size, ranks.device)
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from gpt.flops import flops_per_token, peak_flops
@@ -38,6 +39,7 @@ class GPTConfig:
     bias: bool = True  # biases in Linear and LayerNorm layers, as GPT-2; without is a bit better and faster
     activation: str = "gelu"  # gelu (erf, nanoGPT's) or gelu_tanh (OpenAI's and Hugging Face's GPT-2)
     kernels: str = "auto"  # who computes: auto, triton, torch, or with exceptions: triton,attention=torch
+    activation_checkpointing: bool = False  # blocks keep their input only and compute the rest once more
 
 
 class LayerNorm(nn.Module):
@@ -111,12 +113,16 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config, ops) for _ in range(config.n_layer)])
         self.ln_f = LayerNorm(config, ops)
+        self.activation_checkpointing = config.activation_checkpointing
 
     def forward(self, idx: Tensor) -> Tensor:
         position = torch.arange(idx.size(1), device=idx.device)
         residual, update = self.drop(self.wte(idx) + self.wpe(position)), None
         for block in self.h:
-            residual, update = block(residual, update)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                residual, update = checkpoint(block, residual, update, use_reentrant=False)
+            else:
+                residual, update = block(residual, update)
         x, _ = self.ln_f(residual, update)
         return x
 
@@ -173,9 +179,9 @@ class GPT(nn.Module):
             return self.lm_head(x[:, [-1], :]), None
         if not return_logits:
             rows, weight = x.view(-1, x.size(-1)), self.lm_head.weight
-            return None, self.ops.linear_cross_entropy(rows, weight, targets.view(-1), ignore_index=-1)
+            return None, self.ops.linear_cross_entropy(rows, weight, targets.reshape(-1), ignore_index=-1)
         logits = self.lm_head(x)
-        loss = self.ops.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+        loss = self.ops.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return logits, loss
 
     def get_num_params(self, non_embedding: bool = True) -> int:

@@ -3,6 +3,7 @@
 import os
 import pickle
 import resource
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from gpt import pretrained
 from tests.runs import run
-from train import checkpoint, distributed
+from train import checkpoint, distributed, metrics
 from train.__main__ import train
 from train.config import parse
 
@@ -90,14 +91,55 @@ def test_another_alphabet_than_the_checkpoints_is_refused(workplace):
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
 def test_a_truncated_checkpoint_is_told(workplace, keep):
-    run("--max_iters=4")
+    run("--max_iters=4", "--keep_last=0")
     path = Path("out/ckpt.pt")
     whole = path.read_bytes()
-    path.unlink()  # best.pt is the same bytes under another name
-    path.write_bytes(whole[: int(len(whole) * keep)])
+    for name in ("ckpt.pt", "best.pt"):  # the same bytes under two names
+        Path("out", name).unlink()
+        Path("out", name).write_bytes(whole[: int(len(whole) * keep)])
     with pytest.raises(ValueError, match=r"ckpt.pt \([\d,]+ bytes\) is truncated or no checkpoint"):
         run("--init_from=resume")
-    assert Path("out/best.pt").read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a bit of a weight"])
+def test_resuming_falls_back_to_the_checkpoint_before_a_damaged_one(workplace, capsys, damage):
+    straight = run(out_dir="straight")
+    run("--eval_interval=2", "--max_iters=6")
+    for name in ("ckpt.pt", "ckpt-6.pt", "best.pt"):
+        path = Path("out", name)
+        content = bytearray(path.read_bytes())
+        path.unlink()
+        if damage == "truncated":
+            del content[-100:]
+        else:
+            weight = torch.load("straight/ckpt-4.pt")["model"]["transformer.ln_f.weight"]  # any 32 floats
+            content[len(content) // 2] ^= 1
+            assert len(content) > weight.nbytes
+        path.write_bytes(content)
+    capsys.readouterr()
+    resumed = run("--eval_interval=2", "--init_from=resume")
+    said = capsys.readouterr().out
+    assert "out/ckpt.pt is damaged" in said and "out/ckpt-6.pt is damaged" in said
+    assert "iter 4:" in said and "iter 3:" not in said
+    for name, weight in straight["model"].items():
+        assert torch.equal(weight, resumed["model"][name]), name
+    steps = [r["iter"] for r in metrics.read(Path("out/metrics.jsonl")) if "loss" in r]
+    assert steps == list(range(8))
+
+
+def test_the_last_few_are_kept_and_none_of_a_future_that_was_given_up(tmp_path):
+    def kept():
+        return sorted(p.name for p in tmp_path.glob("ckpt-*.pt"))
+
+    for step in (900, 1000, 1100):
+        checkpoint.save(tmp_path, {"iter_num": step}, best=False, keep_last=2)
+    assert kept() == ["ckpt-1000.pt", "ckpt-1100.pt"]
+    assert (tmp_path / "ckpt.pt").samefile(tmp_path / "ckpt-1100.pt"), "it costs no second file"
+    (tmp_path / "ckpt-mine.pt").touch()
+    checkpoint.save(tmp_path, {"iter_num": 1050}, best=False, keep_last=2)
+    assert kept() == ["ckpt-1000.pt", "ckpt-1050.pt", "ckpt-mine.pt"]
+    checkpoint.save(tmp_path, {"iter_num": 1060}, best=False, keep_last=0)
+    assert kept() == ["ckpt-mine.pt"]
 
 
 class Hostile:
@@ -139,21 +181,62 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(workplace):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert Path("out/ckpt.pt").read_bytes() == before
-    assert sorted(p.name for p in Path("out").iterdir()) == ["best.pt", "ckpt.pt", "metrics.jsonl"]
+    left = sorted(p.name for p in Path("out").iterdir())
+    assert left == ["best.pt", "ckpt-4.pt", "ckpt.pt", "metrics.jsonl"]
 
 
 def test_a_crash_while_saving_leaves_the_previous_checkpoint_whole(workplace, monkeypatch):
     run("--max_iters=4")
     before = Path("out/ckpt.pt").read_bytes()
 
-    def torn(state, file):
-        file.write(b"half of it")
+    def torn(state, path):
+        path.write_bytes(b"half of it")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", torn)
     with pytest.raises(KeyboardInterrupt):
         run("--init_from=resume")
     assert Path("out/ckpt.pt").read_bytes() == before
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_touch_it(workplace, monkeypatch):
+    """Saving takes as long as the rest of the run: it writes the weights of its own step all the same."""
+    go_on, save = threading.Event(), torch.save
+
+    def slow(state, path):
+        if state["iter_num"] == 4:
+            assert go_on.wait(60)
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", slow)
+    step = metrics.Metrics.step
+
+    def notes(self, number, *rest):
+        step(self, number, *rest)
+        if number == 7:
+            go_on.set()
+
+    monkeypatch.setattr(metrics.Metrics, "step", notes)
+    run("--keep_last=2")
+    monkeypatch.undo()
+    os.chdir(workplace)
+    straight = run("--max_iters=4", out_dir="straight")
+    assert torch.load("out/ckpt-8.pt")["iter_num"] == 8
+    slowly = torch.load("out/ckpt-4.pt", weights_only=True)
+    for name, weight in straight["model"].items():
+        assert torch.equal(weight, slowly["model"][name]), name
+    for i, state in straight["optimizer"]["state"].items():
+        assert all(torch.equal(value, slowly["optimizer"]["state"][i][k]) for k, value in state.items())
+
+
+def test_a_checkpoint_that_could_not_be_written_ends_the_run_soon(workplace, monkeypatch):
+    def full(state, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"No space left on device\); there is none yet"):
+        run("--max_iters=1000", "--eval_interval=2")
+    assert len(metrics.read(Path("out/metrics.jsonl"))) < 100
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_before_training(workplace):
@@ -168,7 +251,7 @@ def test_saving_flushes_to_the_disk_before_the_name_changes(tmp_path, monkeypatc
     replace = Path.replace
     monkeypatch.setattr(Path, "replace", lambda a, b: (calls.append(b.name), replace(a, b))[1])
     checkpoint.save(tmp_path, {"iter_num": 1}, best=True)
-    assert calls == ["fsync", "ckpt.pt", "best.pt", "fsync"]
+    assert calls == ["fsync", "ckpt.pt", "best.pt", "fsync"]  # the file, then its names, then the folder
     assert (tmp_path / "best.pt").samefile(tmp_path / "ckpt.pt")
     checkpoint.save(tmp_path, {"iter_num": 2}, best=False)
     numbers = [torch.load(tmp_path / name)["iter_num"] for name in ("ckpt.pt", "best.pt")]

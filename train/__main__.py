@@ -6,16 +6,14 @@ The flags are those of train/config.py. This file is the whole run, to be read f
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch import Tensor, nn
 
 from gpt import cli, tokenizer
 from gpt.device import autocast
@@ -27,7 +25,8 @@ from train.config import TrainConfig, parse, resolve
 from train.data import TokenFile, describe, to_device
 from train.distributed import Ranks
 from train.metrics import Metrics
-from train.optim import learning_rate
+from train.optim import clip_gradient, learning_rate, step_if_finite
+from train.signals import StopRequest
 
 Batch = tuple[Tensor, Tensor]
 Precision = Callable[[], AbstractContextManager]
@@ -35,13 +34,26 @@ Precision = Callable[[], AbstractContextManager]
 
 def main() -> None:
     config, given = parse(sys.argv[1:])
-    ranks = distributed.start(config.backend, config.device)
-    train(config, ranks, given)
+    ranks = distributed.start(config.backend, config.device, config.timeout)
+    try:
+        train(config, ranks, given, StopRequest())
+    except RuntimeError as error:
+        if not distributed.lost_rank(error):
+            raise
+        raise OSError(
+            f"another rank died or did not answer within timeout={config.timeout} s ({error}); "
+            "--init_from=resume goes on from the last checkpoint"
+        ) from error
     distributed.stop(ranks)
 
 
-def train(config: TrainConfig, ranks: Ranks, given: Container[str] = ()) -> None:
-    """The whole run, from `config` to the last checkpoint; `given` are the flags that were set explicitly."""
+def train(
+    config: TrainConfig, ranks: Ranks, given: Container[str] = (), stop: StopRequest | None = None
+) -> None:
+    """The whole run, from `config` to the last checkpoint, or until `stop` asks for an end.
+
+    `given` are the flags that were set explicitly.
+    """
     out_dir, data_dir = Path(config.out_dir), Path("data", config.dataset)
     if ranks.is_main:
         checkpoint.make_folder(out_dir)
@@ -50,7 +62,7 @@ def train(config: TrainConfig, ranks: Ranks, given: Container[str] = ()) -> None
 
     config = resolve(config, ranks)
     tokens = describe(data_dir)
-    model, resumed = checkpoint.initial_model(config, given, tokens, ranks.device)
+    model, resumed = checkpoint.initial_model(config, given, tokens, ranks)
     config = replace(config, model=model.config)
     step: int = resumed.get("iter_num", 0)
     best_val_loss = float(resumed.get("best_val_loss", torch.inf))
@@ -63,14 +75,14 @@ def train(config: TrainConfig, ranks: Ranks, given: Container[str] = ()) -> None
             print(f"{out_dir} holds a finished run: all max_iters={config.max_iters} steps are made")
         return
 
+    scaler = torch.amp.GradScaler(ranks.device_type, enabled=config.dtype == "float16")
+    precision = partial(autocast, ranks.device, config.dtype)
+    trained = distributed.parallel(
+        model, config.strategy, config.compile, config.dtype, config.batch_size, ranks, precision()
+    )
     optimizer = model.configure_optimizers(
         config.weight_decay, config.learning_rate, (config.beta1, config.beta2), ranks.device_type
     )
-    scaler = torch.amp.GradScaler(ranks.device_type, enabled=config.dtype == "float16")
-    precision = partial(autocast, ranks.device, config.dtype)
-    if config.compile:
-        model.compile()  # in place: the names of the weights stay as they are
-    trained = distributed.parallel(model, config.batch_size, ranks, precision()) if ranks.backend else model
     if resumed:
         checkpoint.restore(resumed, optimizer, scaler, ranks)
 
@@ -83,11 +95,23 @@ def train(config: TrainConfig, ranks: Ranks, given: Container[str] = ()) -> None
     windows_per_step = config.batch_size * config.gradient_accumulation_steps
     position: int = resumed.get("position", step * windows_per_step)
     micro_batches = read_ahead(train_file, position, config.batch_size, ranks)
-    metrics = Metrics(config, ranks, model, first_step=step)
+    metrics = Metrics(config, ranks, model, first_step=step, skipped=resumed.get("skipped", 0))
     metrics.start(len(train_file.tokens), resumed.get("config", {}))
-    example = tokenizer.from_dict(tokens) if config.eval_sample and ranks.is_main else None
+    saver = checkpoint.Saver(out_dir, config.keep_last)
+    shows_sample = config.eval_sample > 0 and (ranks.is_main or config.strategy == "fsdp")
+    example = tokenizer.from_dict(tokens) if shows_sample else None
 
-    evaluated = step if "position" in resumed else -1  # our own checkpoints are written after an evaluation
+    def save(is_best: bool, evaluated: bool) -> None:
+        state = checkpoint.contents(model, optimizer, scaler, config, ranks) | {
+            "iter_num": step, "position": position, "evaluated": evaluated, "tokenizer": tokens,
+            "best_val_loss": best_val_loss, "skipped": metrics.skipped_steps(),
+        }  # fmt: skip
+        if ranks.is_main:
+            metrics.flush()
+            saver.save(state, is_best)
+
+    # nanoGPT's checkpoints are not known to follow an evaluation
+    evaluated = step if resumed.get("evaluated", "position" in resumed) else -1
     resumed.clear()  # its tensors are the old file, mapped
     while True:
         lr = learning_rate(step, config)
@@ -102,12 +126,7 @@ def train(config: TrainConfig, ranks: Ranks, given: Container[str] = ()) -> None
                     is_best = losses["val"] < best_val_loss
                     if is_best:
                         best_val_loss = losses["val"]
-                    progress = {"iter_num": step, "best_val_loss": best_val_loss, "position": position}
-                    state = checkpoint.contents(model, optimizer, scaler, config, ranks)
-                    state |= progress | {"tokenizer": tokens}
-                    if ranks.is_main:
-                        metrics.flush()
-                        checkpoint.save(out_dir, state, is_best)
+                    save(is_best, evaluated=True)
         if last:
             break
 
@@ -118,38 +137,41 @@ def train(config: TrainConfig, ranks: Ranks, given: Container[str] = ()) -> None
         metrics.step(step, loss, grad_norm, lr)
         position += windows_per_step
         step += 1
+        saver.check()
+        if ranks.any(stop is not None and stop.received is not None) and step < config.max_iters:
+            save(is_best=False, evaluated=False)
+            reason = f"stopped by {stop.received}" if stop and stop.received else "stopped with another rank"
+            metrics.print(f"{reason} after {step} steps: --init_from=resume goes on from {out_dir}/ckpt.pt")
+            break
+    saver.wait()
     metrics.close()
 
 
 def update(
-    model: GPT | DDP,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     micro_batches: Iterable[Batch],
     accumulation: int,
     grad_clip: float,
     precision: Precision,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """One step of the optimizer over `accumulation` micro-batches of (inputs, targets).
 
-    Returns (mean loss on this rank, norm of the gradient before clipping, or None when that is off) as
-    tensors on the device: nothing here waits for a GPU.
+    Returns (mean loss on this rank, norm of the whole gradient before clipping) as tensors on the device:
+    nothing here waits for a GPU. Where the norm is not finite, the step is skipped.
     """
     losses = []
     for i, (idx, targets) in enumerate(micro_batches, start=1):
-        local = isinstance(model, DDP) and i < accumulation
-        with cast(DDP, model).no_sync() if local else nullcontext():  # ranks exchange gradients once a step
+        with distributed.exchange(model, i == accumulation):  # ranks exchange gradients once a step
             with precision():
                 _, loss = model(idx, targets)
             loss = loss / accumulation
             scaler.scale(loss).backward()
         losses.append(loss.detach())
-    grad_norm = None
-    if grad_clip:
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    scaler.step(optimizer)
-    scaler.update()
+    scaler.unscale_(optimizer)
+    grad_norm = clip_gradient(model.parameters(), grad_clip)
+    step_if_finite(optimizer, scaler, grad_norm)
     optimizer.zero_grad(set_to_none=True)
     return torch.stack(losses).sum(), grad_norm
 
@@ -186,11 +208,13 @@ def evaluate(
     losses = {}
     for split, file in files.items():
         total = torch.zeros((), device=ranks.device)
-        for i in range(ranks.rank, config.eval_iters, ranks.world_size):
+        for first in range(0, config.eval_iters, ranks.world_size):
+            i = first + ranks.rank
             idx, targets = to_device(file.batch(i * config.batch_size, config.batch_size), ranks.device)
             with precision():
-                _, loss = model(idx, targets)
-            total += loss
+                _, loss = model(idx, targets)  # by all ranks, as shards need it, the last ones to spare too
+            if i < config.eval_iters:
+                total += loss
         losses[split] = ranks.sum(total).item() / config.eval_iters
     model.train()
     return losses

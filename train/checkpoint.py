@@ -1,21 +1,35 @@
 """Checkpoints: out_dir/ckpt.pt is the latest, out_dir/best.pt the one of the lowest validation loss.
 
-The format is nanoGPT's, with more beside it: plain values and tensors, read with weights_only. A file is
-written under a temporary name, flushed to the disk and renamed, so what is called ckpt.pt is whole whatever
-happens.
+The format is nanoGPT's, with more beside it: plain values and tensors, read with weights_only, the same for
+every strategy and number of ranks. A file is written under a temporary name, flushed to the disk and renamed,
+so what is called ckpt.pt is whole whatever happens. ckpt-STEP.pt are the last few, ckpt.pt among them under a
+second name: where a disk has damaged the latest, resuming goes back to the one before.
 """
 
 import os
+import re
 import shutil
+import zipfile
+import zlib
 from collections.abc import Container
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gpt.model import GPT
-from gpt.pretrained import GPT2_NAMES, MODEL_ARGS, from_checkpoint, from_hugging_face, is_hugging_face
+from gpt.pretrained import (
+    GPT2_NAMES,
+    MODEL_ARGS,
+    from_checkpoint,
+    from_hugging_face,
+    is_hugging_face,
+    read_checkpoint,
+)
 from train.config import TrainConfig
 from train.distributed import Ranks
 
@@ -23,17 +37,20 @@ GPT2_PADDED_VOCAB_SIZE = 50304  # 50257 rounded up to a multiple of 64, for the 
 
 
 def initial_model(
-    config: TrainConfig, given: Container[str], tokens: dict[str, Any], device: str
+    config: TrainConfig, given: Container[str], tokens: dict[str, Any], ranks: Ranks
 ) -> tuple[GPT, dict[str, Any]]:
-    """The model that `config.init_from` names, on `device`, and the checkpoint to resume ({} for a new run).
+    """The model that `config.init_from` names, and the checkpoint to resume ({} for a new run).
 
     `given` are the flags that were set, `tokens` describes the tokenizer of the data. Raises ValueError where
     flags, checkpoint and data disagree.
     """
-    source, wanted = config.init_from, config.model
+    source, wanted, device = config.init_from, config.model, ranks.device
     latest = Path(config.out_dir, "ckpt.pt")
-    if source == "auto":
+    # torchrun has restarted a run whose rank died: it goes on, with the flags that it began with.
+    if source == "auto" or _is_this_run(latest):
         source = "resume" if latest.exists() else "scratch"
+    if source == "resume":
+        latest = ranks.broadcast(newest_whole(latest) if ranks.is_main else None)
     if source == "scratch":
         vocab_size = wanted.vocab_size or len(tokens.get("symbols", ())) or GPT2_PADDED_VOCAB_SIZE
         return GPT(replace(wanted, vocab_size=vocab_size), device).to(device), {}
@@ -46,7 +63,9 @@ def initial_model(
         if not source_path.suffix and not source_path.exists():
             known = ", ".join(("scratch", "resume", "auto", *GPT2_NAMES))
             raise ValueError(f"init_from={source!r} is none of {known}, or the path of a ckpt.pt")
-        overrides = {"dropout": wanted.dropout, "kernels": wanted.kernels}
+        overrides = {
+            name: getattr(wanted, name) for name in ("dropout", "kernels", "activation_checkpointing")
+        }
         model, checkpoint = from_checkpoint(source_path, device, **overrides)
     where = str(latest) if source == "resume" else source
     if checkpoint.get("tokenizer", tokens) != tokens:
@@ -62,6 +81,27 @@ def initial_model(
     return model, checkpoint if source == "resume" else {}
 
 
+def newest_whole(latest: Path) -> Path:
+    """`latest`, or where its bytes are damaged the newest checkpoint beside it that is whole, with a word.
+
+    A checkpoint is a zip archive: its checksums say what a reader that maps the file would not notice.
+    """
+    if not latest.exists():  # the reader says so
+        return latest
+    numbered = sorted(_numbered(latest.parent).items(), reverse=True)
+    candidates = [latest, *(path for _, path in numbered), latest.with_name("best.pt")]
+    for path in (path for path in candidates if path.exists()):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
+            damaged = str(error)
+        if damaged is None:
+            return path
+        print(f"{path} is damaged ({damaged}): looking for the one before", flush=True)
+    return latest
+
+
 def contents(
     model: GPT,
     optimizer: torch.optim.Optimizer,
@@ -69,18 +109,31 @@ def contents(
     config: TrainConfig,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """What nanoGPT keeps, under its names, and beside it what resuming exactly needs. All ranks call it."""
-    flat = config.flat()
-    return {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+    """What nanoGPT keeps, under its names, and beside it what resuming exactly needs.
+
+    A copy on the CPU of rank 0, which later steps leave alone. All ranks call it: shards are put together.
+    """
+    flat, optimized = config.flat(), optimizer.state_dict()
+    weights = {name: _copy(weight, ranks) for name, weight in model.state_dict().items()}
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied: written once
+    moments = {
+        i: {name: _copy(value, ranks) for name, value in state.items()}
+        for i, state in optimized["state"].items()
+    }
+    found = {
+        "model": weights,
+        "optimizer": {"state": moments, "param_groups": optimized["param_groups"]},
         "model_args": {name: flat[name] for name in MODEL_ARGS},
         "config": flat,
         "activation": config.model.activation,
         "kernels": config.model.kernels,
         "scaler": scaler.state_dict(),
         "rng": ranks.gather(_rng_state(ranks.device)),
+        "elastic_run": os.environ.get("TORCHELASTIC_RUN_ID"),
     }
+    if ranks.device_type == "cuda":
+        torch.cuda.synchronize()  # the copies
+    return found
 
 
 def restore(
@@ -106,7 +159,11 @@ def restore(
                 raise ValueError(
                     f"the checkpoint's optimizer: {name} of tensor {i} is {found}, not {tuple(p.shape)}"
                 )
-    optimizer.load_state_dict({"state": saved.get("state", {}), "param_groups": own})
+    state = {
+        i: {name: _shard_like(value, params[i]) for name, value in values.items()}
+        for i, values in saved.get("state", {}).items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": own})
     if checkpoint.get("scaler"):
         scaler.load_state_dict(checkpoint["scaler"])
     rng = checkpoint.get("rng", [])
@@ -117,23 +174,53 @@ def restore(
             _device_rng(ranks.device).set_rng_state(state[ranks.device_type])
 
 
-def save(folder: Path, checkpoint: dict[str, Any], best: bool) -> None:
+class Saver:
+    """Writes checkpoints on a thread of its own, one at a time, while training goes on."""
+
+    def __init__(self, folder: Path, keep_last: int):
+        self.folder, self.keep_last = folder, keep_last
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future[None] | None = None
+
+    def save(self, checkpoint: dict[str, Any], best: bool) -> None:
+        """Returns at once, or when the one before is written. Raises OSError for the one before."""
+        self.wait()
+        self.pending = self.thread.submit(save, self.folder, checkpoint, best, self.keep_last)
+
+    def wait(self) -> None:
+        """Returns when all is written. Raises OSError where that failed."""
+        if self.pending is not None:
+            self.pending.result()
+
+    def check(self) -> None:
+        """Raises OSError if the last one is known to have failed."""
+        if self.pending is not None and self.pending.done():
+            self.pending.result()
+
+
+def save(folder: Path, checkpoint: dict[str, Any], best: bool, keep_last: int = 0) -> None:
     """Replaces ckpt.pt and, for the best so far, best.pt. Raises OSError; what was there stays whole."""
     latest, temporary = folder / "ckpt.pt", folder / "ckpt.pt.tmp"
     try:
         temporary.unlink(missing_ok=True)
-        with temporary.open("wb") as f:
-            torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
+        torch.save(checkpoint, temporary)
+        _flush(temporary)
         temporary.replace(latest)
         if best:
             _duplicate(latest, folder / "best.pt")
-        _flush_folder(folder)
+        if keep_last:
+            _duplicate(latest, folder / f"ckpt-{checkpoint['iter_num']}.pt")
+        _flush(folder)
+        # Those of later steps are of a run that was given up for one before it.
+        steps = sorted(_numbered(folder).items())
+        kept = [step for step, _ in steps if step <= checkpoint["iter_num"]][-keep_last or len(steps) :]
+        for step, path in steps:
+            if step not in kept:
+                path.unlink()
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)
-        kept = "the previous one is whole" if latest.exists() else "there is none yet"
-        raise OSError(f"the checkpoint {latest} could not be written ({error}); {kept}") from None
+        kept_whole = "the previous one is whole" if latest.exists() else "there is none yet"
+        raise OSError(f"the checkpoint {latest} could not be written ({error}); {kept_whole}") from None
 
 
 def make_folder(folder: Path) -> None:
@@ -147,6 +234,38 @@ def make_folder(folder: Path) -> None:
         raise OSError(
             f"out_dir={str(folder)!r} cannot be written to ({error.strerror}); choose another by --out_dir"
         ) from None
+
+
+def _is_this_run(latest: Path) -> bool:
+    """Whether torchrun has started this process once more, and `latest` is of a process before it."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not latest.exists():
+        return False
+    return read_checkpoint(newest_whole(latest)).get("elastic_run") == os.environ["TORCHELASTIC_RUN_ID"]
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+    """The ckpt-STEP.pt by step."""
+    found = ((re.fullmatch(r"ckpt-(\d+)\.pt", path.name), path) for path in folder.glob("ckpt-*.pt"))
+    return {int(match[1]): path for match, path in found if match}
+
+
+def _copy(value: Any, ranks: Ranks) -> Any:
+    """Rank 0's copy on the CPU of a tensor, of all its shards where it has some; other values as they are."""
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to("cpu", copy=True, non_blocking=True) if ranks.is_main else None
+
+
+def _shard_like(value: Any, parameter: Tensor) -> Any:
+    """This rank's part of a moment, where the parameter has parts."""
+    if not isinstance(parameter, DTensor) or value.dim() == 0:
+        return value
+    device = parameter.device_mesh.device_type
+    return distribute_tensor(
+        value.to(device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
 
 
 def _rng_state(device: str) -> dict[str, torch.Tensor]:
@@ -172,14 +291,13 @@ def _duplicate(source: Path, target: Path) -> None:
         os.link(source, temporary)
     except OSError:
         shutil.copyfile(source, temporary)
-        with temporary.open("rb") as f:
-            os.fsync(f.fileno())
+        _flush(temporary)
     temporary.replace(target)
 
 
-def _flush_folder(folder: Path) -> None:
-    """Makes the renames in `folder` outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """Makes what a file holds, or the names that a folder holds, outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -35,6 +35,8 @@ class TrainConfig:
         "scratch"  # scratch, resume, auto (resume if there is a checkpoint), gpt2*, path of a ckpt.pt
     )
 
+    keep_last: int = 2  # checkpoints kept as ckpt-STEP.pt: what resume falls back to if ckpt.pt is damaged
+
     wandb_log: bool = False  # log to Weights & Biases as well (extra [wandb])
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # its run
@@ -57,7 +59,9 @@ class TrainConfig:
     min_lr: float = 6e-5  # where the decay ends
     wsd_decay_iters: int = 0  # steps of the wsd schedule's descent; 0: a fifth of lr_decay_iters
 
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights, gradients and optimizer over the ranks
     backend: str = "auto"  # of torch.distributed: auto, nccl, gloo
+    timeout: int = 600  # seconds that a rank waits for another before the run ends with an error
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:1, ...
     dtype: str = "auto"  # auto, float32, bfloat16, float16 (with loss scaling)
     compile: bool | Literal["auto"] = "auto"  # torch.compile the model; auto: on CUDA
@@ -74,7 +78,7 @@ class TrainConfig:
         at_least = {"eval_interval": 1, "log_interval": 1, "eval_iters": 1, "batch_size": 1, "max_iters": 0}
         at_least |= {"gradient_accumulation_steps": 1, "warmup_iters": 0, "grad_clip": 0}
         at_least |= {"block_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "eval_sample": 0}
-        at_least |= {"vocab_size": 1, "wsd_decay_iters": 0}
+        at_least |= {"vocab_size": 1, "wsd_decay_iters": 0, "keep_last": 0, "timeout": 1}
         values = self.flat()
         for name, least in at_least.items():
             if values[name] is not None and values[name] < least:
@@ -99,6 +103,8 @@ def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} is the total over all ranks "
             f"and does not divide by the {ranks.world_size} there are; try {_multiple(config, ranks)}"
         )
+    if config.strategy == "fsdp" and not ranks.backend:
+        raise ValueError("strategy='fsdp' shards over ranks: start it with torchrun, one process a GPU")
     operations = kernels.load(config.model.kernels, ranks.device)
     return replace(
         config,

@@ -1,16 +1,21 @@
 """The ranks of a run under torchrun, and what they tell each other. A plain process is a world of one."""
 
 import os
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from gpt.device import resolve_device
+from gpt.device import DTYPES, resolve_device
 from gpt.model import GPT
 
 
@@ -35,13 +40,28 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
+    def any(self, value: bool) -> bool:
+        """Whether it holds on any rank. The processes wait for each other, their GPUs work on."""
+        return self._extremes(value)[1] > 0
+
     def differ(self, value: int) -> bool:
         """Whether the ranks hold different values."""
+        least, most = self._extremes(value)
+        return least != most
+
+    def _extremes(self, value: int) -> tuple[int, int]:
         if not self.backend:
-            return False
-        extremes = torch.tensor([value, -value], device=self.device)
+            return value, value
+        extremes = torch.tensor([-value, value])
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
-        return bool(extremes[0] != -extremes[1])
+        return -int(extremes[0]), int(extremes[1])
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's plain value."""
+        values = [value]
+        if self.backend:
+            dist.broadcast_object_list(values)
+        return values[0]
 
     def gather(self, value: Any) -> list[Any]:
         """Plain values of all ranks, by rank, on rank 0; an empty list elsewhere."""
@@ -52,8 +72,11 @@ class Ranks:
         return values if self.is_main else []
 
 
-def start(backend: str, device: str) -> Ranks:
-    """Joins the process group that torchrun's environment describes, if it does. Raises ValueError."""
+def start(backend: str, device: str, timeout: int = 600) -> Ranks:
+    """Joins the process group that torchrun's environment describes, if it does. Raises ValueError.
+
+    A rank that waits for longer than `timeout` seconds raises RuntimeError; see `lost_rank`.
+    """
     under_torchrun = "RANK" in os.environ
     if under_torchrun and ":" in device:
         raise ValueError(
@@ -71,12 +94,42 @@ def start(backend: str, device: str) -> Ranks:
         backend = "nccl" if on_gpu else "gloo"
     if backend == "nccl" and not on_gpu:
         raise ValueError(f"backend='nccl' needs GPUs, and this rank is on {device}; try --backend=gloo")
-    dist.init_process_group(backend, device_id=torch.device(device) if on_gpu else None)
+    # The processes agree over gloo on when to stop, so that no GPU is waited for.
+    backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
+    device_id = torch.device(device) if on_gpu else None
+    patience = timedelta(seconds=timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
+    # torchrun keeps the store when it restarts the ranks: they must not find the addresses of the dead.
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(
+        backends, store=store, rank=rank, world_size=world_size, timeout=patience, device_id=device_id
+    )
     return Ranks(dist.get_rank(), dist.get_world_size(), device, backend)
 
 
-def parallel(model: GPT, batch_size: int, ranks: Ranks, precision: AbstractContextManager) -> DDP:
-    """The model in DDP, with its buckets in their final order.
+def parallel(
+    model: GPT,
+    strategy: str,
+    compiled: bool | str,
+    dtype: str,
+    batch_size: int,
+    ranks: Ranks,
+    precision: AbstractContextManager,
+) -> nn.Module:
+    """What is trained: the model, compiled, in the strategy where there are ranks.
+
+    The names of the weights stay as they are. Under fsdp the model itself is sharded, so an optimizer is made
+    afterwards.
+    """
+    if strategy == "fsdp":
+        return _sharded(model, compiled, dtype, ranks)
+    if compiled:
+        model.compile()
+    return _replicated(model, batch_size, ranks, precision) if ranks.backend else model
+
+
+def _replicated(model: GPT, batch_size: int, ranks: Ranks, precision: AbstractContextManager) -> DDP:
+    """DDP with its buckets in their final order.
 
     DDP sorts its buckets after the first backward. From three ranks on, the order of a bucket decides the
     order of a sum, so that backward is made here, on zeros: a resumed run then adds as the one it continues.
@@ -90,9 +143,51 @@ def parallel(model: GPT, batch_size: int, ranks: Ranks, precision: AbstractConte
     return ddp
 
 
+def _sharded(model: GPT, compiled: bool | str, dtype: str, ranks: Ranks) -> GPT:
+    """FSDP2: one group of parameters a block and one for the rest, sharded in place.
+
+    Blocks are gathered in `dtype`; embeddings and the last norm in float32, as autocast leaves them, so that
+    the residual stream is float32. Gradients are added in float32.
+    """
+    for parameter in model.parameters():  # each rank has drawn its own
+        dist.broadcast(parameter.detach(), src=0)
+    mesh = init_device_mesh(ranks.device_type, (ranks.world_size,))
+    half = None if dtype == "float32" else DTYPES[dtype]
+    precision = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.transformer.h:
+        if compiled:  # what FSDP does before and after a block stays outside of its graph
+            block.forward = torch.compile(block.forward)
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+@contextmanager
+def exchange(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Whether the backward pass inside ends with the gradients added over all ranks, or keeps its own."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
+        yield
+        return
+    with model.no_sync() if isinstance(model, DDP) and not wanted else nullcontext():
+        yield
+
+
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether it says that another rank is dead or does not answer."""
+    signs = ("timed out", "connection closed", "connection reset", "connection refused", "broken pipe")
+    return isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in signs)
+
+
 def stop(ranks: Ranks) -> None:
-    """Waits for all ranks at the end of a run that went well."""
-    if ranks.backend:
-        dist.barrier()
-        if ranks.backend == "nccl":  # destroying gloo's group after DDP aborts now and then at exit
-            dist.destroy_process_group()
+    """Waits for all ranks at the end of a run that went well, and under gloo ends the process."""
+    if not ranks.backend:
+        return
+    dist.barrier()
+    if ranks.backend == "nccl":
+        dist.destroy_process_group()
+        return
+    # The threads of gloo and DDP abort the process now and then when the interpreter takes it down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,9 +1,10 @@
 """What a run says about itself: nanoGPT's lines (or a progress bar on a terminal), metrics.jsonl, wandb.
 
 metrics.jsonl has one object a line. A step: iter, loss (mean of the whole global batch, in nats), lr,
-grad_norm (before clipping; null when off), ms (a step, mean since the last line), tokens_per_s, mfu
-(percent; null where the peak is unknown). An evaluation: iter, train/loss, val/loss, lr. `iter` counts the
-updates made before. What is not finite is null.
+grad_norm (before clipping), skipped (steps so far whose gradient was not finite: they change no weight),
+ms (a step, mean since the last line), tokens_per_s, mfu (percent; null where the peak is unknown). An
+evaluation: iter, train/loss, val/loss, lr. `iter` counts the updates made before. What is not finite is
+null.
 """
 
 import json
@@ -24,14 +25,18 @@ from train.config import TrainConfig
 from train.distributed import Ranks
 
 SETTLING = 5  # steps after the start whose time says nothing about the rest
+HOPELESS = 20  # steps skipped in a row; float16 needs a few to find its loss scale
 
 
 class Metrics:
     """Only rank 0 writes; `step` and `evaluation` are for all ranks to call."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, model: GPT, first_step: int):
+    def __init__(self, config: TrainConfig, ranks: Ranks, model: GPT, first_step: int, skipped: int = 0):
         self.config, self.ranks, self.model = config, ranks, model
         self.first_step = self.last_logged = first_step
+        # counted on the device: in all, and in a row
+        self.skipped, self.in_a_row = torch.tensor([skipped, 0], device=ranks.device)
+        self.skipped_before = skipped
         self.mfu: float | None = None
         self.bar = self.wandb = self.file = None
         self.path = Path(config.out_dir, "metrics.jsonl")
@@ -67,13 +72,24 @@ class Metrics:
             if before[name] != now[name]:
                 self.print(f"not as before: {name} was {before[name]!r} and is {now[name]!r}")
 
-    def step(self, step: int, loss: Tensor, grad_norm: Tensor | None, lr: float) -> None:
-        """Called after each update; the GPU is waited for only when there is something to say."""
+    def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
+        """Called after each update; the GPU is waited for only when there is something to say.
+
+        Raises ValueError when no step has changed a weight for long.
+        """
         config = self.config
         if self.bar is not None:
             self.bar.update()
+        failed = ~grad_norm.isfinite()
+        self.skipped, self.in_a_row = self.skipped + failed, (self.in_a_row + 1) * failed
         if step % config.log_interval:
             return
+        if self.in_a_row >= HOPELESS:
+            raise ValueError(
+                f"the gradient has not been finite for the last {self.in_a_row} steps, up to step {step}: "
+                f"try a lower learning_rate than {config.learning_rate} or another seed, from the last good "
+                f"checkpoint, {Path(config.out_dir, 'ckpt.pt')}"
+            )
         mean_loss = (self.ranks.sum(loss.clone()) / self.ranks.world_size).item()
         if not self.ranks.is_main:
             return
@@ -84,8 +100,12 @@ class Metrics:
             self.mfu = mfu if self.mfu is None or mfu is None else 0.9 * self.mfu + 0.1 * mfu
         percent = None if self.mfu is None else 100 * self.mfu
         tokens_per_s = sequences * config.model.block_size / seconds
+        skipped = self.skipped_steps()
+        if skipped > self.skipped_before:
+            self.print(f"iter {step}: {skipped - self.skipped_before} skipped, the gradient was not finite")
+            self.skipped_before = skipped
         self._write(
-            iter=step, loss=mean_loss, lr=lr, grad_norm=None if grad_norm is None else grad_norm.item(),
+            iter=step, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), skipped=skipped,
             ms=1000 * seconds, tokens_per_s=tokens_per_s, mfu=percent,
         )  # fmt: skip
         if self.bar is not None:
@@ -103,6 +123,9 @@ class Metrics:
         self._write(**record)
         if self.wandb is not None:
             self.wandb.log(record | ({} if self.mfu is None else {"mfu": 100 * self.mfu}))
+
+    def skipped_steps(self) -> int:
+        return int(self.skipped)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -156,7 +179,10 @@ def _keep_before(path: Path, first_step: int) -> None:
     records = read(path) if first_step and path.exists() else []
     kept = [r for r in records if r["iter"] < first_step or ("val/loss" in r and r["iter"] == first_step)]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    with temporary.open("w") as f:
+        f.writelines(json.dumps(record) + "\n" for record in kept)
+        f.flush()
+        os.fsync(f.fileno())
     temporary.replace(path)
 
 

@@ -1,6 +1,11 @@
-"""The learning rate as a function of the step."""
+"""The learning rate as a function of the step; steps of the optimizer."""
 
 import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from train.config import TrainConfig
 
@@ -26,3 +31,26 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         descent = min(config.wsd_decay_iters or end // 5, end - config.warmup_iters)
         share = min(1.0, (end - step) / descent) if descent else 1.0
     return config.min_lr + share * (peak - config.min_lr)
+
+
+def clip_gradient(parameters: Iterable[Tensor], most: float) -> Tensor:
+    """Scales the gradient down to the norm `most` (0 is off). Returns its norm before, on the device."""
+    parameters = list(parameters)
+    if most:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, most)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_norm: Tensor) -> None:
+    """A step, or none where the norm of the gradient is not finite: weights and moments stay as they are."""
+    if scaler.is_enabled():  # it looks for itself
+        scaler.step(optimizer)
+        scaler.update()
+    elif optimizer.defaults["fused"]:
+        # The fused kernel is told on the device, as a GradScaler tells it: nobody waits.
+        vars(optimizer).update(grad_scale=None, found_inf=(~grad_norm.isfinite()).float())
+        optimizer.step()
+    elif grad_norm.isfinite():
+        optimizer.step()
