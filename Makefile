@@ -10,7 +10,7 @@ KEY := $(shell { cat setup.py constraints.txt; pwd; $(PYTHON) --version; } 2>&1 
 INSTALLED := $(VENV)/.installed-$(KEY)
 INSTALLED_TEST := $(VENV)/.installed-test-$(KEY)
 
-.PHONY: help quickstart test lint install clean
+.PHONY: help quickstart test soak lint install clean
 .DELETE_ON_ERROR:
 
 help:  ## list these targets
@@ -22,6 +22,9 @@ quickstart: $(INSTALLED)  ## install, prepare a corpus, train a small GPT, sampl
 
 test: $(INSTALLED_TEST)  ## install what the tests need, run them all
 	@$(PY) -m pytest
+
+soak: $(INSTALLED_TEST)  ## kill a run a hundred times, during saves too, and compare it with one that was not
+	@KILLS=100 $(PY) -m pytest tests/test_faults.py -k killed
 
 lint: $(INSTALLED_TEST)  ## ruff and mypy
 	@$(PY) -m ruff check .
