@@ -18,22 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from bench import timing
-from bench.throughput import SIZES, nanogpt_module
+from bench.throughput import SIZES, nanogpt_model
 from gpt.device import autocast, resolve_dtype
 from gpt.model import GPT, GPTConfig
 
 MORE_SIZES = SIZES | {"10M": (6, 6, 384)}  # nanoGPT's character model
 
 
-def nanogpt_model(checkout: Path, model: GPT) -> nn.Module:
-    """nanoGPT's model from its own file, with the weights of ours."""
-    module, config = nanogpt_module(checkout), model.config
-    own = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-    theirs = module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in own}))
-    weights = model.state_dict()
+def with_weights_of(ours: GPT, theirs: nn.Module) -> nn.Module:
+    weights = ours.state_dict()
     # Without flash attention it has its mask among the buffers.
     theirs.load_state_dict({k: weights.get(k, v) for k, v in theirs.state_dict().items()})
-    return theirs.eval().to(model.lm_head.weight.device)
+    return theirs.eval().to(ours.lm_head.weight.device)
 
 
 def floor(model: GPT, batch_size: int) -> Callable[[], Any]:
@@ -107,7 +103,7 @@ def main() -> None:
     ours = GPT(config, device).to(device).eval()
     models: dict[str, nn.Module] = {"tritongpt": ours}
     if options.nanogpt is not None:
-        models["nanogpt"] = nanogpt_model(options.nanogpt, ours)
+        models["nanogpt"] = with_weights_of(ours, nanogpt_model(options.nanogpt, config))
     cases = []
     for batch_size in options.batch_size or ([1, 32] if device == "cuda" else [1]):
         idx = torch.randint(vocab_size, (batch_size, options.prompt), device=device)

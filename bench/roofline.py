@@ -11,7 +11,7 @@ nearest shape, otherwise assumed. Both are printed with where they are from.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench import timing
 from bench.kernels import peers
@@ -28,7 +29,9 @@ from gpt.model import GPT, GPTConfig
 from kernels import OPS
 from kernels.op import Cost
 
+Result = dict[str, Any]
 _OPS = {op.name: op for op in OPS}
+chunk_rows = sys.modules["kernels.linear_cross_entropy"].chunk_rows
 
 
 @dataclass(frozen=True)
@@ -159,16 +162,32 @@ def exchange(params: int, gpus: int, limits: Limits) -> float:
     return 2 * (gpus - 1) / gpus * 4 * params / limits.link
 
 
-def predicted_limits(name: str) -> Limits:
-    """Of a GPU that is not at hand. Raises ValueError for one that is not in the table."""
-    known = [key for key in DATASHEET if key in name.replace("-", " ").upper().split()]
-    peak = peak_flops(known[0], "bfloat16") if known else None
-    if peak is None:
-        raise ValueError(f"no datasheet of {name!r} is at hand; there are {', '.join(DATASHEET)}")
-    copy, link, size = DATASHEET[known[0]]
-    product = REACHED.get(f"{known[0]} product", REACHED["product"])
+def kind_of(gpu: str) -> str | None:
+    """The datasheet's name for a device, "H100" for "NVIDIA H100 80GB HBM3"; None where there is none."""
+    words = gpu.replace("-", " ").upper().split()
+    if "PCIE" in words or "NVL" in words:  # the same names, slower parts
+        return None
+    return next((kind for kind in DATASHEET if kind in words), None)
+
+
+def limits_of(gpu: str, results: list[Result]) -> Limits:
+    """Of a GPU that is not at hand: measured on one of its kind, or predicted. Raises ValueError."""
+    kind = kind_of(gpu)
+    if kind is None:
+        raise ValueError(
+            f"no datasheet of {gpu!r} is at hand; there are {', '.join(DATASHEET)}, as SXM parts"
+        )
+    copy, link, size = DATASHEET[kind]
+    peak = peak_flops(kind, "bfloat16") or 0.0
+    link *= REACHED["link"]
+    for result in reversed(results):
+        if result["benchmark"] == "roofline" and kind_of(result["environment"]["device"]) == kind:
+            found = result["limits"]
+            rates = found["copy_bytes_per_s"], found["product_flops_per_s"]
+            return Limits(*rates, link, size, f"measured, {result['file']}")
+    product = REACHED.get(f"{kind} product", REACHED["product"])
     return Limits(
-        REACHED["copy"] * copy, product * peak, REACHED["link"] * link, size,
+        REACHED["copy"] * copy, product * peak, link, size,
         f"predicted: {REACHED['copy']:.0%} of the datasheet's {copy / 1e12:.2f} TB/s, "
         f"{product:.0%} of its {peak / 1e12:,.0f} TFLOP/s",
     )  # fmt: skip
@@ -181,28 +200,41 @@ def measured_limits(device: str) -> Limits:
     if device == "cuda":
         size = torch.cuda.get_device_properties(0).total_memory
         with suppress(ValueError):
-            link = predicted_limits(torch.cuda.get_device_name()).link
+            link = limits_of(torch.cuda.get_device_name(), []).link
     return Limits(found["copy_bytes_per_s"], found["product_flops_per_s"], link, size, "measured now")
 
 
 def measure_products(config: GPTConfig, batch_size: int, device: str) -> dict[str, dict[str, float]]:
-    """The step's matrix products as they lie in memory: {layer, direction: {ms, flops_per_s}}."""
-    rows = batch_size * config.block_size
+    """The step's matrix products as they lie in memory: {layer, direction: {ms, flops_per_s}}.
+
+    The last is c_fc's forward for two seconds on end, at the clocks that the GPU's power then allows.
+    """
+    rows, C, V = batch_size * config.block_size, config.n_embd, config.vocab_size
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    assert config.vocab_size is not None
-    layers = shapes(config.n_embd)
+    assert V is not None
     found: dict[str, dict[str, float]] = {}
-    for name, (n, k) in (layers | {"lm_head, a chunk": (config.n_embd, config.vocab_size)}).items():
-        m = min(rows, 4096) if "chunk" in name else rows
+
+    def operands(m: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
         x, dy, w = (torch.randn(*s, device=device).to(dtype) for s in ((m, n), (m, k), (k, n)))
+        return x, dy, w
+
+    for name, (n, k) in (shapes(C) | {"lm_head, a chunk": (C, V)}).items():
+        m = chunk_rows(rows, V, dtype.itemsize) if "chunk" in name else rows
+        x, dy, w = operands(m, n, k)
         calls: dict[str, Callable[[], Any]] = {
             "forward": partial(torch.mm, x, w.t()),
             "dx": partial(torch.mm, dy, w),
             "dw": partial(torch.mm, dy.t(), x),
         }
+        if "chunk" in name and device == "cuda":  # added up in fp32
+            dw = torch.zeros(k, n, device=device)
+            calls["dw"] = partial(torch.addmm, dw, dy.t(), x, out_dtype=torch.float32, out=dw)
         for direction, timed in timing.interleaved(calls, device, 0.1).items():
             rate = 2.0 * m * n * k / timed.median * 1e3
             found[f"{name} {direction}"] = {"ms": timed.median, "flops_per_s": rate}
+    x, _, w = operands(rows, C, 4 * C)
+    ms = timing.sustained(partial(torch.mm, x, w.t()), device, 2.0 if device == "cuda" else 0.05)
+    found["c_fc forward, sustained"] = {"ms": ms, "flops_per_s": 2.0 * rows * 4 * C * C / ms * 1e3}
     return found
 
 
@@ -227,40 +259,49 @@ def measure_attention(config: GPTConfig, batch_size: int, device: str) -> dict[s
         try:
             both(function)
             ready[name] = partial(both, function)
-        except RuntimeError as failure:
+        except Exception as failure:  # whatever a compiler raises
             found[name] = " ".join(str(failure).split())[:160]
     return found | {name: t.median for name, t in timing.interleaved(ready, device, 0.1).items()}
 
 
-def reached(
-    results: list[dict[str, Any]], gpu: str, config: GPTConfig
-) -> Iterator[tuple[str, tuple[float, str]]]:
-    """(part, (share of its limit, where from)) of what `results` has of this GPU, the newest last."""
+def reached(results: list[Result], kind: str | None, config: GPTConfig) -> dict[str, tuple[float, str]]:
+    """{part: (share of its limit, where from)}: measured on this kind of GPU, else on another, else assumed.
+
+    Shares are of the limits of the run that measured them.
+    """
     wanted = {
         "norms": ("add_layer_norm", {"C": config.n_embd}),
         "attention": ("causal_attention", {"T": config.block_size, "D": config.n_embd // config.n_head}),
         "lm_head and loss": ("linear_cross_entropy", {"C": config.n_embd}),
     }
+    elsewhere: dict[str, tuple[float, str]] = {}
+    here: dict[str, tuple[float, str]] = {}
     for result in results:
-        if gpu not in result["environment"]["device"]:
-            continue
-        if result["benchmark"] == "roofline":
-            # Shares are of the limits of their own run.
-            shares = [p["flops_per_s"] for name, p in result["products"].items() if "lm_head" not in name]
-            share = len(shares) / sum(1 / s for s in shares) / result["limits"]["product_flops_per_s"]
-            yield "matrix products", (share, result["file"])
-        for part, (operation, size) in wanted.items() if result["benchmark"] == "kernels" else ():
-            nearest = _nearest(result["cases"], operation, size)
-            if nearest is not None:
-                yield part, (nearest, result["file"])
+        device = result["environment"]["device"]
+        found, source = (
+            (here, "measured") if kind_of(device) == kind else (elsewhere, f"measured on {device}")
+        )
+        source = f"{source}, {result['file']}"
+        if result["benchmark"] == "roofline" and result["model"]["n_embd"] == config.n_embd:
+            layers = [p for name, p in result["products"].items() if name.endswith(("forward", "dx", "dw"))]
+            blocks = layers[: 3 * len(shapes(1))]
+            rate = sum(p["ms"] * p["flops_per_s"] for p in blocks) / sum(p["ms"] for p in blocks)
+            found["matrix products"] = rate / result["limits"]["product_flops_per_s"], source
+        if result["benchmark"] == "kernels":
+            for part, (operation, size) in wanted.items():
+                nearest = _nearest(result["cases"], operation, size)
+                if nearest is not None:
+                    found[part] = nearest, source
+    return {part: (share, "assumed") for part, share in ASSUMED.items()} | elsewhere | here
 
 
-def _nearest(cases: list[dict[str, Any]], operation: str, size: dict[str, int]) -> float | None:
+def _nearest(cases: list[Result], operation: str, size: dict[str, int]) -> float | None:
     """The share that our variant reached, forward and backward, at the shape that is most like `size`."""
 
     def distance(sample: dict[str, Any]) -> float:
+        other_dtypes = "shape" in sample and not sample.get("mixed")  # than a training's
         sample = {"C": sample["shape"][-1]} if "shape" in sample else sample
-        return sum(abs(sample[k] - v) / v for k, v in size.items())
+        return sum(abs(sample[k] - v) / v for k, v in size.items()) + 1e-3 * other_dtypes
 
     ours = [
         (distance(case["sample"]), case["variants"]["tritongpt"]["both"]["limit"])
@@ -272,11 +313,11 @@ def _nearest(cases: list[dict[str, Any]], operation: str, size: dict[str, int]) 
     return min(ours)[1] if ours else None
 
 
-def _measured_step(results: list[dict[str, Any]], gpu: str, config: GPTConfig) -> tuple[float, str] | None:
+def measured_step(results: list[Result], kind: str | None, config: GPTConfig) -> tuple[float, str] | None:
     """(tokens/s, where from) of our whole step on one of these GPUs; the newest."""
     found = None
     for result in results:
-        if result["benchmark"] != "throughput" or gpu not in result["environment"]["device"]:
+        if result["benchmark"] != "throughput" or kind_of(result["environment"]["device"]) != kind:
             continue
         same = all(result["model"][k] == getattr(config, k) for k in ("n_layer", "n_embd", "block_size"))
         ours = result["variants"].get("tritongpt")
@@ -327,28 +368,30 @@ def main() -> None:
             )  # fmt: skip
     else:
         try:
-            limits, name = predicted_limits(options.gpu), options.gpu
+            limits, name = limits_of(options.gpu, timing.read(options.results)), options.gpu
         except ValueError as error:
             sys.exit(f"error: {error}")
     results = timing.read(options.results)
-    print_step(config, batch_size, name, limits, results, options.gpus, options.tokens)
+    accumulation = max(1, round(TOKENS_A_STEP / (batch_size * block_size * options.gpus)))
+    seconds = print_step(config, batch_size, accumulation, name, limits, results)
+    print_memory(config, batch_size, limits)
+    print_run(config, batch_size * accumulation, seconds, accumulation, options.gpus, limits, options.tokens)
 
 
 def print_step(
-    config: GPTConfig,
-    batch_size: int,
-    name: str,
-    limits: Limits,
-    results: list[dict[str, Any]],
-    gpus: int,
-    tokens: float | None,
-) -> None:
-    """The parts of one GPU's step, then memory, then all GPUs."""
-    accumulation = max(1, round(TOKENS_A_STEP / (batch_size * config.block_size * gpus)))
-    step_tokens = accumulation * batch_size * config.block_size
-    kind = next((key for key in DATASHEET if key in name.replace("-", " ").upper().split()), name)
-    shares = {part: (share, "assumed") for part, share in ASSUMED.items()}
-    shares |= dict(reached(results, kind, config))
+    config: GPTConfig, batch_size: int, accumulation: int, name: str, limits: Limits, results: list[Result]
+) -> float:
+    """The parts of one GPU's step. Returns its seconds: measured, or what is expected."""
+    tokens = accumulation * batch_size * config.block_size
+    kind, peak = kind_of(name), peak_flops(name, "bfloat16")
+    with torch.device("meta"):
+        flops_per_token = GPT(config).flops_per_token()
+
+    def line(what: str, seconds: float, note: str) -> str:
+        rate = tokens / seconds
+        mfu = "" if peak is None else f", MFU {rate * flops_per_token / peak:.1%}"
+        return f"{what:18} {1e3 * seconds:9.2f} ms a step, {rate:,.0f} tokens/s{mfu} ({note})"
+
     print(
         f"{config.n_layer} layers, {config.n_embd} wide, {accumulation} micro-batches of {batch_size} x "
         f"{config.block_size} tokens on one {name}"
@@ -359,6 +402,7 @@ def print_step(
     )
     print(f"\n{'part':18} {'TFLOP':>8} {'GB':>8} {'least ms':>9} {'share':>6} {'expected':>9}  share from")
     least = expected = 0.0
+    shares = reached(results, kind, config)
     for part in parts(config, batch_size, accumulation):
         share, source = shares[part.name]
         seconds = part.least(limits)
@@ -367,24 +411,19 @@ def print_step(
             f"{part.name:18} {part.flops / 1e12:8.2f} {part.bytes / 1e9:8.1f} {1e3 * seconds:9.2f} "
             f"{share:6.0%} {1e3 * seconds / share:9.2f}  {source}"
         )
-    with torch.device("meta"):
-        model = GPT(config)
-    peak = peak_flops(name, "bfloat16")
-
-    def line(what: str, seconds: float, note: str) -> str:
-        rate = step_tokens / seconds
-        mfu = "" if peak is None else f", MFU {rate * model.flops_per_token() / peak:.1%}"
-        return f"{what:18} {1e3 * seconds:9.2f} ms a step, {rate:,.0f} tokens/s{mfu} ({note})"
-
     print()
     print(line("at least", least, "every part at its limit"))
     print(line("expected", expected, "predicted"))
-    measured = _measured_step(results, kind, config)
-    if measured is not None:
-        seconds = step_tokens / measured[0]
-        print(line("measured", seconds, measured[1]))
-        print(f"{'gap':18} {1e3 * (seconds - expected):9.2f} ms that no part explains")
+    measured = measured_step(results, kind, config)
+    if measured is None:
+        return expected
+    seconds = tokens / measured[0]
+    print(line("measured", seconds, measured[1]))
+    print(f"{'gap':18} {1e3 * (seconds - expected):9.2f} ms that no part explains")
+    return seconds
 
+
+def print_memory(config: GPTConfig, batch_size: int, limits: Limits) -> None:
     held = memory(config, batch_size)
     print(f"\nmemory, predicted: {sum(held.values()) / 1e9:.1f} GB")
     for what, size in held.items():
@@ -392,22 +431,32 @@ def print_step(
     if limits.memory and sum(held.values()) > limits.memory:
         print(f"  more than the {limits.memory / 1e9:.0f} GB there are: lower the micro-batch, --batch_size")
 
-    one = step_tokens / measured[0] if measured is not None else expected
-    rate = step_tokens / one
+
+def print_run(
+    config: GPTConfig,
+    sequences: int,
+    seconds: float,
+    accumulation: int,
+    gpus: int,
+    limits: Limits,
+    tokens: float | None,
+) -> None:
+    """What several GPUs make of a step of `seconds` and `sequences` on each, and of `tokens` in all."""
+    rate = sequences * config.block_size / seconds
     if gpus > 1:
+        with torch.device("meta"):
+            params = sum(p.numel() for p in GPT(config).parameters())
         # Gradients travel while the last micro-batch's backward pass, two thirds of it, computes the rest.
-        whole = exchange(sum(p.numel() for p in model.parameters()), gpus, limits)
-        exposed = max(0.05 * whole, whole - one / accumulation * 2 / 3)
-        rate = gpus * step_tokens / (one + exposed)
+        whole = exchange(params, gpus, limits)
+        exposed = max(0.05 * whole, whole - seconds / accumulation * 2 / 3)
+        rate *= gpus * seconds / (seconds + exposed)
         print(
             f"\n{gpus} GPUs, predicted: gradients take {1e3 * whole:.1f} ms, {1e3 * exposed:.1f} of it not "
-            f"hidden: {rate:,.0f} tokens/s, {one / (one + exposed):.1%} of {gpus} times one"
+            f"hidden: {rate:,.0f} tokens/s, {seconds / (seconds + exposed):.1%} of {gpus} times one"
         )
     if tokens:
-        print(
-            f"\n{tokens:,.0f} tokens, predicted: {tokens / rate / 3600:,.1f} hours, "
-            f"{tokens / rate / 86400:,.1f} days"
-        )
+        hours = tokens / rate / 3600
+        print(f"\n{tokens:,.0f} tokens, predicted: {hours:,.1f} hours, {hours / 24:,.1f} days")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ hand, with the GPU it was found on, and the tests decide whether it is right.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,7 @@ class Slot:
     key: Any
     index: int
     candidates: tuple[Any, ...]
+    launch: Callable[..., None]  # (**call): what is timed
 
     def get(self) -> Any:
         return self.table[self.key][self.index]
@@ -54,22 +56,40 @@ def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
     arch = architecture(first)
     if op.family == "layer_norm":
         block = _layer_norm._block(first.shape[-1])
-        forward = tuple(product((1, 2, 4, 8), (1, 2, 4, 8, 16)))
-        backward = tuple(product((1, 2, 4), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16)))
-        yield Slot("forward (rows, warps)", _layer_norm.TILES[arch], block, 0, forward)
-        yield Slot("backward (rows, warps, programs)", _layer_norm.TILES[arch], block, 1, backward)
+        # up to 128 values a thread: more would spill, after minutes of compiling
+        fits = [(r, w) for r, w in product((1, 2, 4, 8), (1, 2, 4, 8, 16)) if r * block <= 128 * 32 * w]
+        forward = tuple(fits)
+        backward = tuple((r, w, p) for (r, w), p in product(fits, (1, 2, 4, 8, 16)) if r <= 4)
+        yield Slot("forward (rows, warps)", _layer_norm.TILES[arch], block, 0, forward, op.launchers)
+        yield Slot(
+            "backward (rows, warps, programs)", _layer_norm.TILES[arch], block, 1, backward, op.launchers
+        )
     elif op.name == "cross_entropy":
-        candidates = tuple(product((1024, 2048, 4096, 8192, 16384, 32768), (4, 8, 16, 32)))
+        blocks = product((1024, 2048, 4096, 8192, 16384, 32768), (4, 8, 16, 32))
+        candidates = tuple((b, w) for b, w in blocks if b <= 128 * 32 * w)
         index = int(first.shape[1] > 2048)
-        yield Slot("(BLOCK, warps)", _cross_entropy.TILES, arch, index, candidates)
+        # the second is what training runs, on a chunk of its own logits
+        for name, launch in (("forward, backward", op.launchers), ("in place", _loss_and_gradient)):
+            yield Slot(f"{name} (BLOCK, warps)", _cross_entropy.TILES, arch, index, candidates, launch)
     elif op.name == "causal_attention" and first.dtype != torch.float32 and not call.get("dropout_p"):
         width = 64 if first.shape[-1] <= 64 else 128
         for index, name in enumerate(("forward", "dq", "dk and dv")):
             tiles = product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
             # The block that a program owns is a multiple of the other: queries, and keys for dk and dv.
-            fits = (t for t in tiles if (t[1] % t[0] if index == 2 else t[0] % t[1]) == 0)
-            candidates = tuple(_attention.Tile(*t) for t in fits)
-            yield Slot(f"{name} (m, n, warps, stages)", _attention.TILES[arch], width, index, candidates)
+            square = (t for t in tiles if (t[1] % t[0] if index == 2 else t[0] % t[1]) == 0)
+            candidates = tuple(_attention.Tile(*t) for t in square)
+            yield Slot(
+                f"{name} (m, n, warps, stages)",
+                _attention.TILES[arch],
+                width,
+                index,
+                candidates,
+                op.launchers,
+            )
+
+
+def _loss_and_gradient(input: torch.Tensor, target: torch.Tensor, ignore_index: int, **_: Any) -> None:
+    _cross_entropy.loss_and_gradient_(input, target, ignore_index, 0.0, True)
 
 
 def arguments(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
@@ -79,51 +99,82 @@ def arguments(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
 def attempt(name: str, sample: dict[str, Any], position: int, tile: Any) -> str | None:
     """Runs an operation once with `tile` in its slot of that position: None, or why it cannot be.
 
-    In a process of the pool: what it compiles is in Triton's cache on disk afterwards.
+    In a process of the pool, on fewer rows: what it compiles is in Triton's cache on disk afterwards.
     """
     op = next(op for op in OPS if op.name == name)
     try:
-        call = arguments(op, sample)
+        call = arguments(op, fewer(sample))
         slot = list(slots(op, call))[position]
         before = slot.get()
         try:
             slot.set(tile)
-            op.launchers(**call)
+            slot.launch(**call)
             torch.cuda.synchronize()
         finally:
             slot.set(before)
     except Exception as error:  # a tile that does not compile, or needs more than there is
+        if "CUDA error" in str(error):  # this process has lost its GPU
+            os._exit(1)
         return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
     return None
 
 
-def attempts(
-    pool: Callable[[], Executor], op: Op, sample: dict[str, Any], position: int, tiles: list[Any]
-) -> dict[Any, str | None]:
-    """{tile: None, or why it cannot be}. A process that dies takes its pool along: the rest get a new one."""
-    found: dict[Any, str | None] = {}
-    while left := [tile for tile in tiles if tile not in found]:
-        with pool() as workers:
-            tried = {tile: workers.submit(attempt, op.name, sample, position, tile) for tile in left}
-            for tile, result in tried.items():
-                try:
-                    found[tile] = result.result()
-                except BrokenProcessPool:
-                    # Which one it was is not told: the first without an answer is tried no more.
-                    found[tile] = "its process died"
-                    break
-    return found
+def fewer(sample: dict[str, Any]) -> dict[str, Any]:
+    """Less memory, and the same compilation: the sizes that go stay multiples of 16."""
+    most = {"N": 512, "B": 1}
+    found = {k: min(v, most[k]) if k in most else v for k, v in sample.items()}
+    return found | ({"shape": (4096, *sample["shape"][1:])} if "shape" in sample else {})
+
+
+class Pool:
+    """Processes that try candidates. One that dies or hangs takes its pool along: then there is a new one."""
+
+    def __init__(self, make: Callable[[], Executor], patience: float = 60.0):
+        self.make, self.patience = make, patience
+        self.executor = make()
+
+    def attempts(
+        self, op: Op, sample: dict[str, Any], position: int, tiles: list[Any]
+    ) -> dict[Any, str | None]:
+        """{tile: None, or why it cannot be}."""
+        together, suspects = self._try(op, sample, position, tiles)
+        for tile in suspects:  # one at a time: the next to break the pool is guilty
+            alone, lost = self._try(op, sample, position, [tile])
+            together |= alone | dict.fromkeys(lost, "its process died or did not answer")
+        return together
+
+    def _try(
+        self, op: Op, sample: dict[str, Any], position: int, tiles: list[Any]
+    ) -> tuple[dict[Any, str | None], list[Any]]:
+        """(answers, tiles without one)."""
+        tried = {tile: self.executor.submit(attempt, op.name, sample, position, tile) for tile in tiles}
+        found: dict[Any, str | None] = {}
+        lost: list[Any] = []
+        for tile, result in tried.items():
+            try:
+                found[tile] = result.result(self.patience if not lost else 0)
+            except (BrokenProcessPool, TimeoutError, CancelledError):
+                lost.append(tile)
+        if lost:
+            self.close()
+            self.executor = self.make()
+        return found, lost
+
+    def close(self) -> None:
+        for process in getattr(self.executor, "_processes", {}).values():  # one that hangs ends no other way
+            process.kill()
+        self.executor.shutdown(wait=False, cancel_futures=True)
 
 
 def sweep(
-    op: Op, call: dict[str, Any], slot: Slot, tried: dict[Any, str | None], seconds: float
+    call: dict[str, Any], slot: Slot, tried: dict[Any, str | None], seconds: float
 ) -> dict[str, timing.Timing | str]:
-    """{candidate: time of all kernels of `op`, or why there is none}; the entry is as before afterwards."""
+    """{candidate: time of the slot's kernels, or why there is none}; the entry is as before afterwards."""
     before = slot.get()
 
     def run(tile: Any) -> None:
         slot.set(tile)
-        op.launchers(**call)
+        slot.launch(**call)
 
     works = {str(tuple(tile)): partial(run, tile) for tile, reason in tried.items() if reason is None}
     failed = {str(tuple(tile)): reason for tile, reason in tried.items() if reason is not None}
@@ -144,27 +195,40 @@ def main() -> None:
     reason = unavailable(torch.device("cuda"))
     if reason is not None or INTERPRETED:
         sys.exit(f"error: tiles are tried on a GPU: {reason or 'TRITON_INTERPRET is set'}")
-    results = []
+    results = _finished(options.out)
+    done = [(r["operation"], r["sample"], r["slot"]) for r in results]
     # each process has a GPU context of its own, about half a GB
-    spawn = multiprocessing.get_context("spawn")
-    pool = partial(ProcessPoolExecutor, max(1, min(14, (os.cpu_count() or 2) - 2)), spawn)
-    for op in OPS:
+    processes = max(1, min(14, (os.cpu_count() or 2) - 2))
+    pool = Pool(partial(ProcessPoolExecutor, processes, multiprocessing.get_context("spawn")))
+    most_to_gain = ("causal_attention", "cross_entropy")
+    for op in sorted(OPS, key=lambda op: op.name not in most_to_gain):
         for sample in op.shipped if not options.names or op.name in options.names else ():
             call = arguments(op, sample)
             for position, slot in enumerate(slots(op, call)):
+                where = {"operation": op.name, "sample": str(sample), "slot": slot.name}
+                if tuple(where.values()) in done:
+                    continue
                 tiles = list(dict.fromkeys((slot.get(), *slot.candidates)))
-                tried = attempts(pool, op, sample, position, tiles)
-                found = sweep(op, call, slot, tried, options.seconds)
+                tried = pool.attempts(op, sample, position, tiles)
+                found = sweep(call, slot, tried, options.seconds)
                 timed = {n: t.median for n, t in found.items() if isinstance(t, timing.Timing)}
                 now = str(tuple(slot.get()))
                 print(f"{op.name} {sample} {slot.name}: now {now} {timed.get(now, float('nan')):.4f} ms")
                 best = sorted(timed, key=lambda n: timed[n])[:5]
                 print(*(f"    {n:24} {timed[n]:.4f} ms" for n in best), sep="\n", flush=True)
                 failed = {n: t for n, t in found.items() if isinstance(t, str)}
-                where = {"operation": op.name, "sample": str(sample), "slot": slot.name}
                 results.append(where | {"now": now, "ms": timed, "failed": failed})
                 if options.out:
                     timing.write(options.out, "sweep", "cuda", sweeps=results)
+    pool.close()
+
+
+def _finished(path: Path | None) -> list[dict[str, Any]]:
+    """The sweeps of a run of the same commit that was cut short."""
+    if path is None or not path.exists() or timing.commit() is None:
+        return []
+    before = json.loads(path.read_text())
+    return before["sweeps"] if before["environment"]["commit"] == timing.commit() else []
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import gc
 import importlib.util
 import math
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 
 from bench import timing
 from gpt.device import autocast, resolve_dtype
 from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
+from gpt.pretrained import MODEL_ARGS
 from train import distributed
 from train.__main__ import update
 from train.distributed import Ranks
@@ -40,6 +43,7 @@ SIZES = {  # layers, heads, width
 }
 ABLATIONS = ("layer_norm", "attention", "cross_entropy")
 TOKENS_A_STEP = 1 << 19
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass
@@ -54,7 +58,7 @@ class Variant:
 
 
 def our_variant(
-    name: str, spec: str, compiled: bool, config: GPTConfig, batch_size: int, dtype: str, ranks: Ranks
+    name: str, spec: str, compiled: bool, config: GPTConfig, dtype: str, ranks: Ranks, batch_size: int
 ) -> Variant:
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**vars(config), "kernels": spec}), ranks.device).to(ranks.device)
@@ -72,12 +76,12 @@ def our_variant(
     return Variant(name, step, tokens, model.flops_per_token())
 
 
-def nanogpt_variant(checkout: Path, config: GPTConfig, batch_size: int, dtype: str, ranks: Ranks) -> Variant:
+def nanogpt_variant(checkout: Path, config: GPTConfig, dtype: str, ranks: Ranks, batch_size: int) -> Variant:
     """nanoGPT's model from its own file, in the step of its train.py: compiled, its default attention."""
-    module = nanogpt_module(checkout)
-    own = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    if ranks.world_size > 1:
+        raise ValueError("nanoGPT's step stands beside ours on one GPU only")
     torch.manual_seed(0)
-    raw = module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in own})).to(ranks.device)
+    raw = nanogpt_model(checkout, config).to(ranks.device)
     optimizer = raw.configure_optimizers(0.1, 6e-4, (0.9, 0.95), ranks.device_type)
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
     model = torch.compile(raw) if ranks.device_type == "cuda" else raw
@@ -114,7 +118,6 @@ def wanted(options: argparse.Namespace, on_gpu: bool) -> Iterator[tuple[str, str
 
 def prepare(build: Callable[[], Variant], ranks: Ranks) -> Variant | str:
     """Builds and warms up a variant, with its peak memory; or why it cannot be."""
-    gc.collect()
     on_gpu = ranks.device_type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
     try:
@@ -126,15 +129,30 @@ def prepare(build: Callable[[], Variant], ranks: Ranks) -> Variant | str:
         if on_gpu:
             torch.cuda.synchronize()
             variant.peak_bytes = torch.cuda.max_memory_allocated() - before
+        return variant
     except torch.OutOfMemoryError:
-        gc.collect()
+        reason = OUT_OF_MEMORY
+    except Exception as failure:  # a kernel that does not compile here is a result too
+        reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
+    gc.collect()
+    if on_gpu:
         torch.cuda.empty_cache()
-        return "out of memory"
-    return variant
+    return reason
+
+
+def prepare_largest(
+    build: Callable[[int], Variant], batch_size: int, ranks: Ranks
+) -> tuple[Variant | str, int]:
+    """With the micro-batch halved until it fits, and its size."""
+    while (found := prepare(partial(build, batch_size), ranks)) == OUT_OF_MEMORY and batch_size > 1:
+        batch_size //= 2
+    return found, batch_size
 
 
 def measure(variants: list[Variant], seconds: float, ranks: Ranks) -> dict[str, dict[str, Any]]:
     """Steps of all variants in turns, about `seconds` of each and at least three."""
+    if not variants:
+        return {}
 
     def timed(variant: Variant) -> float:
         _synchronize(ranks)
@@ -147,10 +165,18 @@ def measure(variants: list[Variant], seconds: float, ranks: Ranks) -> dict[str, 
     slowest = ranks.sum(slowest) / ranks.world_size  # the same number of rounds on every rank
     rounds = max(3, round(seconds / slowest.item()))
     times: dict[str, list[float]] = {v.name: [] for v in variants}
+    order, shuffle = list(variants), random.Random(0).shuffle
     for _ in range(rounds):
-        for variant in variants:
+        shuffle(order)
+        for variant in order:
             times[variant.name].append(timed(variant))
     return {v.name: _figures(v, times[v.name], ranks) for v in variants}
+
+
+def measured(prepared: dict[str, Variant | str], seconds: float, ranks: Ranks) -> dict[str, Any]:
+    """Figures by variant, or why there are none."""
+    figures = measure([v for v in prepared.values() if isinstance(v, Variant)], seconds, ranks)
+    return {name: v if isinstance(v, str) else figures[name] for name, v in prepared.items()}
 
 
 def _figures(variant: Variant, times: list[float], ranks: Ranks) -> dict[str, Any]:
@@ -169,24 +195,20 @@ def _figures(variant: Variant, times: list[float], ranks: Ranks) -> dict[str, An
     }
 
 
-def best_batch(
-    config: GPTConfig, dtype: str, ranks: Ranks, sizes: tuple[int, ...], nanogpt: Path | None
-) -> dict[str, dict[int, Any]]:
-    """Tokens/s by micro-batch, of ours and of nanoGPT, until memory ends."""
-    found: dict[str, dict[int, Any]] = {}
-    builds: dict[str, Callable[[int], Variant]] = {
-        "tritongpt": lambda b: our_variant("tritongpt", "triton", True, config, b, dtype, ranks)
-    }
-    if nanogpt is not None:
-        builds["nanogpt"] = lambda b: nanogpt_variant(nanogpt, config, b, dtype, ranks)
-    for name, build in builds.items():
-        found[name] = {}
-        for size in sizes:
-            variant = prepare(partial(build, size), ranks)
-            found[name][size] = variant if isinstance(variant, str) else measure([variant], 2.0, ranks)[name]
-            del variant
-            if isinstance(found[name][size], str):
-                break
+def by_batch(
+    build: Callable[[int], Variant], sizes: tuple[int, ...], ranks: Ranks
+) -> dict[int, dict[str, Any] | str]:
+    """A variant's figures by micro-batch, until memory ends."""
+    found: dict[int, dict[str, Any] | str] = {}
+    for size in sizes:
+        torch._dynamo.reset()  # else the second size makes a graph for any size, which no training runs
+        variant = prepare(partial(build, size), ranks)
+        found[size] = (
+            variant if isinstance(variant, str) else next(iter(measure([variant], 2.0, ranks).values()))
+        )
+        del variant
+        if isinstance(found[size], str):
+            break
     return found
 
 
@@ -207,8 +229,8 @@ def _synchronize(ranks: Ranks) -> None:
         torch.cuda.synchronize()
 
 
-def nanogpt_module(checkout: Path) -> Any:
-    """Its model.py. Exits with a sentence where there is none."""
+def nanogpt_model(checkout: Path, config: GPTConfig) -> Any:
+    """Its GPT, from its model.py. Exits with a sentence where there is none."""
     path = checkout / "model.py"
     if not path.is_file():
         sys.exit(f"error: {path.parent} is no checkout of nanoGPT: it has no {path.name}")
@@ -217,7 +239,8 @@ def nanogpt_module(checkout: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = module
     spec.loader.exec_module(module)
-    return module
+    args = {name: getattr(config, name) for name in MODEL_ARGS}
+    return module.GPT(module.GPTConfig(**args))
 
 
 def _line(name: str, found: Any) -> str:
@@ -259,38 +282,53 @@ def main() -> None:
 
     if not on_gpu:
         say("There is no GPU: a tiny model on the CPU, whose figures say nothing about a GPU.")
-    sweep: dict[str, dict[int, Any]] = {}
-    best = {"tritongpt": options.batch_size or 2, "nanogpt": options.batch_size or 2}
-    if options.batch_size is None and on_gpu:
-        sweep = best_batch(config, dtype, ranks, (8, 16, 32, 64, 128), options.nanogpt)
-        for name, by_size in sweep.items():
-            for size, found in by_size.items():
-                say(_line(f"{name} micro-batch {size}", found))
-            rates = {b: f["tokens_per_s"] for b, f in by_size.items() if not isinstance(f, str)}
-            best[name] = max(rates, key=lambda b: rates[b])
-
-    builds: dict[str, Callable[[], Variant]] = {
-        name: partial(our_variant, name, spec, compiled, config, best["tritongpt"], dtype, ranks)
+    builds: dict[str, Callable[[int], Variant]] = {
+        name: partial(our_variant, name, spec, compiled, config, dtype, ranks)
         for name, spec, compiled in wanted(options, on_gpu)
     }
     if options.nanogpt is not None:
-        builds["nanogpt"] = partial(nanogpt_variant, options.nanogpt, config, best["nanogpt"], dtype, ranks)
+        builds["nanogpt"] = partial(nanogpt_variant, options.nanogpt, config, dtype, ranks)
+    sweep: dict[str, dict[int, Any]] = {}
+    best = dict.fromkeys(builds, options.batch_size or 2)
+    if options.batch_size is None and on_gpu:
+        for name in builds.keys() & {"tritongpt", "nanogpt"}:
+            sweep[name] = by_batch(builds[name], (8, 16, 32, 64, 128), ranks)
+            for size, found in sweep[name].items():
+                say(_line(f"{name} micro-batch {size}", found))
+            rates = {b: f["tokens_per_s"] for b, f in sweep[name].items() if not isinstance(f, str)}
+            best[name] = max(rates, key=lambda b: rates[b], default=1)
+        best |= {name: best["tritongpt"] for name in builds if name not in sweep}
+        torch._dynamo.reset()
+
     prepared: dict[str, Variant | str] = {}
-    # what matters most comes first
-    for name in sorted(builds, key=lambda name: ("tritongpt", "nanogpt", name).index(name)):
-        spent = time.monotonic() - started + options.seconds * (len(prepared) + 1)
-        late = torch.tensor(float(spent > options.budget), device=ranks.device)
-        prepared[name] = "no time was left for it" if ranks.sum(late).item() else prepare(builds[name], ranks)
-    results: dict[str, Any] = {name: v for name, v in prepared.items() if isinstance(v, str)}
-    variants = [v for v in prepared.values() if isinstance(v, Variant)]
-    results |= measure(variants, options.seconds if on_gpu else min(options.seconds, 1.0), ranks)
+    longest = 0.0  # of the preparations so far
+    results: dict[str, Any] = {}
+
+    def keep() -> None:
+        if options.out and ranks.is_main:
+            timing.write(
+                options.out, "throughput", ranks.device, ranks=ranks.world_size, model=vars(config),
+                dtype=dtype, batch_size=best, sweep=sweep, variants=results,
+            )  # fmt: skip
+
+    # What matters most comes first, and is kept before the rest is tried.
+    first = ("tritongpt", "nanogpt", "torch compiled")
+    for name in sorted(builds, key=lambda name: first.index(name) if name in first else len(first)):
+        began = time.monotonic()
+        needed = began - started + longest + options.seconds * (len(prepared) + 2)
+        late = torch.tensor(float(needed > options.budget), device=ranks.device)
+        if ranks.sum(late).item():
+            prepared[name] = "no time was left for it"
+            continue
+        prepared[name], best[name] = prepare_largest(builds[name], best[name], ranks)
+        longest = max(longest, time.monotonic() - began)
+        if len(prepared) == 2:
+            results = measured(prepared, min(options.seconds, 3.0), ranks)
+            keep()
+    results = measured(prepared, options.seconds if on_gpu else min(options.seconds, 1.0), ranks)
     for name, found in results.items():
         say(_line(name, found))
-    if options.out and ranks.is_main:
-        timing.write(
-            options.out, "throughput", ranks.device, ranks=ranks.world_size, model=vars(config), dtype=dtype,
-            batch_size=best, sweep=sweep, variants=results,
-        )  # fmt: skip
+    keep()
     distributed.stop(ranks)
 
 

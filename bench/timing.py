@@ -1,14 +1,15 @@
 """The one clock: medians of device time, competitors interleaved, caches cold unless said otherwise.
 
-On a GPU a call is timed by device events. Before each, a buffer larger than the L2 cache is overwritten
-(cold), and the GPU is kept busy for long enough that the host has queued the whole call by the time it
-starts: what is measured is the GPU's time and not Python's. Competitors take turns, in an order that
+On a GPU a call is timed by device events. Before each, a buffer larger than the L2 cache is read
+(cold), and the GPU is kept busy for twice as long as the host needs to queue the call: what is measured is
+the GPU's time and not Python's. Competitors take turns, in an order that
 changes from round to round, so that clocks and temperature treat them alike. On a CPU a call is timed by
 the host's clock.
 """
 
 import datetime
 import json
+import os
 import platform
 import random
 import statistics
@@ -24,6 +25,7 @@ import torch
 
 FLUSH_BYTES = 512 << 20  # several times the largest L2
 HEAD_START_CYCLES = 1_000_000  # about half a millisecond
+CYCLES_A_SECOND = 2e9  # at most
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,21 @@ def summary(milliseconds: list[float]) -> Timing:
 
 class _GpuClock:
     def __init__(self, cold: bool):
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if cold else None
+        self.flush = torch.zeros(FLUSH_BYTES // 4, device="cuda") if cold else None
+        self.host_seconds: dict[Callable[[], Any], float] = {}
 
     def __call__(self, call: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if self.flush is not None:
-            self.flush.zero_()
-        torch.cuda._sleep(HEAD_START_CYCLES)
+            self.flush.sum()  # read, not written: a full cache of dirty lines would be written back in `call`
+        # for twice as long as the host took the last time
+        cycles = 2 * self.host_seconds.get(call, 0.0) * CYCLES_A_SECOND
+        torch.cuda._sleep(int(min(max(cycles, HEAD_START_CYCLES), 40 * HEAD_START_CYCLES)))
+        began = time.perf_counter()
         start.record()
         call()
         end.record()
+        self.host_seconds[call] = time.perf_counter() - began
         end.synchronize()
         return start.elapsed_time(end)
 
@@ -84,6 +91,19 @@ class _HostClock:
         start = time.perf_counter()
         call()
         return 1000 * (time.perf_counter() - start)
+
+
+def sustained(call: Callable[[], Any], device: str, seconds: float) -> float:
+    """Milliseconds of a call among as many as fill `seconds`, one right after the other."""
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    synchronize()
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        for _ in range(10):
+            call()
+        synchronize()
+        count += 10
+    return 1e3 * (time.perf_counter() - began) / count
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: str) -> int | None:
@@ -144,7 +164,10 @@ def environment(device: str, command: list[str]) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    return _output(["git", "rev-parse", "--short=12", "HEAD"])
+    """Of the checkout; where it travels without .git, what TRITONGPT_COMMIT says."""
+    here = str(Path(__file__).parent)
+    described = _output(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"])
+    return os.environ.get("TRITONGPT_COMMIT") or described
 
 
 def write(path: Path, benchmark: str, device: str, **results: Any) -> None:

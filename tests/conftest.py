@@ -20,10 +20,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def exact_float32() -> Iterator[None]:
+def as_new() -> Iterator[None]:
     """A training run in this process allows TF32; the test after it starts without."""
     yield
     torch.backends.cuda.matmul.allow_tf32 = False
+    if GPU:
+        torch.cuda.empty_cache()  # workers that test side by side share its memory
 
 
 @pytest.fixture

@@ -106,6 +106,7 @@ def test_a_training_of_200_steps_has_the_losses_of_pytorchs_operations(device):
 
 
 def test_a_run_records_its_kernels_and_evaluates_with_them(workplace, device):
+    pytest.importorskip("tyro")  # a GPU machine may have no command line
     flags = ["--max_iters=2", "--eval_iters=1", "--n_layer=1", "--batch_size=2", "--compile=False"]
     flags += [f"--device={device}", "--dtype=float32"]
     ours = run("--kernels=triton", *flags, out_dir="triton")
@@ -136,6 +137,7 @@ def test_accumulation_under_loss_scaling(spec, device):
 
 
 def test_two_ranks_with_loss_scaling_on_our_kernels_equal_one_on_pytorchs(workplace):
+    pytest.importorskip("tyro")
     flags = ["--dtype=float16", "--max_iters=2", "--eval_iters=1", "--n_layer=1", "--batch_size=2"]
     theirs = run(*flags, "--kernels=torch", out_dir="torch")
     root = Path(__file__).parents[1]

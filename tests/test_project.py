@@ -105,7 +105,15 @@ def test_the_readme_names_what_exists():
         "compare",
         "benchmark",
     }
-    torchrun = {"standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "max_restarts", "nodes"}
+    torchrun = {
+        "standalone",
+        "nproc_per_node",
+        "nnodes",
+        "rdzv_backend",
+        "rdzv_endpoint",
+        "max_restarts",
+        "nodes",
+    }
     torchrun |= {"ntasks", "gpus"}  # srun's
     assert set(re.findall(r"--(\w+)", text)) <= flags | torchrun
 
