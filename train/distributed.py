@@ -2,11 +2,11 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from gpt.device import DTYPES, resolve_device
-from gpt.model import GPT
+from gpt.model import GPT, Block
 
 
 @dataclass(frozen=True)
@@ -146,18 +146,21 @@ def _replicated(model: GPT, batch_size: int, ranks: Ranks, precision: AbstractCo
 def _sharded(model: GPT, compiled: bool | str, dtype: str, ranks: Ranks) -> GPT:
     """FSDP2: one group of parameters a block and one for the rest, sharded in place.
 
-    Blocks are gathered in `dtype`; embeddings and the last norm in float32, as autocast leaves them, so that
-    the residual stream is float32. Gradients are added in float32.
+    What a block multiplies by is gathered in `dtype`. Embeddings and norms stay in the rest's group, which is
+    gathered in float32: they compute in it, as they do under autocast. Gradients are added in float32.
     """
     for parameter in model.parameters():  # each rank has drawn its own
         dist.broadcast(parameter.detach(), src=0)
     mesh = init_device_mesh(ranks.device_type, (ranks.world_size,))
     half = None if dtype == "float32" else DTYPES[dtype]
     precision = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.transformer.h:
-        if compiled:  # what FSDP does before and after a block stays outside of its graph
-            block.forward = torch.compile(block.forward)
-        fully_shard(block, mesh=mesh, mp_policy=precision)
+    for block in cast(Iterable[Block], model.transformer.h):
+        group: list[nn.Module] = [block.attn, block.mlp]
+        for module in (
+            group if compiled else ()
+        ):  # what FSDP does before and after stays outside of the graphs
+            module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
+        fully_shard(group, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh)
     return model
 
