@@ -24,7 +24,7 @@ from gpt.sample import SampleConfig, generate
 from gpt.tokenizer import Tokenizer
 from train import checkpoint, distributed
 from train.config import TrainConfig, parse, resolve
-from train.data import TokenFile, describe, to_device
+from train.data import TokenFile, describe, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import Metrics
 from train.optim import learning_rate
@@ -79,12 +79,13 @@ def train(config: TrainConfig, ranks: Ranks, given: Container[str] = ()) -> None
         split: TokenFile(data_dir / f"{split}.bin", config.model, config.seed + 1)
         for split in ("train", "val")
     }
+    data = preflight(eval_files, resumed, config.dataset)
     accumulation = config.gradient_accumulation_steps // ranks.world_size
     windows_per_step = config.batch_size * config.gradient_accumulation_steps
     position: int = resumed.get("position", step * windows_per_step)
     micro_batches = read_ahead(train_file, position, config.batch_size, ranks)
     metrics = Metrics(config, ranks, model, first_step=step)
-    metrics.start(len(train_file.tokens), resumed.get("config", {}))
+    metrics.start(len(train_file), resumed.get("config", {}))
     example = tokenizer.from_dict(tokens) if config.eval_sample and ranks.is_main else None
 
     evaluated = step if "position" in resumed else -1  # our own checkpoints are written after an evaluation
@@ -104,7 +105,7 @@ def train(config: TrainConfig, ranks: Ranks, given: Container[str] = ()) -> None
                         best_val_loss = losses["val"]
                     progress = {"iter_num": step, "best_val_loss": best_val_loss, "position": position}
                     state = checkpoint.contents(model, optimizer, scaler, config, ranks)
-                    state |= progress | {"tokenizer": tokens}
+                    state |= progress | {"tokenizer": tokens, "data": data}
                     if ranks.is_main:
                         metrics.flush()
                         checkpoint.save(out_dir, state, is_best)

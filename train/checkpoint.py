@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
+from gpt import tokenizer
 from gpt.model import GPT
 from gpt.pretrained import GPT2_NAMES, MODEL_ARGS, from_checkpoint, from_hugging_face, is_hugging_face
 from train.config import TrainConfig
 from train.distributed import Ranks
-
-GPT2_PADDED_VOCAB_SIZE = 50304  # 50257 rounded up to a multiple of 64, for the tensor cores
 
 
 def initial_model(
@@ -35,7 +34,7 @@ def initial_model(
     if source == "auto":
         source = "resume" if latest.exists() else "scratch"
     if source == "scratch":
-        vocab_size = wanted.vocab_size or len(tokens.get("symbols", ())) or GPT2_PADDED_VOCAB_SIZE
+        vocab_size = wanted.vocab_size or tokenizer.padded_vocab_size(tokens)
         return GPT(replace(wanted, vocab_size=vocab_size), device).to(device), {}
 
     if is_hugging_face(source):
@@ -49,9 +48,10 @@ def initial_model(
         overrides = {"dropout": wanted.dropout, "kernels": wanted.kernels}
         model, checkpoint = from_checkpoint(source_path, device, **overrides)
     where = str(latest) if source == "resume" else source
-    if checkpoint.get("tokenizer", tokens) != tokens:
+    if (trained_with := checkpoint.get("tokenizer", tokens)) != tokens:
         raise ValueError(
-            f"{where} was trained with another tokenizer or alphabet than data/{config.dataset} has"
+            f"{where} was trained with another tokenizer or alphabet than data/{config.dataset} has: "
+            f"{tokenizer.name(trained_with)}, and the data {tokenizer.name(tokens)}"
         )
     if source != "resume" and wanted.block_size < model.config.block_size and "block_size" in given:
         model.crop_block_size(wanted.block_size)
