@@ -71,7 +71,7 @@ def test_a_step_has_the_same_windows_whatever_the_number_of_ranks(tmp_path, worl
 def test_files_that_cannot_be_read_are_told(tmp_path):
     config = GPTConfig(block_size=8, vocab_size=10)
     path = tmp_path / "train.bin"
-    with pytest.raises(FileNotFoundError, match=r"there is no .*train.bin: prepare the data first"):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*train.bin, and no shard \*train\*.bin"):
         describe(tmp_path)
     path.write_bytes(b"\0" * 31)
     with pytest.raises(ValueError, match="odd number of bytes, 31"):
