@@ -170,8 +170,8 @@ def cut(chunks: Iterable[str], look_back: int = 1 << 16) -> Iterator[str]:
     rest = ""
     for chunk in chunks:
         whole = rest + chunk
-        at = len(whole)
-        for match in SEAM.finditer(whole, max(0, at - look_back)):
+        at = len(whole) if len(whole) >= look_back else 0
+        for match in SEAM.finditer(whole, max(0, len(whole) - look_back)):
             at = match.end()
         if whole[:at]:
             yield whole[:at]
