@@ -101,19 +101,19 @@ class JsonTokenizer:
         self.description = description
         self.vocab_size = _json_vocab_size(description, "the tokenizer.json")
         self.bpe = Bpe.from_str(description)
-        self.corpus_bpe = Bpe.from_str(description)
-        self.corpus_bpe.encode_special_tokens = True  # which means: they are text like any other
         known = (self.bpe.token_to_id(name) for name in ENDS_OF_TEXT)
         self.end = [i for i in known if i is not None][:1]
         self.start_id = self.end[0] if self.end else 0
 
     def encode(self, text: str) -> list[int]:
         """Special tokens in the text become their ids; none is added."""
+        self.bpe.encode_special_tokens = False  # which means: find them
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def encode_ordinary(self, text: str) -> NDArray[np.uint32]:
         """As a corpus is encoded: special tokens in it are text like any other."""
-        return np.array(self.corpus_bpe.encode(text, add_special_tokens=False).ids, np.uint32)
+        self.bpe.encode_special_tokens = True
+        return np.array(self.bpe.encode(text, add_special_tokens=False).ids, np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids past the vocabulary, which a padded one can give, are left out."""

@@ -74,6 +74,27 @@ def test_a_step_has_the_same_windows_whatever_the_number_of_ranks(tmp_path, worl
         assert np.concatenate(seen).tolist() == expected[step].tolist()
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(40, 900),
+    world_size=st.integers(1, 5),
+    size=st.integers(1, 4),
+    micro_steps=st.integers(0, 9),
+)
+def test_ranks_read_disjoint_windows(tmp_path_factory, n, world_size, size, micro_steps):
+    """Together the next ones of the run from any position on; over an epoch every window once."""
+    file = token_file(tmp_path_factory.mktemp("data"), n)
+    position = micro_steps * world_size * size
+    steps = -(-file.windows // (world_size * size))
+    readers = [read_ahead(file, position, size, Ranks(r, world_size, "cpu", None)) for r in range(world_size)]
+    seen = [token for _ in range(steps) for r in readers for token in next(r)[0][:, 0].tolist()]
+    assert seen == file.starts(position, len(seen)).tolist()
+    whole = file.starts(-(-position // file.windows) * file.windows, file.windows)
+    assert len(set(whole.tolist())) == file.windows
+    if position % file.windows == 0:
+        assert sorted(seen[: file.windows]) == sorted(whole.tolist())
+
+
 def test_files_that_cannot_be_read_are_told(tmp_path):
     config = GPTConfig(block_size=8, vocab_size=10)
     path = tmp_path / "train.bin"

@@ -100,6 +100,15 @@ def test_the_plays_by_gpt2s_encoding_are_tiktokens_ids_of_the_whole_text(tmp_pat
     assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"]) == ("gpt2", 50257, "uint16")
 
 
+def test_gpt2s_encoding_is_gpt2s(bpe):
+    tokens = tokenizer.GPT2Tokenizer()
+    ids = [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert tokens.encode("Hello, I'm a language model,") == ids
+    assert tokens.encode_ordinary("Hello, I'm a language model,").tolist() == ids
+    assert tokens.encode("<|endoftext|>") == tokens.end == [50256]
+    assert tokens.decode(tokens.encode_ordinary("<|endoftext|>").tolist()) == "<|endoftext|>"
+
+
 TEXTS = st.text(st.sampled_from("ab'sZ9.!é東\u0301\u3000\xa0\x1c\x85\r\t \n"), max_size=60)
 
 
@@ -222,8 +231,10 @@ class Interrupted:
         return batch()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "char", "wide"])
-@pytest.mark.parametrize("inputs", ["one.txt", "files", "rows.jsonl"])
+@pytest.mark.parametrize(
+    ("inputs", "kind"),
+    [("one.txt", "gpt2"), ("one.txt", "char"), ("files", "gpt2"), ("files", "wide"), ("rows.jsonl", "gpt2")],
+)
 def test_an_interrupted_preparation_goes_on_where_it_was(small_pieces, monkeypatch, rows, inputs, kind):
     """Wherever it was: a batch that was written is not read again, and the data is that of one go."""
     Path("files").mkdir()
