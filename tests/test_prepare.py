@@ -3,9 +3,9 @@
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import time
@@ -332,8 +332,13 @@ def test_a_preparation_killed_at_any_moment_goes_on(small_pieces, bpe, tmp_path)
                 break
             time.sleep(0.002)
         assert process.poll() is None, "it was over before it could be killed"
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.communicate()
+        deadline = time.monotonic() + 60
+        with pytest.raises(ProcessLookupError):  # those that encoded end as well
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
         assert not Path("data/mine/train.bin").exists() and not Path("data/mine/val.bin").exists()
         reached.append(tokens)
     assert reached[0] < reached[1]
@@ -359,6 +364,12 @@ def test_several_processes_write_what_one_writes_and_hold_few_batches(small_piec
         for i, (ids, size) in enumerate(itertools.islice(in_order(endless), 40)):
             assert ids.tolist()[-2:] == [290, 50256] and size == len(f"{i} and")
     assert next(asked) <= 40 + 2 * 2 + 1
+    with (
+        pytest.raises(OSError, match=r"one of the 2 processes that encode was ended.* fewer --processes"),
+        encoding._encoder({"kind": "gpt2"}, 2) as in_order,
+    ):
+        for _ in in_order(lambda: ["and"] for _ in itertools.count()):
+            multiprocessing.active_children()[0].kill()
 
 
 def test_openwebtext_is_split_and_encoded_as_nanogpt_does(small_pieces, monkeypatch, capsys, bpe, rows):
@@ -533,6 +544,11 @@ def test_inspect_shows_what_is_there(workplace, monkeypatch, capsys, text):
         ),
         (["text", "--input=a.jsonl", "--name=x"], "no column 'text'; choose by --field among n, body"),
         (["text", "--input=a.jsonl", "--name=x", "--field=n"], "the column 'n' is no text"),
+        (
+            ["text", "--input=bad.jsonl", "--name=x"],
+            "bad.jsonl could not be loaded (ArrowInvalid: JSON parse error",
+        ),
+        (["text", "--input=bad.parquet", "--name=x"], "bad.parquet could not be loaded ("),
         (["text", "--input=one.jsonl", "--name=x"], "there are 1 rows"),
         (["tokenizer", "--input=a.txt", "--vocab_size=200"], "vocab_size=200 must be above 256"),
         (["tokenizer", "--input=a.txt", "--output=a.txt"], "a.txt is there already"),
@@ -544,6 +560,8 @@ def test_a_mistake_is_one_sentence(small_pieces, monkeypatch, capsys, args, mess
     Path("empty").mkdir()
     Path("a.txt").write_text("some text " * 20)
     Path("a.jsonl").write_text('{"n": 1, "body": "b"}\n' * 3)
+    Path("bad.jsonl").write_text('{"text": "b"}\n{"text": \n')
+    Path("bad.parquet").write_text("no parquet")
     Path("one.jsonl").write_text('{"text": "b"}\n')
     code, _, err = command(prepare.main, monkeypatch, capsys, *args)
     last = err.splitlines()[-1]  # what comes before is the data set library's progress

@@ -72,9 +72,8 @@ def files(inputs: str, field: str = "text", val_fraction: float = 0.1) -> Corpus
     parts = [_text_files(plain, val_fraction, at_least=int(plain == paths))] if plain else []
     for kind, of_kind in kinds.items():
         if of_kind:
-            table = _datasets().load_dataset(
-                {".jsonl": "json"}.get(kind, kind[1:]), data_files=[str(p) for p in of_kind], split="train"
-            )
+            reader = {".jsonl": "json", ".parquet": "parquet"}[kind]
+            table = _load(inputs, reader, data_files=[str(p) for p in of_kind])
             parts.append(_rows(table, field, val_fraction))
     train, val = (_joined(list(splits)) for splits in zip(*parts))
     return Corpus(train, val, source, identity)
@@ -83,13 +82,11 @@ def files(inputs: str, field: str = "text", val_fraction: float = 0.1) -> Corpus
 def hub(path: str, field: str, val_fraction: float, processes: int, part: str | None = None) -> Corpus:
     """A data set of the Hugging Face hub, or its configuration `part`. Raises OSError, ValueError."""
     try:
-        table = _datasets().load_dataset(path, part, split="train", num_proc=processes)
-    except (
-        Exception
-    ) as error:  # of the many kinds that the library raises, most are a network that is not there
+        table = _load(path, path, part, num_proc=processes)
+    except OSError as error:
         raise OSError(
-            f"{path} could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); files of "
-            "it that you have can be prepared by: python -m train.prepare text --input=FOLDER"
+            f"{error}; files of it that you have can be prepared by: "
+            "python -m train.prepare text --input=FOLDER"
         ) from None
     source = f"{path}{f' ({part})' if part else ''}, {len(table):,} documents"
     train, val = _rows(table, field, val_fraction)
@@ -245,7 +242,8 @@ def _joined(splits: list[Split]) -> Split:
     return Split(batches, sum(s.size for s in splits), sum(s.documents for s in splits))
 
 
-def _datasets() -> Any:
+def _load(what: str, path: str, part: str | None = None, **options: Any) -> Any:
+    """datasets.load_dataset; of whatever kind its errors are, an OSError about `what`."""
     try:
         import datasets
     except ImportError:
@@ -253,4 +251,9 @@ def _datasets() -> Any:
             ".jsonl, .parquet and the Hugging Face hub are read by the package datasets: "
             "pip install -e '.[data]'"
         ) from None
-    return datasets
+    try:
+        return datasets.load_dataset(path, part, split="train", **options)
+    except Exception as error:
+        reason = error.__cause__ or error
+        line = (str(reason).splitlines() or [""])[0]
+        raise OSError(f"{what} could not be loaded ({type(reason).__name__}: {line})") from None

@@ -10,13 +10,15 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 from gpt import tokenizer
 from gpt.tokenizer import Tokenizer
 from train import shards
-from train.prepare.documents import Batch, Corpus, pieces
+from train.prepare.documents import PIECE, Batch, Corpus, pieces
 
 JOURNAL = "preparing.json"
 JOURNAL_SECONDS = 1.0  # what an interrupt can lose
@@ -76,7 +78,7 @@ def encode(folder: Path, corpus: Corpus, kind: str, processes: int) -> dict[str,
     folder.mkdir(parents=True, exist_ok=True)
     splits = {"val": corpus.val, "train": corpus.train}
     total = sum(split.size for split in splits.values())
-    settings = _digest([corpus.identity, described])
+    settings = _digest([corpus.identity, described, PIECE])
     done = _read_journal(folder, settings, dtype)
 
     def save(f: BinaryIO) -> None:
@@ -162,6 +164,11 @@ def _encoder(
 
     try:
         yield in_order
+    except BrokenProcessPool:
+        raise OSError(
+            f"one of the {processes} processes that encode was ended, as happens when memory runs out; the "
+            "same command goes on from here, with fewer --processes"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -172,8 +179,17 @@ _worker: Tokenizer  # of a process of the pool
 def _start_worker(described: dict[str, Any]) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is interrupted, and ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     _worker = tokenizer.from_dict(described)
+
+
+def _end_with_parent() -> None:
+    """A pool does not notice that the process which made it was killed."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode(batch: Batch) -> tuple[NDArray[np.uint32], int]:
@@ -189,7 +205,7 @@ def _encode_by(tokens: Tokenizer, batch: Batch) -> tuple[NDArray[np.uint32], int
 
 @contextmanager
 def _progress(folder: Path, total: int, done: int) -> Iterator[Callable[[int, int], None]]:
-    """On a terminal a bar of bytes of text, with time left and tokens/s: to be told of each batch's."""
+    """On a terminal a bar of bytes of text, with time left and tokens/s: to be told of each batch."""
     if not sys.stderr.isatty():
         yield lambda size, tokens: None
         return
