@@ -44,7 +44,7 @@ class TokenFile:
         assert model.vocab_size is not None
         self.vocab_size = model.vocab_size
         self.seed = seed
-        # A plain array over the map: slices of a memmap cost five times as much.
+        # A plain array over the map: a window out of a memmap costs three times as much.
         self._shards = [np.asarray(shards.open_tokens(p)) for p in shards.find(path)]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         if len(self) < block_size + 1:
