@@ -97,17 +97,13 @@ def find(inputs: str) -> list[Path]:
     """The files that `inputs` names, sorted, each once. Raises FileNotFoundError."""
     found: dict[Path, None] = {}
     for name in [inputs] if Path(inputs).exists() else inputs.split(","):
-        paths = [
-            Path(p) for p in ([name] if Path(name).exists() else sorted(glob.glob(name, recursive=True)))
-        ]
-        before = len(found)
-        for path in paths:
-            if path.is_dir():
-                inside = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet"))
-                found |= dict.fromkeys(inside)
-            else:
-                found[path] = None
-        if len(found) == before:
+        matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
+        here: list[Path] = []
+        for path in map(Path, matches):
+            inside = (p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet"))
+            here += sorted(inside) if path.is_dir() else [path]
+        found |= dict.fromkeys(here)
+        if not here:
             what = ".txt, .jsonl or .parquet in" if Path(name).is_dir() else "file"
             raise FileNotFoundError(f"there is no {what} {name}")
     return list(found)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from gpt import tokenizer
 from gpt.tokenizer import Tokenizer
 from train import shards
-from train.prepare.documents import PIECE, Batch, Corpus, pieces
+from train.prepare.documents import PIECE, Batch, Corpus
 
 JOURNAL = "preparing.json"
 JOURNAL_SECONDS = 1.0  # what an interrupt can lose
@@ -43,10 +43,9 @@ def describe_tokenizer(kind: str, corpus: Corpus) -> dict[str, Any]:
         return {"kind": "gpt2"}
     if kind == "char":
         symbols: set[str] = set()
-        for split in (corpus.train, corpus.val):
-            symbols.update(*map(set, pieces(split.batches())))
-        if corpus.train.documents > 1:
-            symbols.add("\n")  # what ends a document
+        for batch in chain(corpus.train.batches(), corpus.val.batches()):
+            for piece in batch():
+                symbols.update("\n" if piece is None else piece)  # a new line ends a document
         return tokenizer.CharTokenizer(sorted(symbols)).to_dict()
     if not Path(kind).is_file():
         raise FileNotFoundError(f"tokenizer={kind!r} is neither gpt2, char, nor the path of a tokenizer.json")
