@@ -362,7 +362,7 @@ def test_a_preparation_killed_at_any_moment_goes_on(small_pieces, bpe, tmp_path)
             time.sleep(0.002)
         assert process.poll() is None, "it was over before it could be killed"
         process.kill()
-        process.communicate()
+        process.wait()
         deadline = time.monotonic() + 60
         with pytest.raises(ProcessLookupError):  # those that encoded end as well
             while time.monotonic() < deadline:
