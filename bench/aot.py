@@ -138,7 +138,9 @@ def compile_build(build: Build) -> Figures:
     from triton.compiler import ASTSource
 
     signature, constants, attributes = build.source
-    source = ASTSource(fn=build.launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(
+        fn=build.launch.kernel, signature=signature, constexprs=constants, attrs=attributes
+    )
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", build.architecture, 32),

@@ -398,7 +398,8 @@ def test_several_processes_write_what_one_writes_and_hold_few_batches(small_piec
         encoding._encoder({"kind": "gpt2"}, 2) as in_order,
     ):
         for _ in in_order(lambda: ["and"] for _ in itertools.count()):
-            multiprocessing.active_children()[0].kill()
+            for child in multiprocessing.active_children()[:1]:
+                child.kill()
 
 
 def test_openwebtext_is_split_and_encoded_as_nanogpt_does(small_pieces, monkeypatch, capsys, bpe, rows):
