@@ -47,6 +47,6 @@ $(INSTALLED):
 	@touch $@
 
 $(INSTALLED_TEST): $(INSTALLED)
-	@echo "Installing what the tests need, about 100 MB to download."
+	@echo "Installing what the tests need, about 170 MB to download."
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@

@@ -1,7 +1,8 @@
 from setuptools import find_namespace_packages, setup
 
 HF = ["transformers>=5,<6", "safetensors"]
-DEV = [*HF, "pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy"]
+DATA = ["datasets>=4,<6", "tokenizers"]
+DEV = [*HF, *DATA, "pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy"]
 
 setup(
     name="tritongpt",
@@ -21,6 +22,7 @@ setup(
     ],
     extras_require={
         "hf": HF,
+        "data": DATA,
         "flash": ["flash-attn"],
         "wandb": ["wandb"],
         "test": DEV,

@@ -1,24 +1,31 @@
-"""Text to token ids and back: the characters of a corpus, or GPT-2's byte-pair encoding.
+"""Text to token ids and back: the characters of a corpus, GPT-2's byte-pair encoding, or a tokenizer.json.
 
 A tokenizer is described by plain values (`to_dict`, `from_dict`), which is how a checkpoint carries its own.
 """
 
+import json
 import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 GPT2_VOCAB_SIZE = 50257
 GPT2_END_OF_TEXT = 50256
 GPT2_REPLACEMENT = 4210  # U+FFFD
+ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # what tokenizer.json files call it
 
 
 class Tokenizer(Protocol):
     vocab_size: int
     start_id: int  # what a text may begin from when there is no prompt
+    end: list[int]  # what follows each document of a corpus
 
     def encode(self, text: str) -> list[int]: ...
+    def encode_ordinary(self, text: str) -> NDArray[np.uint32]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def to_dict(self) -> dict[str, Any]: ...
 
@@ -31,6 +38,7 @@ class CharTokenizer:
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.vocab_size = len(self.symbols)
         self.start_id = 0
+        self.end = [self.ids["\n"]] if "\n" in self.ids else []
 
     def encode(self, text: str) -> list[int]:
         """Raises ValueError naming the first symbol that the vocabulary lacks."""
@@ -42,6 +50,9 @@ class CharTokenizer:
                 f"the symbol {symbol!r} (at character {text.index(symbol)}) is not among the "
                 f"{self.vocab_size} the model was trained on: {''.join(self.symbols)!r}"
             ) from None
+
+    def encode_ordinary(self, text: str) -> NDArray[np.uint32]:
+        return np.array(self.encode(text), np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids past the symbols, which a padded vocabulary can give, are shown as U+FFFD."""
@@ -56,6 +67,7 @@ class GPT2Tokenizer:
 
     vocab_size = GPT2_VOCAB_SIZE
     start_id = 198  # a new line
+    end: list[int] = [GPT2_END_OF_TEXT]  # noqa: RUF012
 
     def __init__(self) -> None:
         self.bpe = _gpt2_bpe()
@@ -63,6 +75,10 @@ class GPT2Tokenizer:
     def encode(self, text: str) -> list[int]:
         """`<|endoftext|>` in the text becomes the one id that ends a document."""
         return self.bpe.encode(text, allowed_special={"<|endoftext|>"})
+
+    def encode_ordinary(self, text: str) -> NDArray[np.uint32]:
+        """As a corpus is encoded: `<|endoftext|>` in it is text like any other."""
+        return self.bpe.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids past GPT-2's 50257, which a padded vocabulary can give, are shown as U+FFFD."""
@@ -72,18 +88,97 @@ class GPT2Tokenizer:
         return {"kind": "gpt2"}
 
 
+class JsonTokenizer:
+    """A tokenizer of Hugging Face's tokenizers; `description` is the text of its tokenizer.json."""
+
+    def __init__(self, description: str):
+        try:
+            from tokenizers import Tokenizer as Bpe
+        except ImportError:
+            raise ValueError(
+                "a tokenizer.json is read by the package tokenizers: pip install -e '.[data]'"
+            ) from None
+        self.description = description
+        self.vocab_size = _json_vocab_size(description, "the tokenizer.json")
+        self.bpe = Bpe.from_str(description)
+        known = (self.bpe.token_to_id(name) for name in ENDS_OF_TEXT)
+        self.end = [i for i in known if i is not None][:1]
+        self.start_id = self.end[0] if self.end else 0
+
+    def encode(self, text: str) -> list[int]:
+        """Special tokens in the text become their ids; none is added."""
+        self.bpe.encode_special_tokens = False  # which means: find them
+        return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def encode_ordinary(self, text: str) -> NDArray[np.uint32]:
+        """As a corpus is encoded: special tokens in it are text like any other."""
+        self.bpe.encode_special_tokens = True
+        return np.array(self.bpe.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids past the vocabulary, which a padded one can give, are left out."""
+        return self.bpe.decode(list(ids), skip_special_tokens=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "json", "vocab_size": self.vocab_size, "json": self.description}
+
+
 def from_dict(described: dict[str, Any]) -> Tokenizer:
     if described["kind"] == "char":
         return CharTokenizer(described["symbols"])
     if described["kind"] == "gpt2":
         return GPT2Tokenizer()
-    raise ValueError(f"a tokenizer of kind {described['kind']!r} is unknown here: char, gpt2 are")
+    if described["kind"] == "json":
+        return JsonTokenizer(described["json"])
+    raise ValueError(f"a tokenizer of kind {described['kind']!r} is unknown here: char, gpt2, json are")
+
+
+def vocab_size(described: dict[str, Any]) -> int:
+    if described["kind"] == "char":
+        return len(described["symbols"])
+    return GPT2_VOCAB_SIZE if described["kind"] == "gpt2" else described["vocab_size"]
+
+
+def padded_vocab_size(described: dict[str, Any]) -> int:
+    """Of a new model: a multiple of 64, for the tensor cores; characters as many as there are, as nanoGPT."""
+    size = vocab_size(described)
+    return size if described["kind"] == "char" else -(-size // 64) * 64
+
+
+def name(described: dict[str, Any]) -> str:
+    """What to call a tokenizer in a sentence: "char (65 symbols)"."""
+    kind = {"json": "tokenizer.json"}.get(described["kind"], described["kind"])
+    return f"{kind} ({vocab_size(described):,} symbols)"
 
 
 def describe_dataset(folder: Path) -> dict[str, Any]:
-    """The tokenizer that made `folder`, as `to_dict` gives it: meta.pkl for characters, else GPT-2's."""
+    """The tokenizer that made `folder`, as `to_dict` gives it.
+
+    It is what tokenizer.json says, or nanoGPT's meta.pkl; where there is neither it is GPT-2's.
+    """
+    if (file := folder / "tokenizer.json").exists():
+        return describe_json(file)
     meta = folder / "meta.pkl"
     return CharTokenizer(read_meta(meta)).to_dict() if meta.exists() else {"kind": "gpt2"}
+
+
+def describe_json(path: Path) -> dict[str, Any]:
+    """A tokenizer.json as `to_dict` gives it, without the library that encodes by it. Raises ValueError."""
+    description = path.read_text(encoding="utf-8")
+    return {"kind": "json", "vocab_size": _json_vocab_size(description, str(path)), "json": description}
+
+
+def _json_vocab_size(description: str, where: str) -> int:
+    """One more than the largest id."""
+    try:
+        content = json.loads(description)
+        vocab = content["model"]["vocab"]  # {token: id}, or in a unigram model [[token, score], ...]
+        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+        return 1 + max([*ids, *(token["id"] for token in content.get("added_tokens", []))])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{where} is no tokenizer.json of Hugging Face's tokenizers ({type(error).__name__}: {error})"
+        ) from None
 
 
 def read_meta(path: Path) -> list[str]:

@@ -1,5 +1,9 @@
 """The promises of the data order, and what is said of files that cannot be read."""
 
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt.model import GPTConfig
+from tests.runs import run
+from train import data, shards
 from train.__main__ import read_ahead
 from train.data import TokenFile, describe
 from train.distributed import Ranks
@@ -68,10 +74,31 @@ def test_a_step_has_the_same_windows_whatever_the_number_of_ranks(tmp_path, worl
         assert np.concatenate(seen).tolist() == expected[step].tolist()
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(40, 900),
+    world_size=st.integers(1, 5),
+    size=st.integers(1, 4),
+    micro_steps=st.integers(0, 9),
+)
+def test_ranks_read_disjoint_windows(tmp_path_factory, n, world_size, size, micro_steps):
+    """Together the next ones of the run from any position on; over an epoch every window once."""
+    file = token_file(tmp_path_factory.mktemp("data"), n)
+    position = micro_steps * world_size * size
+    steps = -(-file.windows // (world_size * size))
+    readers = [read_ahead(file, position, size, Ranks(r, world_size, "cpu", None)) for r in range(world_size)]
+    seen = [token for _ in range(steps) for r in readers for token in next(r)[0][:, 0].tolist()]
+    assert seen == file.starts(position, len(seen)).tolist()
+    whole = file.starts(-(-position // file.windows) * file.windows, file.windows)
+    assert len(set(whole.tolist())) == file.windows
+    if position % file.windows == 0:
+        assert sorted(seen[: file.windows]) == sorted(whole.tolist())
+
+
 def test_files_that_cannot_be_read_are_told(tmp_path):
     config = GPTConfig(block_size=8, vocab_size=10)
     path = tmp_path / "train.bin"
-    with pytest.raises(FileNotFoundError, match=r"there is no .*train.bin: prepare the data first"):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*train.bin, and no shard \*train\*.bin"):
         describe(tmp_path)
     path.write_bytes(b"\0" * 31)
     with pytest.raises(ValueError, match="odd number of bytes, 31"):
@@ -83,3 +110,172 @@ def test_files_that_cannot_be_read_are_told(tmp_path):
     file = TokenFile(path, config, 0)
     with pytest.raises(ValueError, match=r"token id 10, but vocab_size=10 allows 0 to 9"):
         file.batch(0, 4)
+
+
+def llm_c_shard(path, ids, magic=20240520, version=1, dtype=np.uint16, count=None):
+    """As llm.c's and modded-nanogpt's scripts write them."""
+    header = np.zeros(256, dtype=np.int32)
+    header[:3] = magic, version, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(ids, dtype).tobytes())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=9),
+    block_size=st.integers(1, 70),
+    seed=st.integers(0, 99),
+    kinds=st.integers(0, 2**9),
+)
+def test_shards_give_the_batches_of_the_file_they_would_make(
+    tmp_path_factory, lengths, block_size, seed, kinds
+):
+    """Of whatever sizes and formats: windows may begin in one and end in another, past some in between."""
+    if sum(lengths) <= block_size:
+        lengths.append(block_size + 1)
+    whole, cut = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cut")
+    ids = np.random.default_rng(seed).integers(0, 65536, sum(lengths)).astype(np.uint16)
+    ids.tofile(whole / "train.bin")
+    for i, part in enumerate(np.split(ids, np.cumsum(lengths)[:-1])):
+        path = cut / f"web_train_{i:06}.bin"
+        _ = llm_c_shard(path, part) if kinds >> i & 1 else part.tofile(path)
+    config = GPTConfig(block_size=block_size, vocab_size=65536)
+    one, many = (TokenFile(folder / "train.bin", config, seed) for folder in (whole, cut))
+    assert len(one) == len(many) == len(ids)
+    for position in range(0, 2 * one.windows, 5):
+        for a, b in zip(one.batch(position, 5), many.batch(position, 5)):
+            assert torch.equal(a, b)
+    starts = one.starts(0, one.windows)
+    expected = np.stack([ids[s : s + block_size + 1] for s in starts]).astype(np.int64)
+    assert np.array_equal(many.read(starts, block_size + 1), expected)
+
+
+def test_shards_are_found_by_the_name_of_their_split(tmp_path):
+    for name, token in (("fineweb_val_000000", 1), ("fineweb_train_000002", 2), ("fineweb_train_000001", 3)):
+        llm_c_shard(tmp_path / f"{name}.bin", [token] * 20)
+    config = GPTConfig(block_size=39, vocab_size=10)
+    assert TokenFile(tmp_path / "train.bin", config, 0).batch(0, 1)[0].tolist() == [[3] * 20 + [2] * 19]
+    with pytest.raises(ValueError, match=r"val.bin has 20 tokens, too few"):
+        TokenFile(tmp_path / "val.bin", config, 0)
+    np.full(50, 7, np.uint16).tofile(tmp_path / "train.bin")  # a whole file comes before shards
+    assert TokenFile(tmp_path / "train.bin", config, 0).batch(0, 1)[0].unique().tolist() == [7]
+    describe(tmp_path)
+    (tmp_path / "fineweb_val_000000.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no .*val.bin, and no shard \*val\*.bin"):
+        describe(tmp_path)
+
+
+def test_ids_past_16_bits_are_written_and_read_as_llm_c_does(tmp_path):
+    ids = np.array([0, 65535, 65536, 128255, 7] * 10, np.uint32)
+    theirs, ours = tmp_path / "theirs_train.bin", tmp_path / "ours_train.bin"
+    llm_c_shard(theirs, ids, 20240801, 7, np.uint32)
+    ours.write_bytes(shards.header(shards.dtype_for(128256), len(ids)) + ids.tobytes())
+    assert ours.read_bytes() == theirs.read_bytes()
+    file = TokenFile(tmp_path / "train.bin", GPTConfig(block_size=4, vocab_size=128256), 0)
+    assert file.read(np.array([48]), 5).tolist() == [[128255, 7, 0, 65535, 65536]]
+    assert shards.dtype_for(65536) == np.uint16 and shards.header(np.uint16, 10**12) == b""
+    # more than the header's 32 bits of count; the file is a hole
+    huge = 2**32 + 5
+    ours.write_bytes(shards.header(np.uint32, huge))
+    os.truncate(ours, 1024 + 4 * huge)
+    assert len(shards.open_tokens(ours)) == huge
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [
+        (dict(version=2), r"shard of version 2; of magic 20240520 only version 1 is known"),
+        (dict(count=101), r"has 1,224 bytes, .* says 101 tokens, makes 1,226: it is not whole"),
+        (dict(count=99), r"it is not whole"),
+        (dict(count=-1), r"it is not whole"),
+        (dict(magic=20240801, version=7), r"says 100 tokens, makes 1,424: it is not whole"),
+    ],
+)
+def test_a_shard_that_is_not_whole_is_told(tmp_path, shard, message):
+    llm_c_shard(tmp_path / "x_train.bin", np.zeros(100), **shard)
+    with pytest.raises(ValueError, match=message):
+        TokenFile(tmp_path / "train.bin", GPTConfig(block_size=8, vocab_size=10), 0)
+
+
+@pytest.fixture
+def looking_at_little(monkeypatch):
+    """Of data/tiny too, as of a large file, only pieces are looked at before training."""
+    monkeypatch.setattr(data, "LOOKED_AT", (50, 100))
+
+
+def change(path, at, token):
+    ids = np.fromfile(path, np.uint16)
+    ids[at] = token
+    ids.tofile(path)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_id_past_the_vocabulary_is_told_before_the_first_step(workplace, capsys, split):
+    change(Path(f"data/tiny/{split}.bin"), 2345, 21)
+    with pytest.raises(
+        ValueError, match=rf"{split}.bin holds the token id 21, but vocab_size=21 allows 0 to 20"
+    ):
+        run()
+    assert "iter 0" not in capsys.readouterr().out and not Path("out/ckpt.pt").exists()
+
+
+def test_a_large_file_is_looked_at_from_end_to_end(workplace, looking_at_little):
+    """The first and the last token, and a stretch longer than the distance between two pieces."""
+    path = Path("data/tiny/train.bin")
+    whole = np.fromfile(path, np.uint16)
+    for at in (0, len(whole) - 1, slice(20_000, 21_000)):
+        change(path, at, 30)
+        with pytest.raises(ValueError, match="holds the token id 30"):
+            run()
+        whole.tofile(path)
+    run()
+
+
+def test_data_that_meta_json_does_not_count_is_told(workplace):
+    meta = json.loads(Path("data/tiny/meta.json").read_text())
+    assert meta["train"]["tokens"] == 49_801 and meta["val"]["tokens"] == 5_534
+    path = Path("data/tiny/val.bin")
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=r"val.bin has 5,434 tokens, and meta.json beside it says 5,534"):
+        run()
+    Path("data/tiny/meta.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"meta.json cannot be read .*; remove it, or prepare"):
+        run()
+    Path("data/tiny/meta.json").unlink()
+    run()  # nanoGPT's has none
+
+
+def test_data_of_a_larger_vocabulary_than_the_models_is_told(workplace):
+    """Though no id of it is past the model's: the next batch of the same data could have one."""
+    meta = json.loads(Path("data/tiny/meta.json").read_text())
+    Path("data/tiny/meta.json").write_text(json.dumps(meta | {"vocab_size": 22}))
+    with pytest.raises(ValueError, match=r"prepared with a vocabulary of 22, and the model's has 21"):
+        run()
+    run("--vocab_size=22")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("large", [False, True])
+def test_data_that_changed_since_the_checkpoint_is_told(workplace, monkeypatch, split, large):
+    if large:
+        monkeypatch.setattr(data, "LOOKED_AT", (50, 20))
+    run("--max_iters=4")
+    path = Path(f"data/tiny/{split}.bin")
+    before = path.read_bytes()
+    change(path, -1, 3)
+    message = rf"{split}.bin is not what the checkpoint was trained on: (49,801|5,534) tokens then"
+    with pytest.raises(ValueError, match=message):
+        run("--init_from=resume")
+    run("--init_from=out/ckpt.pt", out_dir="out2")  # other data is what fine-tuning is for
+    path.write_bytes(before)
+    run("--init_from=resume")
+    os.rename("data/tiny", "data/moved")  # asked for by name
+    path = Path("data/moved", path.name)
+    change(path, -1, 3)
+    run("--init_from=resume", "--max_iters=12", "--dataset=moved")
+
+
+def test_a_checkpoint_of_another_tokenizer_names_both(workplace):
+    run("--max_iters=4")
+    Path("data/tiny/meta.pkl").unlink()
+    with pytest.raises(ValueError, match=r"has: char \(21 symbols\), and the data gpt2 \(50,257 symbols\)"):
+        run("--init_from=resume")

@@ -5,6 +5,7 @@ KILLS=100 (make soak) kills more often than a test can.
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -214,6 +215,15 @@ def test_two_machines_find_each_other_and_equal_one(workplace):
     outs = [finish(machine)[0] for machine in machines]
     assert sorted(out.count("iter 3:") for out in outs) == [0, 1], "one of both speaks"
     assert_close_run("alone", "both")
+
+
+def test_data_cut_short_while_training_ends_the_run_with_a_sentence_and_the_last_checkpoint_whole(workplace):
+    process = start("--max_iters=100000", "--eval_interval=5", "--eval_iters=1")
+    wait_for(lambda: Path("out/ckpt-5.pt").exists(), "checkpoint")
+    os.truncate("data/tiny/train.bin", 5000)
+    _, err = finish(process, code=1)
+    assert re.search(r"train.bin was cut short while it was in use: 99,602 bytes before, 5,000 now", err)
+    assert load("out")["iter_num"] % 5 == 0
 
 
 # ---- gradients that are not finite

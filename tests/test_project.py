@@ -49,7 +49,8 @@ def test_every_module_can_be_imported_with_torch_and_numpy_alone():
     ]
     script = (
         "import sys\n"
-        "for name in ('tyro', 'tiktoken', 'tqdm', 'matplotlib', 'transformers', 'wandb', 'datasets'):\n"
+        "names = 'tyro tiktoken tqdm matplotlib transformers wandb datasets tokenizers pyarrow'\n"
+        "for name in names.split():\n"
         "    sys.modules[name] = None\n"
         "import importlib, torch\n"
         "torch.cuda.is_available = torch.cuda.get_device_properties = lambda *a: 1 / 0\n"
@@ -92,9 +93,11 @@ def test_the_readme_names_what_exists():
     from gpt.cli import flag_names
     from gpt.sample import SampleConfig
     from train.config import TrainConfig
-    from train.prepare.__main__ import PrepareConfig
+    from train.prepare.__main__ import PrepareConfig, TokenizerConfig
 
-    flags = {n for c in (TrainConfig, SampleConfig, PrepareConfig) for n in flag_names(c)} | {
+    flags = {
+        n for c in (TrainConfig, SampleConfig, PrepareConfig, TokenizerConfig) for n in flag_names(c)
+    } | {
         "nanogpt",
         "help",
         "check",

@@ -22,7 +22,7 @@ from gpt.sample import SampleConfig, generate
 from gpt.tokenizer import Tokenizer
 from train import checkpoint, distributed
 from train.config import TrainConfig, parse, resolve
-from train.data import TokenFile, describe, to_device
+from train.data import TokenFile, describe, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import Metrics
 from train.optim import clip_gradient, learning_rate, step_if_finite
@@ -91,12 +91,13 @@ def train(
         split: TokenFile(data_dir / f"{split}.bin", config.model, config.seed + 1)
         for split in ("train", "val")
     }
+    data = preflight(eval_files, resumed, config.dataset)
     accumulation = config.gradient_accumulation_steps // ranks.world_size
     windows_per_step = config.batch_size * config.gradient_accumulation_steps
     position: int = resumed.get("position", step * windows_per_step)
     micro_batches = read_ahead(train_file, position, config.batch_size, ranks)
     metrics = Metrics(config, ranks, model, first_step=step, skipped=resumed.get("skipped", 0))
-    metrics.start(len(train_file.tokens), resumed.get("config", {}))
+    metrics.start(len(train_file), resumed.get("config", {}))
     saver = checkpoint.Saver(out_dir, config.keep_last)
     shows_sample = config.eval_sample > 0 and (ranks.is_main or config.strategy == "fsdp")
     example = tokenizer.from_dict(tokens) if shows_sample else None
@@ -104,7 +105,7 @@ def train(
     def save(is_best: bool, evaluated: bool) -> None:
         state = checkpoint.contents(model, optimizer, scaler, config, ranks) | {
             "iter_num": step, "position": position, "evaluated": evaluated, "tokenizer": tokens,
-            "best_val_loss": best_val_loss, "skipped": metrics.skipped_steps(),
+            "data": data, "best_val_loss": best_val_loss, "skipped": metrics.skipped_steps(),
         }  # fmt: skip
         if ranks.is_main:
             metrics.flush()

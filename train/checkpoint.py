@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from gpt import tokenizer
 from gpt.model import GPT
 from gpt.pretrained import (
     GPT2_NAMES,
@@ -32,8 +33,6 @@ from gpt.pretrained import (
 )
 from train.config import TrainConfig
 from train.distributed import Ranks
-
-GPT2_PADDED_VOCAB_SIZE = 50304  # 50257 rounded up to a multiple of 64, for the tensor cores
 
 
 def initial_model(
@@ -52,7 +51,7 @@ def initial_model(
     if source == "resume":
         latest = ranks.broadcast(newest_whole(latest) if ranks.is_main else None)
     if source == "scratch":
-        vocab_size = wanted.vocab_size or len(tokens.get("symbols", ())) or GPT2_PADDED_VOCAB_SIZE
+        vocab_size = wanted.vocab_size or tokenizer.padded_vocab_size(tokens)
         return GPT(replace(wanted, vocab_size=vocab_size), device).to(device), {}
 
     if is_hugging_face(source):
@@ -68,9 +67,10 @@ def initial_model(
         }
         model, checkpoint = from_checkpoint(source_path, device, **overrides)
     where = str(latest) if source == "resume" else source
-    if checkpoint.get("tokenizer", tokens) != tokens:
+    if (trained_with := checkpoint.get("tokenizer", tokens)) != tokens:
         raise ValueError(
-            f"{where} was trained with another tokenizer or alphabet than data/{config.dataset} has"
+            f"{where} was trained with another tokenizer or alphabet than data/{config.dataset} has: "
+            f"{tokenizer.name(trained_with)}, and the data {tokenizer.name(tokens)}"
         )
     if source != "resume" and wanted.block_size < model.config.block_size and "block_size" in given:
         model.crop_block_size(wanted.block_size)

@@ -41,7 +41,7 @@ class TrainConfig:
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # its run
 
-    dataset: str = "openwebtext"  # folder in data/ with train.bin and val.bin
+    dataset: str = "openwebtext"  # folder in data/ with train.bin and val.bin, or shards of them
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all ranks
     batch_size: int = 12  # sequences in a micro-batch
     seed: int = 1337  # of weights, dropout and data order

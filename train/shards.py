@@ -1,0 +1,91 @@
+"""What a token file is, and meta.json beside it. Needs NumPy alone.
+
+    headerless        nanoGPT's: nothing but uint16 ids
+    magic 20240520    llm.c's and modded-nanogpt's: 256 int32 (magic, version 1, tokens, zeros), uint16 ids
+    magic 20240801    llm.c's for vocabularies over 65536: the same header with version 7, uint32 ids
+
+The zero after the count holds, in files of uint32 written here, what of the count is past 32 bits.
+A split of a dataset is one file, train.bin or val.bin, or many, *train*.bin or *val*.bin.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+HEADER_INTS = 256
+KINDS: dict[int, tuple[int, type]] = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
+
+
+def find(path: Path) -> list[Path]:
+    """The files that data/NAME/train.bin stands for: itself, else data/NAME/*train*.bin in order of name.
+
+    Raises FileNotFoundError where there is none.
+    """
+    if path.is_file():
+        return [path]
+    shards = sorted(path.parent.glob(f"*{path.stem}*.bin"))
+    if not shards:
+        raise FileNotFoundError(
+            f"there is no {path}, and no shard *{path.stem}*.bin in its place: prepare the data first, see "
+            "python -m train.prepare"
+        )
+    return shards
+
+
+def open_tokens(path: Path) -> NDArray:
+    """The ids in `path`, mapped into memory: (tokens,) uint16 or uint32. Raises ValueError."""
+    size = path.stat().st_size
+    start = np.fromfile(path, "<i4", count=4)
+    if len(start) < 4 or int(start[0]) not in KINDS:
+        if size % 2:
+            raise ValueError(
+                f"{path} has an odd number of bytes, {size:,}: no file of uint16; prepare it again"
+            )
+        return np.memmap(path, "<u2", mode="r") if size else np.empty(0, np.uint16)
+    magic, version, tokens = int(start[0]), int(start[1]), int(start[2:].view("<i8")[0])
+    known_version, dtype = KINDS[magic]
+    if version != known_version:
+        raise ValueError(
+            f"{path} is a shard of version {version}; of magic {magic} only version {known_version} is known"
+        )
+    expected = 4 * HEADER_INTS + tokens * np.dtype(dtype).itemsize
+    if tokens < 0 or size != expected:
+        raise ValueError(
+            f"{path} has {size:,} bytes, and its header, which says {tokens:,} tokens, makes {expected:,}: "
+            "it is not whole; copy or prepare it again"
+        )
+    return np.memmap(path, dtype, mode="r", offset=4 * HEADER_INTS, shape=(tokens,))
+
+
+def dtype_for(vocab_size: int) -> DTypeLike:
+    return np.uint16 if vocab_size <= 65536 else np.uint32
+
+
+def header(dtype: DTypeLike, tokens: int) -> bytes:
+    """What comes before the ids: nothing for uint16, so that nanoGPT reads it; llm.c's header for uint32."""
+    if dtype == np.uint16:
+        return b""
+    magic = next(m for m, (_, kind) in KINDS.items() if kind == dtype)
+    words = np.zeros(HEADER_INTS, "<i4")
+    words[:2] = magic, KINDS[magic][0]
+    words[2:4].view("<i8")[:] = tokens
+    return words.tobytes()
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """meta.json, {} where there is none. Raises ValueError."""
+    path = folder / "meta.json"
+    if not path.exists():
+        return {}
+    try:
+        meta = json.loads(path.read_text())
+        if not all(isinstance(meta[split]["tokens"], int) for split in ("train", "val")):
+            raise TypeError("counts are no numbers")
+        return {"vocab_size": int(meta["vocab_size"])} | meta
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); remove it, or prepare the data again"
+        ) from None
