@@ -31,12 +31,15 @@ WIDTHS = (768, 1024, 1280, 1600, 2048, 4096, 8192)
 NORMS = [{"shape": (rows, C)} for rows in (65536, 16384) for C in WIDTHS]
 HEADS = [(32, 1024, 12, 64), (64, 1024, 12, 64), (16, 2048, 12, 64), (8, 4096, 12, 64), (2, 16384, 12, 64)]
 HEADS += [(16, 2048, 16, 128), (8, 4096, 16, 128)]
+CACHES = [(1, 12, 1024, 64), (8, 12, 1024, 64), (32, 12, 1024, 64), (128, 12, 1024, 64), (32, 16, 1024, 128)]
+CACHES += [(1, 12, 16384, 64), (8, 25, 1024, 64)]
 SHAPES: dict[str, list[dict[str, Any]]] = {
     "layer_norm": NORMS,
     "add_layer_norm": NORMS,
     "cross_entropy": [{"N": N, "V": V} for V in (50304, 50257, 128256) for N in (8192, 32768)],
     "linear_cross_entropy": [{"N": N, "C": C, "V": 50304} for N in (16384, 65536) for C in (768, 1024, 1600)],
     "causal_attention": [dict(zip("BTHD", heads)) for heads in HEADS],
+    "decode_attention": [dict(zip("BHTD", cache)) for cache in CACHES],
 }
 SMALL: dict[str, dict[str, Any]] = {
     "layer_norm": {"shape": (256, 768)},
@@ -44,7 +47,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "cross_entropy": {"N": 64, "V": 5003},
     "linear_cross_entropy": {"N": 64, "C": 64, "V": 503},
     "causal_attention": {"B": 1, "T": 128, "H": 2, "D": 64},
+    "decode_attention": {"B": 2, "H": 2, "T": 128, "D": 64},
 }
+DIRECTIONS = ("forward", "backward", "both")
 FEWER = {"N": 512, "B": 1, "H": 2}  # enough to be judged by
 
 
@@ -143,26 +148,32 @@ def make_call(op: Op, dtype: torch.dtype, device: str, sample: dict[str, Any]) -
     call = op.make(dtype=dtype, device=device, **sample)
     if "target" in call:
         call["target"] = torch.randint(sample["V"], call["target"].shape, device=device)
-    return {k: v.requires_grad_() if _floating(v) else v for k, v in call.items()}
+    return {k: v.requires_grad_(op.differentiable) if _floating(v) else v for k, v in call.items()}
 
 
 def error(op: Op, function: Callable[..., Any], call: dict[str, Any]) -> dict[str, float]:
     """Largest relative error of each output and gradient against fp64."""
-    exact_call = {k: v.detach().double().requires_grad_() if _floating(v) else v for k, v in call.items()}
-    # A peer may overwrite its inputs.
-    own_call = {k: v.detach().clone().requires_grad_() if _floating(v) else v for k, v in call.items()}
+
+    def copies(convert: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        return {
+            k: convert(v.detach()).requires_grad_(v.requires_grad) if _floating(v) else v
+            for k, v in call.items()
+        }
+
     gradients: tuple[Tensor, ...] = ()
     found: list[list[Tensor]] = []
-    for f, arguments in ((op.reference, exact_call), (function, own_call)):
+    # A peer may overwrite its inputs.
+    for f, arguments in ((op.reference, copies(Tensor.double)), (function, copies(Tensor.clone))):
         outputs = _tuple(f(**arguments))
         if not gradients:
             gradients = tuple(torch.randn_like(o) + 1.5 for o in outputs)
-        inputs = [v for v in arguments.values() if _floating(v)]
-        copies = [o.detach().double() for o in outputs]
-        grads = torch.autograd.grad(outputs, inputs, [g.to(o.dtype) for g, o in zip(gradients, outputs)])
-        found.append(copies + [g.double() for g in grads])
+        inputs = _trained(arguments)
+        results = [o.detach().double() for o in outputs]
+        upstream = [g.to(o.dtype) for g, o in zip(gradients, outputs)]
+        grads = torch.autograd.grad(outputs, inputs, upstream) if inputs else ()
+        found.append(results + [g.double() for g in grads])
     names = [f"output {i}" for i in range(len(gradients))]
-    names += [f"d{k}" for k, v in call.items() if _floating(v)]
+    names += [f"d{k}" for k, v in call.items() if _floating(v) and v.requires_grad]
     return {n: ((a - b).norm() / a.norm()).item() for n, a, b in zip(names, *found, strict=True)}
 
 
@@ -177,8 +188,10 @@ def wrong(op: Op, function: Callable[..., Any], call: dict[str, Any]) -> str | N
 
 
 def directions(function: Callable[..., Any], call: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """forward, backward and both, ready to be timed; gradients of everything that floats."""
-    inputs = [v for v in call.values() if _floating(v)]
+    """forward, backward and both, ready to be timed; gradients of everything that wants one."""
+    inputs = _trained(call)
+    if not inputs:
+        return {"forward": lambda: function(**call)}
     outputs = _tuple(function(**call))
     gradients = [torch.randn_like(o) for o in outputs]
     return {
@@ -208,12 +221,13 @@ def measure(
                 result[name] = reason
                 continue
             ready[name] = directions(function, call)
-            result[name] = {"bytes": timing.peak_extra_bytes(ready[name]["both"], device)}
+            *_, whole = ready[name].values()
+            result[name] = {"bytes": timing.peak_extra_bytes(whole, device)}
         except (RuntimeError, TypeError, ValueError) as failure:  # out of memory, or a peer that cannot do it
             result[name] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
             ready.pop(name, None)
     cost = op.cost(**call)
-    for direction in ("forward", "backward", "both"):
+    for direction in DIRECTIONS if op.differentiable else DIRECTIONS[:1]:
         least = _least(cost, direction, limits)
         calls = {name: parts[direction] for name, parts in ready.items()}
         for name, found in timing.plain(timing.interleaved(calls, device, seconds)).items():
@@ -236,6 +250,10 @@ def _floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def _trained(call: dict[str, Any]) -> list[Tensor]:
+    return [v for v in call.values() if _floating(v) and v.requires_grad]
+
+
 def _tuple(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
@@ -245,7 +263,8 @@ def _line(name: str, found: Any) -> str:
         return f"  {name:12} {found}"
     parts = [
         f"{direction} {found[direction]['median']:8.3f} ms ({found[direction]['limit']:4.0%})"
-        for direction in ("forward", "backward", "both")
+        for direction in DIRECTIONS
+        if direction in found
     ]
     extra = "" if found["bytes"] is None else f"  {found['bytes'] / 2**20:8,.0f} MiB"
     return f"  {name:12} {'  '.join(parts)}{extra}"

@@ -22,6 +22,7 @@ from kernels.op import INTERPRETED, Op, architecture, unavailable
 
 _attention = sys.modules["kernels.attention"]  # `kernels.cross_entropy` and the like are the functions
 _cross_entropy = sys.modules["kernels.cross_entropy"]
+_decode = sys.modules["kernels.decode"]
 _layer_norm = sys.modules["kernels.layer_norm"]
 
 
@@ -57,6 +58,10 @@ def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
         candidates = tuple(product((1024, 2048, 4096, 8192, 16384, 32768), (4, 8, 16, 32)))
         index = int(first.shape[1] > 2048)
         yield Slot("(BLOCK, warps)", _cross_entropy.TILES, arch, index, candidates)
+    elif op.name == "decode_attention":
+        candidates = tuple(_decode.Tile(*t) for t in product((16, 32, 64), (2, 4, 8), (2, 3, 4), (2, 4, 8)))
+        width = 64 if first.shape[-1] <= 64 else 128
+        yield Slot("(n, warps, stages, programs)", _decode.TILES[arch], width, 0, candidates)
     elif op.name == "causal_attention" and first.dtype != torch.float32 and not call.get("dropout_p"):
         width = 64 if first.shape[-1] <= 64 else 128
         for index, name in enumerate(("forward", "dq", "dk and dv")):

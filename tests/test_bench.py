@@ -42,7 +42,7 @@ def test_competitors_take_turns():
     assert all(t.runs == len(rounds) and 2 <= t.low <= t.median <= t.high for t in found.values())
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.differentiable])
 def test_a_wrong_result_is_not_timed(name, monkeypatch):
     """A gradient of which a thousandth is missing."""
     op = OPS[name]
@@ -73,12 +73,27 @@ def test_a_wrong_result_is_not_timed(name, monkeypatch):
     assert backward["limit"] == pytest.approx(1000 * least / backward["median"])
 
 
+def test_an_operation_without_gradients_is_judged_and_timed_forward(monkeypatch):
+    op = OPS["decode_attention"]
+
+    def faulty(q, **rest):
+        return op.reference(q=q, **rest) * 0.999
+
+    monkeypatch.setattr(suite, "variants", lambda *_: [("right", op.reference), ("wrong", faulty)])
+    limits = {"copy_bytes_per_s": 1e9, "product_flops_per_s": 1e12}
+    found = suite.measure(op, suite.SMALL[op.name], torch.float32, "cpu", limits, 0.001)
+    assert found["wrong"].startswith("wrong: output 0 is off by 1.0e-03")
+    assert found["right"].keys() == {"bytes", "forward"}
+    assert found["right"]["forward"]["median"] > 0
+
+
 def test_every_operation_has_shapes_that_it_accepts():
     assert suite.SHAPES.keys() == suite.SMALL.keys() == OPS.keys()
     for name, samples in suite.SHAPES.items():
         for sample in samples:
             call = OPS[name].make(dtype=torch.bfloat16, device="meta", **sample)
-            assert OPS[name].cost(**call).backward_bytes > 0
+            cost = OPS[name].cost(**call)
+            assert (cost.backward_bytes if OPS[name].differentiable else cost.forward_bytes) > 0
 
 
 def test_the_suite_runs_from_a_bare_checkout_and_says_what_is_missing(tmp_path):
@@ -126,7 +141,9 @@ def test_throughput_makes_the_steps_of_training(monkeypatch):
     assert found["steps"] == 3 and found["tokens_per_s"] == pytest.approx(64e3 / found["step_ms"])
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "cross_entropy", "causal_attention"])
+@pytest.mark.parametrize(
+    "name", ["layer_norm", "add_layer_norm", "cross_entropy", "causal_attention", "decode_attention"]
+)
 def test_a_sweep_launches_each_candidate_and_leaves_the_table_as_it_was(name, monkeypatch):
     """On tensors without data, as an H100 would be given them."""
     from kernels.op import record
