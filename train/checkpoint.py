@@ -15,7 +15,14 @@ from typing import Any
 import torch
 
 from gpt.model import GPT
-from gpt.pretrained import GPT2_NAMES, MODEL_ARGS, from_checkpoint, from_hugging_face, is_hugging_face
+from gpt.pretrained import (
+    GPT2_NAMES,
+    MODEL_ARGS,
+    from_checkpoint,
+    from_hugging_face,
+    hugging_face_tokenizer,
+    is_hugging_face,
+)
 from train.config import TrainConfig
 from train.distributed import Ranks
 
@@ -40,7 +47,7 @@ def initial_model(
 
     if is_hugging_face(source):
         model = from_hugging_face(source, {"dropout": wanted.dropout, "kernels": wanted.kernels}, device)
-        checkpoint: dict[str, Any] = {"tokenizer": {"kind": "gpt2"}}
+        checkpoint: dict[str, Any] = {"tokenizer": hugging_face_tokenizer(source)}
     else:
         source_path = latest if source == "resume" else Path(source)
         if not source_path.suffix and not source_path.exists():
