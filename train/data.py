@@ -63,13 +63,25 @@ class TokenFile:
         Raises ValueError for a token id that the vocabulary lacks.
         """
         ids = self._all[self.starts(position, count)]  # (count, block_size + 1), a copy
-        if (largest := int(ids.max())) >= self.vocab_size:
+        self.check_ids(int(ids.max()))
+        rows = torch.from_numpy(ids.astype(np.int64))
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def __len__(self) -> int:
+        """Tokens in the file."""
+        return len(self.tokens)
+
+    def read(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
+        """The `length` ids from each of `starts` on: (len(starts), length)."""
+        return np.stack([self.tokens[start : start + length] for start in starts]).astype(np.int64)
+
+    def check_ids(self, largest: int) -> None:
+        """Raises ValueError where the vocabulary lacks the token id `largest`."""
+        if largest >= self.vocab_size:
             raise ValueError(
                 f"{self.path} holds the token id {largest}, but vocab_size={self.vocab_size} allows 0 to "
                 f"{self.vocab_size - 1}: was it prepared with another tokenizer?"
             )
-        rows = torch.from_numpy(ids.astype(np.int64))
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def starts(self, position: int, count: int) -> NDArray[np.int64]:
         """The first token of each of these windows."""
