@@ -36,6 +36,8 @@ WIDTHS = (768, 1024, 1280, 1600, 2048, 4096, 8192)
 NORMS = [{"shape": (rows, C)} for rows in (65536, 16384) for C in WIDTHS]
 HEADS = [(64, 1024, 12, 64), (32, 1024, 12, 64), (16, 2048, 12, 64), (8, 4096, 12, 64), (2, 16384, 12, 64)]
 HEADS += [(16, 2048, 16, 128), (8, 4096, 16, 128)]
+CACHES = [(1, 12, 1024, 64), (8, 12, 1024, 64), (32, 12, 1024, 64), (128, 12, 1024, 64), (32, 16, 1024, 128)]
+CACHES += [(1, 12, 16384, 64), (8, 25, 1024, 64)]
 SHAPES: dict[str, list[dict[str, Any]]] = {
     "layer_norm": NORMS,
     "add_layer_norm": [{"shape": (65536, 768), "mixed": True}, *NORMS],
@@ -44,6 +46,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"N": N, "C": C, "V": 50304} for N in (65536, 16384) for C in (768, 1024, 1280, 1600)
     ],
     "causal_attention": [dict(zip("BTHD", heads)) for heads in HEADS],
+    "decode_attention": [dict(zip("BHTD", cache)) for cache in CACHES],
 }
 SMALL: dict[str, dict[str, Any]] = {
     "layer_norm": {"shape": (256, 768)},
@@ -51,7 +54,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "cross_entropy": {"N": 64, "V": 5003},
     "linear_cross_entropy": {"N": 64, "C": 64, "V": 503},
     "causal_attention": {"B": 1, "T": 128, "H": 2, "D": 64},
+    "decode_attention": {"B": 2, "H": 2, "T": 128, "D": 64},
 }
+DIRECTIONS = ("forward", "backward", "both")
 FEWER = {"N": 512, "B": 1, "H": 2}  # enough to be judged by
 
 
@@ -169,21 +174,23 @@ def make_call(op: Op, dtype: torch.dtype, device: str, sample: dict[str, Any]) -
     call = op.make(dtype=dtype, device=device, **sample)
     if "target" in call:
         call["target"] = torch.randint(sample["V"], call["target"].shape, device=device)
-    return {k: v.requires_grad_() if _floating(v) else v for k, v in call.items()}
+    return {k: v.requires_grad_(op.differentiable) if _floating(v) else v for k, v in call.items()}
 
 
 def errors(op: Op, call: dict[str, Any], functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
     """{name: {output or gradient: relative error against fp64}, or the exception that it raised}."""
-    exact_call = {k: v.detach().double().requires_grad_() if _floating(v) else v for k, v in call.items()}
+    exact_call = _own(call, Tensor.double)
     outputs = _tuple(op.reference(**exact_call))
     gradients = [torch.randn_like(o) + 1.5 for o in outputs]
-    names = [f"output {i}" for i in range(len(outputs))] + [f"d{k}" for k, v in call.items() if _floating(v)]
+    names = [f"output {i}" for i in range(len(outputs))]
+    names += [f"d{k}" for k, v in call.items() if _floating(v) and v.requires_grad]
 
     def found(function: Callable[..., Any], arguments: dict[str, Any]) -> list[Tensor]:
-        inputs = [v for v in arguments.values() if _floating(v)]
+        inputs = _trained(arguments)
         outputs = _tuple(function(**arguments))
         copies = [o.detach().double() for o in outputs]
-        grads = torch.autograd.grad(outputs, inputs, [g.to(o.dtype) for g, o in zip(gradients, outputs)])
+        upstream = [g.to(o.dtype) for g, o in zip(gradients, outputs)]
+        grads = torch.autograd.grad(outputs, inputs, upstream) if inputs else ()
         return copies + [g.double() for g in grads]
 
     exact = found(op.reference, exact_call)
@@ -214,9 +221,11 @@ def wrong(op: Op, call: dict[str, Any], functions: dict[str, Callable[..., Any]]
     return reasons
 
 
-def _own(call: dict[str, Any]) -> dict[str, Any]:
+def _own(call: dict[str, Any], convert: Callable[[Tensor], Tensor] = Tensor.clone) -> dict[str, Any]:
     """A copy: a peer may overwrite its inputs."""
-    return {k: v.detach().clone().requires_grad_() if _floating(v) else v for k, v in call.items()}
+    return {
+        k: convert(v.detach()).requires_grad_(v.requires_grad) if _floating(v) else v for k, v in call.items()
+    }
 
 
 def _why(failure: Exception) -> str:
@@ -224,8 +233,10 @@ def _why(failure: Exception) -> str:
 
 
 def directions(function: Callable[..., Any], call: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """forward, backward and both, ready to be timed; gradients of everything that floats."""
-    inputs = [v for v in call.values() if _floating(v)]
+    """forward, backward and both, ready to be timed; gradients of everything that wants one."""
+    inputs = _trained(call)
+    if not inputs:
+        return {"forward": lambda: function(**call)}
     outputs = _tuple(function(**call))
     gradients = [torch.randn_like(o) for o in outputs]
     return {
@@ -261,14 +272,15 @@ def measure(
         try:
             own = _own(call) if name == "liger" else call  # it overwrites its input
             runs = directions(functions[name], own)
-            result[name] = {"bytes": timing.peak_extra_bytes(runs["both"], device)}
+            *_, whole = runs.values()
+            result[name] = {"bytes": timing.peak_extra_bytes(whole, device)}
             for run in runs.values():
                 run()
             ready[name] = runs
         except Exception as failure:  # out of memory, or what a compiler raises
             result[name] = _why(failure)
     cost = op.cost(**call)
-    for direction in ("forward", "backward", "both"):
+    for direction in DIRECTIONS if op.differentiable else DIRECTIONS[:1]:
         at_limit, moved, computed = least(cost, direction, limits)
         calls = {name: parts[direction] for name, parts in ready.items()}
         timed = timing.interleaved(calls | {"copy": _copy(moved, device)}, device, seconds)
@@ -309,6 +321,10 @@ def _floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def _trained(call: dict[str, Any]) -> list[Tensor]:
+    return [v for v in call.values() if _floating(v) and v.requires_grad]
+
+
 def _tuple(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
@@ -325,7 +341,7 @@ def _line(name: str, found: Any, limits: dict[str, float]) -> str:
     if isinstance(found, str):
         return f"  {name:12} {found}"
     parts = []
-    for direction in ("forward", "backward", "both"):
+    for direction in (d for d in DIRECTIONS if d in found):
         timed = found[direction]
         warm = f"; warm {timed['warm']:.3f} ms" if "warm" in timed else ""
         parts.append(

@@ -28,6 +28,7 @@ from kernels.op import INTERPRETED, Op, architecture, unavailable
 
 _attention = sys.modules["kernels.attention"]  # `kernels.cross_entropy` and the like are the functions
 _cross_entropy = sys.modules["kernels.cross_entropy"]
+_decode = sys.modules["kernels.decode"]
 _layer_norm = sys.modules["kernels.layer_norm"]
 
 
@@ -71,6 +72,10 @@ def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
         # the second is what training runs, on a chunk of its own logits
         for name, launch in (("forward, backward", op.launchers), ("in place", _loss_and_gradient)):
             yield Slot(f"{name} (BLOCK, warps)", _cross_entropy.TILES, arch, index, candidates, launch)
+    elif op.name == "decode_attention":
+        candidates = tuple(_decode.Tile(*t) for t in product((16, 32, 64), (2, 4, 8), (2, 3, 4), (2, 4, 8)))
+        width = 64 if first.shape[-1] <= 64 else 128
+        yield Slot("(n, warps, stages, programs)", _decode.TILES[arch], width, 0, candidates, op.launchers)
     elif op.name == "causal_attention" and first.dtype != torch.float32 and not call.get("dropout_p"):
         width = 64 if first.shape[-1] <= 64 else 128
         for index, name in enumerate(("forward", "dq", "dk and dv")):
@@ -103,7 +108,7 @@ def attempt(name: str, sample: dict[str, Any], position: int, tile: Any) -> str 
     """
     op = next(op for op in OPS if op.name == name)
     try:
-        call = arguments(op, fewer(sample))
+        call = arguments(op, fewer(op, sample))
         slot = list(slots(op, call))[position]
         before = slot.get()
         try:
@@ -119,8 +124,10 @@ def attempt(name: str, sample: dict[str, Any], position: int, tile: Any) -> str 
     return None
 
 
-def fewer(sample: dict[str, Any]) -> dict[str, Any]:
+def fewer(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
     """Less memory, and the same compilation: the sizes that go stay multiples of 16."""
+    if op.name == "decode_attention":  # how it is split depends on the batch
+        return sample
     most = {"N": 512, "B": 1}
     found = {k: min(v, most[k]) if k in most else v for k, v in sample.items()}
     return found | ({"shape": (4096, *sample["shape"][1:])} if "shape" in sample else {})

@@ -13,6 +13,7 @@ https://arxiv.org/abs/1608.05859 (tied embeddings).
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from gpt.flops import flops_per_token, peak_flops
 
+Attend = Callable[[Tensor], Tensor]  # qkv (B, T, 3, H, D) -> (B, T, H, D)
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> the `approximate` of F.gelu
 
 
@@ -67,10 +69,13 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.ops = ops
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        y = self.ops.causal_attention(qkv, dropout_p=self.dropout if self.training else 0.0)  # (B, T, H, D)
+        if attend is not None:
+            y = attend(qkv)
+        else:
+            y = self.ops.causal_attention(qkv, dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.c_proj(y.reshape(B, T, C)), self.dropout, self.training)
 
 
@@ -95,15 +100,21 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config, ops)
         self.mlp = MLP(config)
 
-    def forward(self, residual: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, residual: Tensor, update: Tensor | None, attend: Attend | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(B, T, C) each -> (the residual stream, the update to add to it); both halves are pre-norm."""
         x, residual = self.ln_1(residual, update)
-        x, residual = self.ln_2(residual, self.attn(x))
+        x, residual = self.ln_2(residual, self.attn(x, attend))
         return residual, self.mlp(x)
 
 
 class Transformer(nn.Module):
-    """All but the last layer: token ids (B, T) to (B, T, C)."""
+    """All but the last layer: token ids (B, T) to (B, T, C).
+
+    In generation `position` (B, T) and, for each block, `attend` say where the tokens stand and what they
+    see; without them a sequence starts at 0 and sees itself.
+    """
 
     def __init__(self, config: GPTConfig, ops: kernels.Kernels):
         super().__init__()
@@ -115,14 +126,18 @@ class Transformer(nn.Module):
         self.ln_f = LayerNorm(config, ops)
         self.activation_checkpointing = config.activation_checkpointing
 
-    def forward(self, idx: Tensor) -> Tensor:
-        position = torch.arange(idx.size(1), device=idx.device)
+    def forward(
+        self, idx: Tensor, position: Tensor | None = None, attend: Sequence[Attend] | None = None
+    ) -> Tensor:
+        if position is None:
+            position = torch.arange(idx.size(1), device=idx.device)
         residual, update = self.drop(self.wte(idx) + self.wpe(position)), None
-        for block in self.h:
+        for i, block in enumerate(self.h):
+            how = None if attend is None else attend[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                residual, update = checkpoint(block, residual, update, use_reentrant=False)
+                residual, update = checkpoint(block, residual, update, how, use_reentrant=False)
             else:
-                residual, update = block(residual, update)
+                residual, update = block(residual, update, how)
         x, _ = self.ln_f(residual, update)
         return x
 
@@ -237,7 +252,6 @@ class GPT(nn.Module):
         flops = self.flops_per_token() * self.config.block_size * fwdbwd_per_iter
         return None if peak is None else flops / dt / peak
 
-    @torch.no_grad()
     def generate(
         self,
         idx: Tensor,
@@ -245,22 +259,16 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         generator: torch.Generator | None = None,
+        top_p: float | None = None,
     ) -> Tensor:
         """Continues idx (B, T) by `max_new_tokens` sampled ids -> (B, T + max_new_tokens).
 
-        The context is the last block_size tokens. Put the model into eval mode first.
-        `temperature` 0 takes the likeliest token; `top_k` samples among the k likeliest.
+        The context is the last block_size tokens. Put the model into eval mode first. The sampling is that of
+        `gpt.generate.choose`; prompts of different lengths, several samples of each, and tokens as they come
+        are `gpt.generate.stream`'s.
         """
-        for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :])
-            logits = logits[:, -1, :]
-            if temperature == 0:
-                chosen = logits.argmax(-1, keepdim=True)
-            else:
-                logits = logits / temperature
-                if top_k is not None:
-                    kth = torch.topk(logits, min(top_k, logits.size(-1))).values[:, [-1]]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                chosen = torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
-            idx = torch.cat((idx, chosen), dim=1)
-        return idx
+        from gpt.generate import Sampling, stream  # it imports this file
+
+        sampling = Sampling(temperature, top_k, top_p)
+        new = list(stream(self, list(idx), max_new_tokens, sampling, generator=generator))
+        return torch.cat((idx, *(ids[:, None] for ids in new)), dim=1)

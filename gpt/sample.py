@@ -1,16 +1,19 @@
-"""python -m gpt.sample: continues a prompt with a trained model. The flags are nanoGPT's."""
+"""python -m gpt.sample: continues prompts with a trained model. nanoGPT's flags, and more."""
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from gpt import cli, tokenizer
+from gpt import cli, pretrained, tokenizer
 from gpt.device import autocast, resolve_compile, resolve_device, resolve_dtype
+from gpt.generate import Sampling, stream
 from gpt.model import GPT
-from gpt.pretrained import best_or_latest, from_checkpoint, from_hugging_face, is_hugging_face
+from gpt.pretrained import best_or_latest
+
+SEPARATOR = "---------------"
 
 
 @dataclass
@@ -18,38 +21,107 @@ class SampleConfig:
     """Sample from a trained model."""
 
     init_from: str = (
-        "resume"  # resume (the checkpoint in out_dir), a path to a ckpt.pt, or gpt2, ..., gpt2-xl
+        "resume"  # resume (the checkpoint in out_dir), a ckpt.pt, gpt2, ..., gpt2-xl, a folder of theirs
     )
     out_dir: str = "out"  # where the checkpoint is
     start: str = "\n"  # the prompt, or FILE:path to read it from a file
-    num_samples: int = 10  # samples to draw
+    prompts: str = ""  # a file of prompts, one a line, to be continued together instead of start
+    interactive: bool = False  # ask for prompts, and continue each once
+    num_samples: int = 10  # samples of each prompt
     max_new_tokens: int = 500  # tokens in each
+    stop: str = ""  # end a sample before this text
     temperature: float = 0.8  # 1 as the model has it, less is less random, 0 takes the likeliest token
     top_k: int = 200  # sample among the k likeliest tokens
+    top_p: float = 1.0  # sample among the fewest likeliest tokens whose probabilities reach p together
+    batch_size: int = 32  # samples drawn at once
     seed: int = 1337  # of the random draws
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:1, ...
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     compile: bool = False  # torch.compile the model
     kernels: str = "auto"  # who computes: auto, triton, torch, or with exceptions
 
+    def sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_k, self.top_p)
+
 
 def load(config: SampleConfig, device: str) -> tuple[GPT, tokenizer.Tokenizer]:
     """The model in eval mode on `device`, and the tokenizer it was trained with."""
-    if config.init_from != "resume" and is_hugging_face(config.init_from):
-        model = from_hugging_face(config.init_from, {"kernels": config.kernels}, device)
-        return model.eval(), tokenizer.GPT2Tokenizer()
-    path = best_or_latest(Path(config.out_dir)) if config.init_from == "resume" else Path(config.init_from)
-    model, checkpoint = from_checkpoint(path, device, dropout=0.0, kernels=config.kernels)
-    described = checkpoint.get("tokenizer")
-    if described is None:  # nanoGPT's: it looks for the data set by name
-        folder = Path("data", checkpoint.get("config", {}).get("dataset", ""))
-        described = tokenizer.describe_dataset(folder)
-        if described["kind"] == "gpt2" and (model.config.vocab_size or 0) < tokenizer.GPT2_VOCAB_SIZE:
-            raise ValueError(
-                f"{path} knows {model.config.vocab_size} symbols and does not say which, and there is no "
-                f"{folder / 'meta.pkl'} to tell"
-            )
+    resume = config.init_from == "resume"
+    source = str(best_or_latest(Path(config.out_dir))) if resume else config.init_from
+    model, described = pretrained.load(source, device, dropout=0.0, kernels=config.kernels)
     return model.eval(), tokenizer.from_dict(described)
+
+
+class Continuation:
+    """What follows a prompt, as text: whole characters only, and only what comes before the stop text."""
+
+    def __init__(self, tokens: tokenizer.Tokenizer, stop: str):
+        self.tokens = tokens
+        self.stop = stop
+        self.text = ""
+        self.unread: list[int] = []  # ids that end within a character
+        self.stopped = False
+
+    def add(self, token: int) -> None:
+        if self.stopped:
+            return
+        self.unread.append(token)
+        if not self.tokens.decode(self.unread).endswith("\ufffd"):
+            self.finish()
+
+    def finish(self) -> None:
+        """Takes what is unread as it is: no more tokens will complete it."""
+        self.text += self.tokens.decode(self.unread)
+        self.unread = []
+        if self.stop and self.stop in self.text:
+            self.text = self.text[: self.text.index(self.stop)]
+            self.stopped = True
+
+    @property
+    def certain(self) -> int:
+        """How many characters of the text cannot become part of the stop text."""
+        longest = 0 if self.stopped else min(len(self.stop) - 1, len(self.text))
+        begun = (n for n in range(longest, 0, -1) if self.text.endswith(self.stop[:n]))
+        return len(self.text) - next(begun, 0)
+
+
+def encode(model: GPT, tokens: tokenizer.Tokenizer, prompt: str) -> list[int]:
+    """The ids of a prompt that the model can go on from; says so where it sees only their end.
+
+    Raises ValueError.
+    """
+    ids = tokens.encode(prompt)
+    vocab_size, block_size = model.config.vocab_size or 0, model.config.block_size
+    if not ids:
+        raise ValueError("the prompt is empty: give at least one symbol to go on from, such as --start='A'")
+    if max(ids) >= vocab_size:
+        raise ValueError(f"the prompt has token id {max(ids)}, and the model knows {vocab_size} symbols")
+    if len(ids) > block_size:
+        note = f"the prompt has {len(ids)} tokens and the model sees the last {block_size} of them"
+        print(note, file=sys.stderr)
+    return ids
+
+
+def continuations(
+    model: GPT,
+    tokens: tokenizer.Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    config: SampleConfig,
+    samples: int,
+    generator: torch.Generator | None = None,
+) -> Iterator[list[Continuation]]:
+    """`samples` continuations of each prompt, those of the first prompt first, after every token."""
+    texts = [Continuation(tokens, config.stop) for _ in prompts for _ in range(samples)]
+    rows = [torch.tensor(prompt, device=model.lm_head.weight.device) for prompt in prompts]
+    for ids in stream(model, rows, config.max_new_tokens, config.sampling(), samples, generator):
+        for text, token in zip(texts, ids.tolist(), strict=True):
+            text.add(token)
+        yield texts
+        if all(text.stopped for text in texts):
+            break
+    for text in texts:
+        text.finish()
+    yield texts
 
 
 def generate(
@@ -60,34 +132,69 @@ def generate(
     generator: torch.Generator | None = None,
 ) -> str:
     """One sample: the text of the prompt's ids and of those that follow. Raises ValueError."""
-    vocab_size = model.config.vocab_size or 0
-    if not prompt:
-        raise ValueError("the prompt is empty: give at least one symbol to go on from, such as --start='A'")
-    if max(prompt) >= vocab_size:
-        raise ValueError(f"the prompt has token id {max(prompt)}, and the model knows {vocab_size} symbols")
-    idx = torch.tensor([prompt], device=model.lm_head.weight.device)
-    out = model.generate(idx, config.max_new_tokens, config.temperature, config.top_k, generator)
-    return tokens.decode(out[0].tolist())
+    *_, (text,) = continuations(model, tokens, [prompt], config, 1, generator)
+    return tokens.decode(prompt) + text.text
+
+
+def show(
+    model: GPT, tokens: tokenizer.Tokenizer, prompts: Sequence[Sequence[int]], config: SampleConfig
+) -> None:
+    """Prints the samples of every prompt; the first of a batch appears as it is drawn."""
+    at_once = max(1, config.batch_size // config.num_samples)
+    for i in range(0, len(prompts), at_once):
+        batch = prompts[i : i + at_once]
+        for drawn in range(0, config.num_samples, config.batch_size):
+            samples = min(config.batch_size, config.num_samples - drawn)
+            print(tokens.decode(batch[0]), end="", flush=True)
+            shown = 0
+            for texts in continuations(model, tokens, batch, config, samples):
+                print(texts[0].text[shown : texts[0].certain], end="", flush=True)
+                shown = max(shown, texts[0].certain)
+            print(texts[0].text[shown:])
+            for row, text in enumerate(texts[1:], start=1):
+                print(SEPARATOR, tokens.decode(batch[row // samples]) + text.text, sep="\n")
+            print(SEPARATOR, flush=True)
+
+
+def converse(model: GPT, tokens: tokenizer.Tokenizer, config: SampleConfig) -> None:
+    """Continues each line that is typed, until the input ends; a prompt that cannot be is told."""
+    config = replace(config, num_samples=1)
+    while True:
+        try:
+            show(model, tokens, [encode(model, tokens, input("> "))], config)
+        except EOFError:
+            return print()
+        except ValueError as error:
+            print(error, file=sys.stderr)
 
 
 def main() -> None:
     config = cli.parse(SampleConfig, sys.argv[1:], prog="python -m gpt.sample")
-    for name, least in (("temperature", 0), ("top_k", 1), ("num_samples", 1), ("max_new_tokens", 1)):
-        if (value := getattr(config, name)) < least:
-            raise ValueError(f"{name}={value} must be >= {least}")
+    config.sampling()
+    for name in ("num_samples", "max_new_tokens", "batch_size"):
+        if (value := getattr(config, name)) < 1:
+            raise ValueError(f"{name}={value} must be >= 1")
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    prompt = Path(config.start[5:]).read_text() if config.start.startswith("FILE:") else config.start
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = True
     model, tokens = load(config, device)
-    ids = tokens.encode(prompt)
     if resolve_compile(config.compile, device):
-        model.compile(dynamic=True)  # the context grows by one at each step
+        model.transformer.compile(dynamic=True)  # a prompt has any length
     with autocast(device, dtype):
-        for _ in range(config.num_samples):
-            print(generate(model, tokens, ids, config))
-            print("---------------", flush=True)
+        if config.interactive:
+            converse(model, tokens, config)
+        else:
+            show(model, tokens, [encode(model, tokens, prompt) for prompt in _prompts(config)], config)
+
+
+def _prompts(config: SampleConfig) -> list[str]:
+    if config.prompts:
+        lines = Path(config.prompts).read_text().splitlines()
+        if not lines:
+            raise ValueError(f"{config.prompts} holds no prompts: write one a line")
+        return lines
+    return [Path(config.start[5:]).read_text() if config.start.startswith("FILE:") else config.start]
 
 
 if __name__ == "__main__":

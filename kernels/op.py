@@ -61,6 +61,7 @@ class Op:
     samples: tuple[dict[str, Any], ...]  # small and awkward: what the tests run
     shipped: tuple[dict[str, Any], ...]  # together they launch every kernel with every tile, for bench.aot
     launchers: Callable[..., None]  # launchers(**call) runs every launcher, on meta tensors too
+    differentiable: bool = True
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels import OPS
 from kernels.op import Op
 
+TRAINED = [op for op in OPS if op.differentiable]
 CASES = [(op, sample) for op in OPS for sample in op.samples]
 CASE_IDS = [f"{op.name}-{'-'.join(f'{k}={v}' for k, v in sample.items())}" for op, sample in CASES]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,7 +37,9 @@ def outputs(result: Any) -> tuple[Tensor, ...]:
 
 
 def upstream(op: Op, call: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Random gradients of the reference's outputs, in fp64, none of them 1."""
+    """Random gradients of the reference's outputs, in fp64, none of them 1; () for inference only."""
+    if not op.differentiable:
+        return ()
     results = outputs(op.reference(**call))
     return tuple(torch.randn(r.shape, device=r.device, dtype=torch.float64) + 1.5 for r in results)
 
@@ -44,11 +47,13 @@ def upstream(op: Op, call: dict[str, Any]) -> tuple[Tensor, ...]:
 def run(
     function: Callable[..., Any], call: dict[str, Any], gradients: tuple[Tensor, ...]
 ) -> dict[str, Tensor]:
-    """Every output and the gradient of every floating argument, by name."""
-    call = leaves(call)
+    """Every output and, with upstream gradients, the gradient of every floating argument, by name."""
+    call = leaves(call) if gradients else call
     results = outputs(function(**call))
-    torch.autograd.backward(results, [g.to(r.dtype) for g, r in zip(gradients, results)])
     found = {f"output {i}": r.detach() for i, r in enumerate(results)}
+    if not gradients:
+        return found
+    torch.autograd.backward(results, [g.to(r.dtype) for g, r in zip(gradients, results)])
     found |= {f"d{k}": v.grad for k, v in call.items() if floating(v)}
     return found
 

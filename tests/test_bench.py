@@ -52,7 +52,7 @@ def test_competitors_take_turns():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.differentiable])
 def test_a_wrong_result_is_not_timed(name, dtype, monkeypatch):
     """A gradient of which three hundredths are missing."""
     op = OPS[name]
@@ -89,12 +89,27 @@ def test_a_wrong_result_is_not_timed(name, dtype, monkeypatch):
     assert both["limit"] == pytest.approx(1000 * (forward + max(by_bytes, by_flops)) / both["median"])
 
 
+def test_an_operation_without_gradients_is_judged_and_timed_forward(monkeypatch):
+    op = OPS["decode_attention"]
+
+    def faulty(q, **rest):
+        return op.reference(q=q, **rest) * 0.999
+
+    monkeypatch.setattr(suite, "variants", lambda *_: [("right", op.reference), ("wrong", faulty)])
+    limits = {"copy_bytes_per_s": 1e9, "product_flops_per_s": 1e12}
+    found = suite.measure(op, suite.SMALL[op.name], torch.float32, "cpu", limits, 0.001)
+    assert found["wrong"].startswith("wrong: output 0 is off by 1.0e-03")
+    assert found["right"].keys() == {"bytes", "forward"}
+    assert found["right"]["forward"]["median"] > 0
+
+
 def test_every_operation_has_shapes_that_it_accepts():
     assert suite.SHAPES.keys() == suite.SMALL.keys() == OPS.keys()
     for name, samples in suite.SHAPES.items():
         for sample in samples:
             call = OPS[name].make(dtype=torch.bfloat16, device="meta", **sample)
-            assert OPS[name].cost(**call).backward_bytes > 0
+            cost = OPS[name].cost(**call)
+            assert (cost.backward_bytes if OPS[name].differentiable else cost.forward_bytes) > 0
 
 
 def test_the_suite_runs_from_a_bare_checkout_and_says_what_is_missing(tmp_path):
@@ -142,7 +157,9 @@ def test_throughput_makes_the_steps_of_training(monkeypatch):
     assert found["steps"] == 3 and found["tokens_per_s"] == pytest.approx(64e3 / found["step_ms"])
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "cross_entropy", "causal_attention"])
+@pytest.mark.parametrize(
+    "name", ["layer_norm", "add_layer_norm", "cross_entropy", "causal_attention", "decode_attention"]
+)
 def test_a_sweep_launches_each_candidate_and_leaves_the_table_as_it_was(name, monkeypatch):
     """On tensors without data, as an H100 would be given them."""
     op, sample = OPS[name], OPS[name].shipped[0]
@@ -221,7 +238,7 @@ def test_what_is_compiled_on_fewer_rows_is_what_is_timed(name):
     op = OPS[name]
     for sample in op.shipped:
         builds = []
-        for rows in (sample, tuner.fewer(sample)):
+        for rows in (sample, tuner.fewer(op, sample)):
             call = op.make(**{"dtype": torch.bfloat16, "device": "meta"} | rows)
             with record(assume=90) as launches:
                 op.launchers(**call)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gpt import cli, sample, tokenizer
+from gpt import generate as generation
 from tests.runs import TINY, run
 from train import __main__ as loop
 from train import plot
@@ -189,6 +190,96 @@ def test_samples_continue_the_prompt_with_the_seed_of_the_user(workplace, monkey
     assert greedy[0] == greedy[1]
 
 
+@pytest.fixture
+def trained(workplace):
+    run("--max_iters=40", "--lr_decay_iters=40")
+
+
+def drawn(monkeypatch, capsys, *flags):
+    """The samples that a command prints, with what it complains."""
+    flags = ["--device=cpu", "--max_new_tokens=30", *flags]
+    code, out, err = command(sample.main, monkeypatch, capsys, *flags)
+    assert code == 0, err
+    *samples, rest = out.split("---------------\n")
+    assert rest == ""
+    return samples, err
+
+
+def test_samples_are_those_of_generate(trained, monkeypatch, capsys):
+    """nanoGPT's loop on the prompt, repeated for each sample of a batch."""
+    found, _ = drawn(monkeypatch, capsys, "--start=king", "--num_samples=5", "--batch_size=3", "--top_k=4")
+    torch.manual_seed(1337)  # before the model is made, as in nanoGPT's sample.py
+    model, tokens = sample.load(sample.SampleConfig(), "cpu")
+    start, expected = torch.tensor([tokens.encode("king")]), []
+    for count in (3, 2):
+        rows = model.generate(start.repeat(count, 1), 30, temperature=0.8, top_k=4)
+        expected += [tokens.decode(row.tolist()) + "\n" for row in rows]
+    assert found == expected and len(set(found)) == 5
+
+
+def test_prompts_of_a_file_are_continued_together(trained, monkeypatch, capsys):
+    Path("prompts.txt").write_text("king\nthe queen of hearts\na\n")
+    both = ["--prompts=prompts.txt", "--num_samples=2"]
+    for flags in (both, [*both, "--batch_size=5"], [*both, "--batch_size=1"]):
+        samples, _ = drawn(monkeypatch, capsys, *flags, "--temperature=0")
+        starts = [p for p in ("king", "the queen of hearts", "a") for _ in range(2)]
+        alone = [
+            drawn(monkeypatch, capsys, f"--start={p}", "--num_samples=1", "--temperature=0")[0][0]
+            for p in starts
+        ]
+        assert samples == alone
+
+
+def test_a_sample_ends_before_the_stop_text(trained, monkeypatch, capsys):
+    whole, _ = drawn(monkeypatch, capsys, "--start=king", "--num_samples=4")
+    stop = whole[1][12:14]  # what the second comes to say
+    cut, _ = drawn(monkeypatch, capsys, "--start=king", "--num_samples=4", f"--stop={stop}")
+    assert cut == ["king" + s.rstrip("\n")[4:].split(stop)[0] + "\n" for s in whole] != whole
+
+
+def test_top_p_is_obeyed(trained, monkeypatch, capsys):
+    greedy, _ = drawn(monkeypatch, capsys, "--num_samples=1", "--start=king", "--temperature=0")
+    narrow, _ = drawn(monkeypatch, capsys, "--num_samples=1", "--start=king", "--top_p=1e-6")
+    assert narrow == greedy != drawn(monkeypatch, capsys, "--num_samples=1", "--start=king")[0]
+
+
+def test_a_conversation_goes_on_after_a_mistake(trained, monkeypatch, capsys):
+    lines = iter(["the king", "Ümlaut", "", "the queen"])
+
+    def ask(prompt):
+        for line in lines:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ask)
+    flags = ["--device=cpu", "--interactive=True", "--max_new_tokens=20"]
+    code, out, err = command(sample.main, monkeypatch, capsys, *flags)
+    first, second, end = out.split("---------------\n")
+    assert code == 0 and end == "\n"
+    assert first.startswith("the king") and len(first) == len("the king") + 20 + 1
+    assert second.startswith("the queen") and len(second) == len("the queen") + 20 + 1
+    assert "the symbol 'Ü'" in err and "the prompt is empty" in err
+
+
+def test_text_appears_as_it_is_drawn(trained, monkeypatch):
+    """The prompt before the first token, then every token before the next is drawn."""
+    model, tokens = sample.load(sample.SampleConfig(), "cpu")
+    events, choose = [], generation.choose
+    monkeypatch.setattr(generation, "choose", lambda *a: events.append("draw") or choose(*a))
+    monkeypatch.setattr("builtins.print", lambda *a, **k: events.append(("shown", *a)))
+    sample.show(model, tokens, [tokens.encode("king")], sample.SampleConfig(num_samples=1, max_new_tokens=3))
+    assert events[:2] == [("shown", "king"), "draw"]
+    kinds = [e if e == "draw" else "shown" for e in events[1:7]]
+    assert kinds == ["draw", "shown"] * 3 and all(len(e[1]) == 1 for e in events[2:7:2])
+
+
+def test_a_prompt_longer_than_the_context_is_told(trained, monkeypatch, capsys):
+    prompt = "the king and queen of hearts"
+    samples, err = drawn(monkeypatch, capsys, f"--start={prompt}", "--num_samples=1")
+    assert samples[0].startswith(prompt)
+    assert err == "the prompt has 28 tokens and the model sees the last 16 of them\n"
+
+
 def test_sampling_reads_best_where_the_run_kept_only_the_best(workplace, monkeypatch):
     run("--always_save_checkpoint=False", "--learning_rate=0", "--min_lr=0")
     state = torch.load("out/best.pt", weights_only=True)
@@ -211,11 +302,17 @@ def test_sampling_reads_best_where_the_run_kept_only_the_best(workplace, monkeyp
         (["--start=FILE:nowhere.txt"], "nowhere.txt"),
         (["--out_dir=nowhere"], "there is no checkpoint nowhere/ckpt.pt"),
         (["--top_k=0"], "top_k=0 must be >= 1"),
+        (["--top_p=0"], "top_p=0.0 must be above 0 and at most 1"),
+        (["--top_p=1.5"], "top_p=1.5 must be above 0 and at most 1"),
+        (["--num_samples=0"], "num_samples=0 must be >= 1"),
+        (["--prompts=nowhere.txt"], "nowhere.txt"),
+        (["--prompts=out/empty.txt"], "out/empty.txt holds no prompts"),
         (["--temperature=-1"], "temperature=-1.0 must be >= 0"),
     ],
 )
 def test_a_mistake_in_sampling_is_one_sentence(workplace, monkeypatch, capsys, flags, message):
     run("--max_iters=1")
+    Path("out/empty.txt").touch()
     code, _, err = command(sample.main, monkeypatch, capsys, "--device=cpu", *flags)
     assert code == 1 and message in err and err.startswith("error: ") and err.count("\n") == 1
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kernels
 from kernels import OPS
-from tests.kernel_cases import distance, judge, leaves, make, run, upstream
+from tests.kernel_cases import TRAINED, distance, judge, leaves, make, run, upstream
 
 BY_NAME = {op.name: op for op in OPS}
 attention = kernels.attention
@@ -223,10 +223,60 @@ def test_half_precision_mean_does_not_underflow(device: str, poisoned: None) -> 
     assert distance(ours[1:], expected[1:]) < 2e-3 * expected[1:].abs().max().item()
 
 
+# ---- the cache of a generation
+
+
+def test_what_lies_beyond_a_length_is_never_read(device: str, poisoned: None) -> None:
+    """The cache holds there what was there before; a length beyond the cache is that of the cache."""
+    op = BY_NAME["decode_attention"]
+    call = make(op, torch.float32, device, {"B": 6, "H": 2, "T": 70, "D": 32})
+    call["lengths"] = torch.tensor([1, 2, 16, 17, 69, 70], device=device)
+    unread = torch.arange(70, device=device) >= call["lengths"][:, None]
+    poison = {k: call[k].masked_fill(unread[:, None, :, None], torch.nan) for k in ("k_cache", "v_cache")}
+    found = run(op.implementations["triton"], call | poison, ())
+    judge(op, found, call, ())
+    longer = call | {"lengths": torch.tensor([1, 2, 16, 17, 69, 1000], device=device)}
+    assert torch.equal(run(op.implementations["triton"], longer, ())["output 0"], found["output 0"])
+
+
+def test_more_programs_than_keys(device: str, poisoned: None) -> None:
+    """The heads are cut for the longest a sequence may become: most parts of a short one are empty."""
+    op = BY_NAME["decode_attention"]
+    call = make(op, torch.float32, device, {"B": 1, "H": 1, "T": 1000, "D": 16})
+    for length in (1, 3, 40):
+        call["lengths"] = torch.tensor([length], device=device)
+        judge(op, run(op.implementations["triton"], call, ()), call, ())
+
+
+def test_scores_far_from_zero(device: str, poisoned: None) -> None:
+    """Maxima are subtracted within a tile, between tiles and between parts, whichever comes first."""
+    op = BY_NAME["decode_attention"]
+    for order in (1, -1):
+        call = make(op, torch.float32, device, {"B": 1, "H": 1, "T": 130, "D": 16})
+        call["k_cache"] = (
+            call["q"][:, :, None] * torch.linspace(-300, 300, 130, device=device)[:, None] * order
+        )
+        judge(op, run(op.implementations["triton"], call, ()), call, ())
+
+
+def test_offsets_beyond_int32_in_the_cache(device: str) -> None:
+    op = BY_NAME["decode_attention"]
+    call = make(op, torch.float16, device, {"B": 4, "H": 2, "T": 3, "D": 16})
+    far = {k: _far_apart(call[k], INT32 // 3 + 16) for k in ("k_cache", "v_cache")}
+    judge(op, run(op.implementations["triton"], call | far, ()), call, ())
+
+
+def test_no_gradient_is_pretended(device: str) -> None:
+    op = BY_NAME["decode_attention"]
+    call = leaves(make(op, torch.float32, device, op.samples[1]))
+    with pytest.raises(RuntimeError):
+        op.implementations["triton"](**call).sum().backward()
+
+
 # ---- every backward
 
 
-@pytest.mark.parametrize("op", OPS, ids=BY_NAME)
+@pytest.mark.parametrize("op", TRAINED, ids=lambda op: op.name)
 def test_gradients_follow_the_upstream_gradient(op: Any, device: str, poisoned: None) -> None:
     """modded-nanogpt: a backward ignored it. Doubled, the gradients double; zero, they are zero."""
     call = make(op, torch.float32, device, op.samples[2])
@@ -240,7 +290,7 @@ def test_gradients_follow_the_upstream_gradient(op: Any, device: str, poisoned: 
             assert (never[name] == 0).all()
 
 
-@pytest.mark.parametrize("op", OPS, ids=BY_NAME)
+@pytest.mark.parametrize("op", TRAINED, ids=lambda op: op.name)
 def test_every_subset_of_gradients(op: Any, device: str, poisoned: None) -> None:
     """unsloth: a gradient was silently None when another one was not wanted."""
     call = make(op, torch.float32, device, op.samples[2])

@@ -17,6 +17,7 @@ W = torch.randn(8)
 QKV = torch.randn(1, 5, 3, 2, 16)
 TARGET = torch.tensor([0, 1, 2, 3])
 HEAD = torch.randn(6, 8)
+QUERY, CACHE, LENGTHS = torch.randn(2, 3, 16), torch.randn(2, 3, 9, 16), torch.tensor([9, 4])
 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "norm over two dimensions": (
@@ -107,6 +108,30 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "no rows in a chunk": (
         lambda: kernels.linear_cross_entropy(X, HEAD, TARGET, chunk_size=0),
         "linear_cross_entropy: chunk_size=0 must be at least 1",
+    ),
+    "a cache of other heads": (
+        lambda: kernels.decode_attention(QUERY, CACHE[:, :1], CACHE[:, :1], LENGTHS),
+        r"decode_attention: q \(2, 3, 16\) and k_cache \(2, 1, 9, 16\) must be \(B, H, D\) and",
+    ),
+    "an empty cache": (
+        lambda: kernels.decode_attention(QUERY, CACHE[:, :, :0], CACHE[:, :, :0], LENGTHS),
+        "with T at least 1",
+    ),
+    "values of another length": (
+        lambda: kernels.decode_attention(QUERY, CACHE, CACHE[:, :, :8], LENGTHS),
+        r"decode_attention: v_cache \(2, 3, 8, 16\) torch.float32 must be as k_cache \(2, 3, 9, 16\)",
+    ),
+    "a cache of another dtype": (
+        lambda: kernels.decode_attention(QUERY.half(), CACHE, CACHE, LENGTHS),
+        "and q, torch.float16, of their dtype",
+    ),
+    "lengths of int32": (
+        lambda: kernels.decode_attention(QUERY, CACHE, CACHE, LENGTHS.int()),
+        r"decode_attention: lengths is \(2,\) torch.int32 on cpu; q \(2, 3, 16\) needs \(2,\) torch.int64",
+    ),
+    "a query with a head too small": (
+        lambda: kernels.decode_attention(QUERY[..., :8], CACHE[..., :8], CACHE[..., :8], LENGTHS),
+        r"decode_attention: q \(2, 3, 8\) has D=8; D from 16 to 128 is allowed",
     ),
     "a head without classes": (
         lambda: kernels.linear_cross_entropy(X, HEAD[:0], TARGET),

@@ -91,13 +91,16 @@ def test_the_readme_names_what_exists():
     assert listed == presets
     assert all(p in presets for p in re.findall(r"-m train (\w+)(?![\w/])", text))
     from gpt.cli import flag_names
+    from gpt.convert import ConvertConfig
     from gpt.sample import SampleConfig
     from train.config import TrainConfig
+    from train.evaluate import EvaluateConfig
     from train.prepare.__main__ import PrepareConfig, TokenizerConfig
 
-    flags = {
-        n for c in (TrainConfig, SampleConfig, PrepareConfig, TokenizerConfig) for n in flag_names(c)
-    } | {
+    configs = (TrainConfig, SampleConfig, PrepareConfig, TokenizerConfig, ConvertConfig, EvaluateConfig)
+    flags = {n for c in configs for n in flag_names(c)} | {
+        "model",  # lm-evaluation-harness
+        "model_args",
         "nanogpt",
         "help",
         "check",

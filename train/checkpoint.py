@@ -28,6 +28,7 @@ from gpt.pretrained import (
     MODEL_ARGS,
     from_checkpoint,
     from_hugging_face,
+    hugging_face_tokenizer,
     is_hugging_face,
     read_checkpoint,
 )
@@ -56,7 +57,7 @@ def initial_model(
 
     if is_hugging_face(source):
         model = from_hugging_face(source, {"dropout": wanted.dropout, "kernels": wanted.kernels}, device)
-        checkpoint: dict[str, Any] = {"tokenizer": {"kind": "gpt2"}}
+        checkpoint: dict[str, Any] = {"tokenizer": hugging_face_tokenizer(source)}
     else:
         source_path = latest if source == "resume" else Path(source)
         if not source_path.suffix and not source_path.exists():

@@ -1,0 +1,264 @@
+"""Weights in and out: bit for bit there and back, and in transformers' hands the same logits."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt import convert, sample, tokenizer
+from gpt.model import GPT, GPTConfig
+from gpt.pretrained import from_hugging_face, load, read_checkpoint, save_checkpoint, save_hugging_face
+from tests.runs import run
+from tests.test_command_line import command
+from tests.test_generate import stir
+from train.checkpoint import initial_model
+from train.config import parse
+from train.distributed import Ranks
+
+CHARS = {"kind": "char", "symbols": ["\n", " ", "é", "<", "b", "\u2028"]}
+GPT2 = {"kind": "gpt2"}
+
+
+def build(described=CHARS, **changes):
+    torch.manual_seed(0)
+    vocab_size = len(described.get("symbols", ())) or 50304
+    config = dict(block_size=24, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=32, dropout=0.25)
+    model = GPT(GPTConfig(**config | changes)).eval()
+    stir(model)
+    return model
+
+
+def logits(model, idx):
+    with torch.no_grad():
+        return model(idx, idx, return_logits=True)[0]
+
+
+@pytest.fixture
+def gpt2_files(monkeypatch, tmp_path):
+    """GPT-2's two files in miniature: its bytes, and two merges."""
+    alphabet = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]]
+    tokens = [*alphabet, "Ġt", "he"]
+    encoder = {token: i for i, token in enumerate(tokens)} | {"<|endoftext|>": 50256}
+    files = {"encoder.json": json.dumps(encoder).encode(), "vocab.bpe": "#version: 0.2\nĠ t\nh e\n".encode()}
+    monkeypatch.setattr(tokenizer, "gpt2_files", lambda: files)
+    return encoder
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_checkpoint_goes_to_hugging_face_and_back_bit_for_bit(tmp_path, bias, activation):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = build(bias=bias, activation=activation)
+    save_checkpoint(model, CHARS, tmp_path / "a" / "ckpt.pt")
+    convert.convert(str(tmp_path / "a" / "ckpt.pt"), tmp_path / "hf")
+    convert.convert(str(tmp_path / "hf"), tmp_path / "b.pt")
+    first, second = read_checkpoint(tmp_path / "a" / "ckpt.pt"), read_checkpoint(tmp_path / "b.pt")
+    assert first["model_args"] == second["model_args"] and first["model_args"]["dropout"] == 0.25
+    assert (second["activation"], second["tokenizer"]) == (activation, CHARS)
+    assert list(first["model"]) == list(second["model"])
+    for name, weight in first["model"].items():
+        assert torch.equal(weight, model.state_dict()[name]) and torch.equal(weight, second["model"][name])
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    idx = torch.randint(6, (2, 24))
+    torch.testing.assert_close(theirs(idx).logits, logits(model, idx), rtol=1e-5, atol=1e-5)
+    chars = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "bé <\n b\u2028"
+    assert chars(text).input_ids == tokenizer.CharTokenizer(CHARS["symbols"]).encode(text)
+    assert chars.decode(chars(text).input_ids) == text
+
+
+def test_a_tokenizer_of_ones_own_goes_along_and_back(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(
+        models.BPE({t: i for i, t in enumerate([*letters, "th", "the"])}, [("t", "h"), ("th", "e")])
+    )
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.add_special_tokens(["<|endoftext|>"])
+    described = {"kind": "json", "vocab_size": 259, "json": bpe.to_str()}
+    model = GPT(GPTConfig(24, 320, 1, 2, 32)).eval()
+    save_hugging_face(model, described, tmp_path / "hf")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "the äther <|endoftext|>"
+    assert theirs(text).input_ids == tokenizer.JsonTokenizer(bpe.to_str()).encode(text)
+    assert (
+        theirs.eos_token_id
+        == json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"]
+        == 258
+    )
+    again, found = load(str(tmp_path / "hf"))
+    assert found == described and torch.equal(again.lm_head.weight, model.lm_head.weight)
+    convert.convert(str(tmp_path / "hf"), tmp_path / "small.pt", vocab_size=259)
+    assert read_checkpoint(tmp_path / "small.pt")["model_args"]["vocab_size"] == 259
+
+
+def test_gpt2s_tokenizer_goes_along(tmp_path, gpt2_files):
+    from transformers import AutoTokenizer
+
+    save_hugging_face(build(GPT2), GPT2, tmp_path / "hf")
+    bpe = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert bpe("b the<|endoftext|>").input_ids == [gpt2_files[t] for t in ("b", "Ġt", "he", "<|endoftext|>")]
+    assert bpe.eos_token_id == 50256 == json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_hugging_face_to_a_checkpoint_and_back_bit_for_bit(tmp_path, kind, gpt2_files):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    hf = GPT2LMHeadModel(GPT2Config(n_positions=24, n_layer=2, n_head=2, n_embd=32, resid_pdrop=0.3)).eval()
+    stir(hf)
+    hf.save_pretrained(tmp_path / "a")
+    if kind == "bin":
+        (tmp_path / "a" / "model.safetensors").unlink()
+        torch.save(hf.state_dict(), tmp_path / "a" / "pytorch_model.bin")
+    convert.convert(str(tmp_path / "a"), tmp_path / "ckpt.pt")
+    convert.convert(str(tmp_path / "ckpt.pt"), tmp_path / "b")
+    again = GPT2LMHeadModel.from_pretrained(tmp_path / "b").eval()
+    for (name, a), b in zip(hf.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    model, described = load(str(tmp_path / "ckpt.pt"))
+    assert (model.config.activation, described, model.config.dropout) == ("gelu_tanh", GPT2, 0.0)
+    idx = torch.randint(50257, (2, 24))
+    torch.testing.assert_close(logits(model.eval(), idx), hf(idx).logits, rtol=1e-5, atol=1e-5)
+    assert GPT.from_pretrained(str(tmp_path / "a"), {"dropout": 0.1}).config.dropout == 0.1
+
+
+def test_biases_that_were_trained_elsewhere_are_kept(tmp_path):
+    """A model without, fine-tuned by transformers, has some."""
+    from transformers import GPT2LMHeadModel
+
+    save_hugging_face(build(bias=False), CHARS, tmp_path / "hf")
+    assert not from_hugging_face(str(tmp_path / "hf"), {}).config.bias
+    hf = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    hf.transformer.h[1].mlp.c_fc.bias.data[3] = 0.5
+    hf.save_pretrained(tmp_path / "tuned")
+    model = from_hugging_face(str(tmp_path / "tuned"), {}).eval()
+    idx = torch.randint(6, (2, 24))
+    torch.testing.assert_close(logits(model, idx), hf(idx).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_of_the_vocabulary_is_left_out_and_added(tmp_path, monkeypatch, capsys):
+    model = build(GPT2)
+    save_checkpoint(model, GPT2, tmp_path / "padded.pt")
+    paths = [str(tmp_path / name) for name in ("padded.pt", "exact.pt", "again.pt", "small.pt")]
+    _, out, _ = command(convert.main, monkeypatch, capsys, *paths[:2], "--vocab_size=50257")
+    assert f"50304 rows in {paths[0]}, 50257 in {paths[1]}, for 50257 symbols" in out
+    _, out, _ = command(convert.main, monkeypatch, capsys, paths[1], "--vocab_size=50304", paths[2])
+    assert "50257 rows" in out and "50304 in" in out
+    exact, again = load(paths[1])[0].eval(), load(paths[2])[0].eval()
+    assert (exact.config.vocab_size, again.config.vocab_size) == (50257, 50304)
+    idx = torch.randint(50257, (2, 24))
+    expected = logits(model, idx)[..., :50257]
+    assert torch.allclose(logits(exact, idx), expected, rtol=1e-5, atol=1e-5)
+    padded = logits(again, idx)
+    assert torch.allclose(padded[..., :50257], expected, rtol=1e-5, atol=1e-5)
+    mean = expected.mean(-1, keepdim=True).expand(-1, -1, 47)  # a logit of 0 might be the likeliest
+    assert torch.allclose(padded[..., 50257:], mean, rtol=1e-4, atol=1e-4)
+    code, _, err = command(convert.main, monkeypatch, capsys, paths[1], paths[3], "--vocab_size=50256")
+    assert code == 1 and "vocab_size=50256 is too small: the tokenizer has 50257 symbols" in err
+
+
+def test_a_folder_is_sampled_from_and_trained_on(workplace, monkeypatch, capsys):
+    state = run("--max_iters=20")
+    convert.convert("out/ckpt.pt", Path("hf"))
+    flags = ["--device=cpu", "--num_samples=2", "--max_new_tokens=20", "--start=king"]
+    _, expected, _ = command(sample.main, monkeypatch, capsys, *flags)
+    _, found, _ = command(sample.main, monkeypatch, capsys, *flags, "--init_from=hf")
+    assert found == expected and found.startswith("king")
+    config, given = parse(["--init_from=hf", "--dataset=tiny"])
+    model, _ = initial_model(
+        config, given, tokenizer.describe_dataset(Path("data/tiny")), Ranks(0, 1, "cpu", None)
+    )
+    assert all(torch.equal(w, state["model"][n]) for n, w in model.state_dict().items())
+
+
+def test_what_nanogpt_reads_is_in_a_converted_checkpoint(tmp_path):
+    """Its sample.py: GPTConfig(**model_args), load_state_dict, and config, where it looks for a data set."""
+    save_checkpoint(build(), CHARS, tmp_path / "ckpt.pt")
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    seven = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
+    assert state["model_args"].keys() == seven and "dataset" not in state["config"]
+    assert state["model"].keys() == build().state_dict().keys()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_hugging_face(build(), CHARS, Path("hf"))
+    return Path("hf")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model_type": "gpt_neo"}, "could not be loaded: it is a gpt_neo, and only GPT-2 is known here"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "has scale_attn_by_inverse_layer_idx=True; only False"),
+        ({"layer_norm_epsilon": 1e-6}, "has layer_norm_epsilon=1e-06; only 1e-05 is known here"),
+        ({"activation_function": "relu"}, "has the activation 'relu'; known: gelu, gelu_new"),
+        (
+            {"n_layer": 3},
+            "could not be loaded: it lacks 12 weights, transformer.h.2.attn.c_attn.bias the first",
+        ),
+        ({"n_positions": 30}, "could not be loaded"),
+    ],
+)
+def test_a_model_that_computes_something_else_is_refused(folder, change, sentence):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError) as error:
+        from_hugging_face("hf", {})
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_head_of_its_own_is_refused(folder):
+    from transformers import GPT2LMHeadModel
+
+    hf = GPT2LMHeadModel.from_pretrained("hf", tie_word_embeddings=False)
+    hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight + 1)
+    hf.save_pretrained("untied")
+    with pytest.raises(ValueError, match="'untied' has an lm_head of its own"):
+        from_hugging_face("untied", {})
+
+
+def test_mistakes_in_converting_are_one_sentence(folder, monkeypatch, capsys):
+    shutil.copytree("hf", "truncated")
+    weights = Path("truncated/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:5000])
+    shutil.copytree("hf", "nameless")
+    for file in Path("nameless").glob("tokenizer*"):
+        file.unlink()
+    cases = {
+        ("hf",): "python -m gpt.convert FROM TO [--vocab_size=N] takes two paths",
+        ("hf", "hf"): "hf is there already; remove it, or choose another name",
+        ("nowhere.pt", "x"): "there is no checkpoint nowhere.pt",
+        ("truncated", "x"): "'truncated' could not be loaded",
+        ("nameless", "x"): "nameless knows 6 symbols: its tokenizer is not gpt2 (50,257 symbols)",
+        ("gpt2-medum", "x"): "did you mean 'gpt2-medium'",
+    }
+    for args, sentence in cases.items():
+        code, _, err = command(convert.main, monkeypatch, capsys, *args)
+        last = err.strip().splitlines()[-1]
+        assert code == 1 and last.startswith("error: ") and sentence in last, err
+        assert not Path("x").exists()
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    """Without its cache and, for the test's sake, without the network."""
+    import transformers
+
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect to the hub\nCheck your internet connection")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained("gpt2")
+    assert str(error.value) == (
+        "'gpt2' could not be loaded: We couldn't connect to the hub; the path of a local folder works too"
+    )

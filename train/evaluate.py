@@ -1,0 +1,242 @@
+"""python -m train.evaluate: what a trained model is worth, as one JSON object; under torchrun by all ranks.
+
+On a token file: the mean loss of every token but the first, in order, each once; perplexity; bits per byte.
+A window's tokens have at least block_size - stride tokens before them, but at the start of the file: a
+smaller stride is a fairer figure, and costs block_size / stride times as much.
+
+On HellaSwag: of four endings the one with the least loss a token is the model's choice (acc_norm; acc is by
+the least sum), tokenized and scored as build-nanogpt and llm.c do.
+Source: Zellers et al., 2019, https://arxiv.org/abs/1905.07830; https://github.com/karpathy/build-nanogpt
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt import cli, pretrained, tokenizer
+from gpt.device import autocast, resolve_dtype
+from gpt.model import GPT
+from gpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
+from train import distributed
+from train.data import TokenFile, to_device
+from train.distributed import Ranks
+
+
+@dataclass
+class EvaluateConfig:
+    """Evaluate a trained model on tokens, on HellaSwag, or on both."""
+
+    init_from: str = "resume"  # resume (the checkpoint in out_dir), a ckpt.pt, gpt2, ..., a folder of theirs
+    out_dir: str = "out"  # where the checkpoint is
+    data: str = ""  # a token file, such as data/openwebtext/val.bin
+    stride: int = 0  # tokens from one window to the next; 0 is block_size, and the fastest
+    hellaswag: str = ""  # a jsonl file of ctx, endings and label; or hub, Hugging Face's validation set
+    batch_size: int = 8  # windows, or examples of HellaSwag, at once on each rank
+    result: str = ""  # a file for the JSON, beside printing it
+    backend: str = "auto"  # of torch.distributed: auto, nccl, gloo
+    device: str = "auto"  # auto, cpu, mps, cuda, cuda:1, ...
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    kernels: str = "auto"  # who computes: auto, triton, torch, or with exceptions
+
+
+class Row(NamedTuple):
+    """A sequence, and where in it the targets that count begin."""
+
+    ids: Sequence[int]
+    first: int  # ids[first] is the first token whose loss counts, at least 1
+
+
+def main() -> None:
+    config = cli.parse(EvaluateConfig, sys.argv[1:], prog="python -m train.evaluate")
+    if not config.data and not config.hellaswag:
+        raise ValueError("nothing to evaluate on: give --data=FILE.bin, --hellaswag=FILE.jsonl, or both")
+    if config.batch_size < 1:
+        raise ValueError(f"batch_size={config.batch_size} must be at least 1")
+    ranks = distributed.start(config.backend, config.device)
+    result = evaluate(config, ranks)
+    if ranks.is_main:
+        text = json.dumps(result, indent=1)
+        print(text)
+        if config.result:
+            Path(config.result).write_text(text + "\n")
+    distributed.stop(ranks)
+
+
+def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
+    """What was asked for, the same on every rank. Raises ValueError, OSError."""
+    resume = config.init_from == "resume"
+    source = str(pretrained.best_or_latest(Path(config.out_dir))) if resume else config.init_from
+    torch.backends.cuda.matmul.allow_tf32 = True
+    model, described = pretrained.load(source, ranks.device, dropout=0.0, kernels=config.kernels)
+    model.eval()
+    dtype = resolve_dtype(config.dtype, ranks.device)
+    result: dict[str, Any] = {"model": source, "dtype": dtype}
+    with torch.no_grad(), autocast(ranks.device, dtype):
+        if config.data:
+            result["tokens"] = on_tokens(model, described, config, ranks)
+        if config.hellaswag:
+            tokens = tokenizer.from_dict(described)
+            result["hellaswag"] = on_hellaswag(model, tokens, config, ranks)
+    return result
+
+
+def on_tokens(model: GPT, described: dict[str, Any], config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
+    """Loss in nats, perplexity and bits per byte over all tokens of a file but the first."""
+    path = Path(config.data)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: prepare the data first, see python -m train.prepare")
+    theirs = tokenizer.describe_dataset(path.parent)
+    if theirs != described and theirs["kind"] != "gpt2":  # GPT-2's leaves no trace beside the file
+        raise ValueError(f"{path} was prepared with another tokenizer or alphabet than the model's")
+    file = TokenFile(path, replace(model.config, block_size=1), seed=0)
+    block_size = model.config.block_size
+    stride = config.stride or block_size
+    if not 1 <= stride <= block_size:
+        raise ValueError(f"stride={stride} must be from 1 to block_size={block_size}")
+    sizes = _bytes_of_ids(tokenizer.from_dict(described))
+
+    def rows() -> Iterator[Row]:
+        for index, start in enumerate(_starts(len(file), block_size, stride)):
+            if index // config.batch_size % ranks.world_size == ranks.rank:
+                ids = file.read(np.array([start]), min(block_size + 1, len(file) - start))[0]
+                file.check_ids(int(ids.max()))
+                yield Row(ids.tolist(), 1 if start == 0 else block_size - stride + 1)
+
+    nats, count, size = 0.0, 0.0, 0.0
+    for batch in _batches(rows(), config.batch_size):
+        nats += _losses(model, batch, ranks.device).cpu().double().sum().item()
+        scored = [i for row in batch for i in row.ids[row.first :]]
+        count += len(scored)
+        size += sizes[scored].sum() if sizes is not None else 0
+    nats, count, size = _sum(ranks, nats, count, size)
+    assert count == len(file) - 1
+    return {
+        "file": str(path), "tokens": int(count), "block_size": block_size, "stride": stride,
+        "loss": nats / count, "perplexity": math.exp(nats / count),
+        "bytes": int(size) or None, "bits_per_byte": nats / math.log(2) / size if size else None,
+    }  # fmt: skip
+
+
+def on_hellaswag(model: GPT, tokens: Tokenizer, config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
+    """Shares of the examples where the right ending has the least loss: a token (acc_norm), in sum (acc)."""
+    examples = list(_hellaswag(config.hellaswag))
+    right, right_norm = 0.0, 0.0
+    for batch in _batches(iter(examples[ranks.rank :: ranks.world_size]), config.batch_size):
+        rows = [row for context, endings, _ in batch for row in _endings(model, tokens, context, endings)]
+        losses = _losses(model, rows, ranks.device).sum(1).tolist()
+        for _, endings, label in batch:
+            of_each, losses = losses[: len(endings)], losses[len(endings) :]
+            lengths, rows = [len(r.ids) - r.first for r in rows[: len(endings)]], rows[len(endings) :]
+            right += min(range(len(endings)), key=of_each.__getitem__) == label
+            right_norm += min(range(len(endings)), key=lambda i: of_each[i] / lengths[i]) == label
+    right, right_norm = _sum(ranks, right, right_norm)
+    n = len(examples)
+    return {"source": config.hellaswag, "examples": n, "acc": right / n, "acc_norm": right_norm / n}
+
+
+def _starts(length: int, block_size: int, stride: int) -> Iterator[int]:
+    """Where the windows over a file of `length` tokens begin; the last is the first to reach its end."""
+    start = 0
+    while True:
+        yield start
+        if start + block_size + 1 >= length:
+            return
+        start += stride
+
+
+def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    return iter(lambda: list(islice(items, size)), [])
+
+
+def _losses(model: GPT, rows: Sequence[Row], device: str) -> Tensor:
+    """The loss in nats of every target that counts, 0 elsewhere: (len(rows), longest row - 1), fp32."""
+    idx = torch.zeros(len(rows), max(len(row.ids) for row in rows) - 1, dtype=torch.int64)
+    targets = torch.full_like(idx, -1)
+    for row, inputs, wanted in zip(rows, idx, targets):
+        ids = torch.tensor(row.ids)
+        inputs[: len(ids) - 1] = ids[:-1]  # filled up on the right, where what counts does not look
+        wanted[row.first - 1 : len(ids) - 1] = ids[row.first :]
+    idx, targets = to_device((idx, targets), device)
+    x = model.transformer(idx)
+    losses = model.ops.linear_cross_entropy(
+        x.flatten(0, 1), model.lm_head.weight, targets.flatten(), ignore_index=-1, reduction="none"
+    )
+    return losses.view_as(targets)
+
+
+def _endings(model: GPT, tokens: Tokenizer, context: str, endings: Sequence[str]) -> Iterator[Row]:
+    """A row for each ending, after the context; what does not fit is taken from the context's beginning."""
+    before = tokens.encode(context)
+    vocab_size, room = model.config.vocab_size or 0, model.config.block_size + 1
+    for ending in endings:
+        after = tokens.encode(" " + ending)
+        ids = (before + after)[-room:]
+        if max(ids) >= vocab_size:
+            raise ValueError(f"HellaSwag gives token id {max(ids)}, and the model knows {vocab_size} symbols")
+        yield Row(ids, max(1, len(ids) - len(after)))
+
+
+def _hellaswag(source: str) -> Iterator[tuple[str, list[str], int]]:
+    """(context, endings, index of the right one). Raises ValueError, OSError."""
+    if source == "hub":
+        try:
+            from datasets import load_dataset
+        except ImportError:
+            raise ValueError("--hellaswag=hub needs the package datasets: pip install datasets") from None
+        try:
+            examples = list(load_dataset("Rowan/hellaswag", split="validation"))
+        except Exception as error:  # whatever the hub and what reads it raise
+            raise OSError(
+                f"HellaSwag could not be fetched ({str(error).strip().splitlines()[0][:160]}); "
+                "give its hellaswag_val.jsonl as --hellaswag=FILE"
+            ) from None
+    else:
+        if not Path(source).is_file():
+            raise FileNotFoundError(f"there is no file {source}: give HellaSwag's jsonl, or --hellaswag=hub")
+        lines = Path(source).read_text(encoding="utf-8").splitlines()
+        examples = [_example(source, number, line) for number, line in enumerate(lines, start=1) if line]
+    if not examples:
+        raise ValueError(f"{source} holds no examples")
+    for example in examples:
+        yield example["ctx"], list(example["endings"]), int(example["label"])
+
+
+def _example(source: str, number: int, line: str) -> dict[str, Any]:
+    try:
+        example = json.loads(line)
+        assert isinstance(example["ctx"], str) and 0 <= int(example["label"]) < len(example["endings"])
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"{source}, line {number}, is no example of ctx, endings and label ({type(error).__name__})"
+        ) from None
+    return example
+
+
+def _bytes_of_ids(tokens: Tokenizer) -> np.ndarray | None:
+    """UTF-8 bytes of the text that each id stands for; the end of a document is no text. None: not known."""
+    if isinstance(tokens, CharTokenizer):
+        return np.array([len(symbol.encode()) for symbol in tokens.symbols])
+    if isinstance(tokens, GPT2Tokenizer):
+        sizes = [len(tokens.bpe.decode_single_token_bytes(i)) for i in range(tokenizer.GPT2_VOCAB_SIZE)]
+        sizes[tokenizer.GPT2_END_OF_TEXT] = 0
+        return np.array(sizes)
+    return None
+
+
+def _sum(ranks: Ranks, *values: float) -> list[float]:
+    """Each value summed over the ranks."""
+    device = ranks.device if ranks.backend else "cpu"
+    return ranks.sum(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+
+
+if __name__ == "__main__":
+    cli.run(main)
