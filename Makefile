@@ -21,10 +21,10 @@ quickstart: $(INSTALLED)  ## install, prepare a corpus, train a small GPT, sampl
 	@PYTHON=$(PY) DATA=$(DATA) sh train/quickstart.sh
 
 test: $(INSTALLED_TEST)  ## install what the tests need, run them all
-	@$(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=8
 
 soak: $(INSTALLED_TEST)  ## kill a run a hundred times, during saves too, and compare it with one that was not
-	@KILLS=100 $(PY) -m pytest tests/test_faults.py -k killed
+	@KILLS=100 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_faults.py -k killed
 
 lint: $(INSTALLED_TEST)  ## ruff and mypy
 	@$(PY) -m ruff check .

@@ -2,7 +2,7 @@ from setuptools import find_namespace_packages, setup
 
 HF = ["transformers>=5,<6", "safetensors"]
 DATA = ["datasets>=4,<6", "tokenizers"]
-DEV = [*HF, *DATA, "pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy"]
+DEV = [*HF, *DATA, "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy"]
 
 setup(
     name="tritongpt",
