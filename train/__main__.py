@@ -3,6 +3,7 @@
 The flags are those of train/config.py. This file is the whole run, to be read from top to bottom.
 """
 
+import math
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +35,8 @@ Precision = Callable[[], AbstractContextManager]
 
 def main() -> None:
     config, given = parse(sys.argv[1:])
-    ranks = distributed.start(config.backend, config.device, config.timeout)
     try:
+        ranks = distributed.start(config.backend, config.device, config.timeout)
         train(config, ranks, given, StopRequest())
     except RuntimeError as error:
         if not distributed.lost_rank(error):
@@ -96,13 +97,16 @@ def train(
     windows_per_step = config.batch_size * config.gradient_accumulation_steps
     position: int = resumed.get("position", step * windows_per_step)
     micro_batches = read_ahead(train_file, position, config.batch_size, ranks)
-    metrics = Metrics(config, ranks, model, first_step=step, skipped=resumed.get("skipped", 0))
+    # nanoGPT's checkpoints are not known to follow an evaluation.
+    was_evaluated = resumed.get("evaluated", "position" in resumed)
+    metrics = Metrics(config, ranks, model, step, was_evaluated, resumed.get("skipped", 0))
     metrics.start(len(train_file), resumed.get("config", {}))
     saver = checkpoint.Saver(out_dir, config.keep_last)
     shows_sample = config.eval_sample > 0 and (ranks.is_main or config.strategy == "fsdp")
     example = tokenizer.from_dict(tokens) if shows_sample else None
 
     def save(is_best: bool, evaluated: bool) -> None:
+        saver.wait()
         state = checkpoint.contents(model, optimizer, scaler, config, ranks) | {
             "iter_num": step, "position": position, "evaluated": evaluated, "tokenizer": tokens,
             "data": data, "best_val_loss": best_val_loss, "skipped": metrics.skipped_steps(),
@@ -111,8 +115,15 @@ def train(
             metrics.flush()
             saver.save(state, is_best)
 
-    # nanoGPT's checkpoints are not known to follow an evaluation
-    evaluated = step if resumed.get("evaluated", "position" in resumed) else -1
+    def wants_to_stop() -> bool:
+        return ranks.any(stop is not None and stop.received is not None)
+
+    def say_where_it_stopped() -> None:
+        saver.wait()
+        reason = f"stopped by {stop.received}" if stop and stop.received else "stopped with another rank"
+        metrics.print(f"{reason} after {step} steps: --init_from=resume goes on from {out_dir}/ckpt.pt")
+
+    evaluated = step if was_evaluated else -1
     resumed.clear()  # its tensors are the old file, mapped
     while True:
         lr = learning_rate(step, config)
@@ -123,11 +134,15 @@ def train(
                 metrics.evaluation(step, losses, lr)
                 if example is not None:
                     metrics.print(sample(model, example, config))
-                if step > 0 and not config.eval_only:
+                # Weights that give no loss are not worth what they would replace.
+                if step > 0 and not config.eval_only and math.isfinite(losses["val"]):
                     is_best = losses["val"] < best_val_loss
                     if is_best:
                         best_val_loss = losses["val"]
                     save(is_best, evaluated=True)
+            if not last and wants_to_stop():
+                say_where_it_stopped()
+                break
         if last:
             break
 
@@ -135,14 +150,15 @@ def train(
             group["lr"] = lr
         share = islice(micro_batches, accumulation)
         loss, grad_norm = update(trained, optimizer, scaler, share, accumulation, config.grad_clip, precision)
+        # Asked before anything waits for a GPU: a rank that is lost is noticed here.
+        asked = wants_to_stop()
         metrics.step(step, loss, grad_norm, lr)
         position += windows_per_step
         step += 1
         saver.check()
-        if ranks.any(stop is not None and stop.received is not None) and step < config.max_iters:
+        if asked and step < config.max_iters and not metrics.last_was_skipped():
             save(is_best=False, evaluated=False)
-            reason = f"stopped by {stop.received}" if stop and stop.received else "stopped with another rank"
-            metrics.print(f"{reason} after {step} steps: --init_from=resume goes on from {out_dir}/ckpt.pt")
+            say_where_it_stopped()
             break
     saver.wait()
     metrics.close()

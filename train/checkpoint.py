@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import zipfile
-import zlib
 from collections.abc import Container
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -44,13 +43,9 @@ def initial_model(
     `given` are the flags that were set, `tokens` describes the tokenizer of the data. Raises ValueError where
     flags, checkpoint and data disagree.
     """
-    source, wanted, device = config.init_from, config.model, ranks.device
-    latest = Path(config.out_dir, "ckpt.pt")
-    # torchrun has restarted a run whose rank died: it goes on, with the flags that it began with.
-    if source == "auto" or _is_this_run(latest):
-        source = "resume" if latest.exists() else "scratch"
-    if source == "resume":
-        latest = ranks.broadcast(newest_whole(latest) if ranks.is_main else None)
+    wanted, device = config.model, ranks.device
+    # The first rank looks at the disk for all: they are to agree.
+    source, latest = ranks.broadcast(_source(config) if ranks.is_main else None)
     if source == "scratch":
         vocab_size = wanted.vocab_size or tokenizer.padded_vocab_size(tokens)
         return GPT(replace(wanted, vocab_size=vocab_size), device).to(device), {}
@@ -83,24 +78,35 @@ def initial_model(
 
 
 def newest_whole(latest: Path) -> Path:
-    """`latest`, or where its bytes are damaged the newest checkpoint beside it that is whole, with a word.
+    """`latest`, or where it is damaged or lost the newest checkpoint beside it that is whole, with a word.
 
     A checkpoint is a zip archive: its checksums say what a reader that maps the file would not notice.
     """
-    if not latest.exists():  # the reader says so
-        return latest
     numbered = sorted(_numbered(latest.parent).items(), reverse=True)
     candidates = [latest, *(path for _, path in numbered), latest.with_name("best.pt")]
-    for path in (path for path in candidates if path.exists()):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
-            damaged = str(error)
-        if damaged is None:
+    if not any(path.exists() for path in candidates):
+        return latest  # its reader says so
+    for path in candidates:
+        reason = _damage(path)
+        if reason is None:
             return path
-        print(f"{path} is damaged ({damaged}): looking for the one before", flush=True)
+        print(f"{path} {reason}: looking for the one before", flush=True)
     return latest
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. Raises PermissionError."""
+    if not path.exists():
+        return "is not there"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        read_checkpoint(path)
+    except PermissionError:
+        raise
+    except Exception as error:  # damage can hide in any part of an archive
+        damaged = str(error)
+    return None if damaged is None else f"is damaged ({damaged})"
 
 
 def contents(
@@ -114,8 +120,8 @@ def contents(
 
     A copy on the CPU of rank 0, which later steps leave alone. All ranks call it: shards are put together.
     """
-    flat, optimized = config.flat(), optimizer.state_dict()
-    weights = {name: _copy(weight, ranks) for name, weight in model.state_dict().items()}
+    flat, optimized, weights = config.flat(), optimizer.state_dict(), model.state_dict()
+    weights = {name: _copy(weight, ranks) for name, weight in weights.items() if name != "lm_head.weight"}
     weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied: written once
     moments = {
         i: {name: _copy(value, ranks) for name, value in state.items()}
@@ -130,7 +136,6 @@ def contents(
         "kernels": config.model.kernels,
         "scaler": scaler.state_dict(),
         "rng": ranks.gather(_rng_state(ranks.device)),
-        "elastic_run": os.environ.get("TORCHELASTIC_RUN_ID"),
     }
     if ranks.device_type == "cuda":
         torch.cuda.synchronize()  # the copies
@@ -206,11 +211,11 @@ def save(folder: Path, checkpoint: dict[str, Any], best: bool, keep_last: int = 
         temporary.unlink(missing_ok=True)
         torch.save(checkpoint, temporary)
         _flush(temporary)
-        temporary.replace(latest)
         if best:
-            _duplicate(latest, folder / "best.pt")
+            _duplicate(temporary, folder / "best.pt")
         if keep_last:
-            _duplicate(latest, folder / f"ckpt-{checkpoint['iter_num']}.pt")
+            _duplicate(temporary, folder / f"ckpt-{checkpoint['iter_num']}.pt")
+        temporary.replace(latest)  # the last: a run that is killed before goes on from the one before
         _flush(folder)
         # Those of later steps are of a run that was given up for one before it.
         steps = sorted(_numbered(folder).items())
@@ -237,11 +242,15 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
-def _is_this_run(latest: Path) -> bool:
-    """Whether torchrun has started this process once more, and `latest` is of a process before it."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not latest.exists():
-        return False
-    return read_checkpoint(newest_whole(latest)).get("elastic_run") == os.environ["TORCHELASTIC_RUN_ID"]
+def _source(config: TrainConfig) -> tuple[str, Path]:
+    """("scratch", "resume" or what else init_from says, the checkpoint to resume)."""
+    latest = Path(config.out_dir, "ckpt.pt")
+    found = newest_whole(latest) if config.init_from in ("auto", "resume") else latest
+    if config.init_from == "scratch" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        print("torchrun would start this run again from step 0 if a rank died: --init_from=auto goes on")
+    if config.init_from == "auto":
+        return ("resume" if found.exists() else "scratch"), found
+    return config.init_from, found
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
@@ -256,7 +265,8 @@ def _copy(value: Any, ranks: Ranks) -> Any:
         value = value.full_tensor()
     if not isinstance(value, Tensor):
         return value
-    return value.detach().to("cpu", copy=True, non_blocking=True) if ranks.is_main else None
+    in_background = value.is_cuda  # into pinned memory; `contents` waits for all of them at once
+    return value.detach().to("cpu", copy=True, non_blocking=in_background) if ranks.is_main else None
 
 
 def _shard_like(value: Any, parameter: Tensor) -> Any:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ class Ranks:
     world_size: int
     device: str  # of this rank, such as "cuda:3"
     backend: str | None  # of torch.distributed; None in a plain process
+    hosts: dist.ProcessGroup | None = (
+        None  # where the processes agree, over gloo, so that no GPU is waited for
+    )
 
     @property
     def is_main(self) -> bool:
@@ -53,14 +57,14 @@ class Ranks:
         if not self.backend:
             return value, value
         extremes = torch.tensor([-value, value])
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.hosts)
         return -int(extremes[0]), int(extremes[1])
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's plain value."""
         values = [value]
         if self.backend:
-            dist.broadcast_object_list(values)
+            dist.broadcast_object_list(values, group=self.hosts)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -68,7 +72,7 @@ class Ranks:
         if not self.backend:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.gather_object(value, values if self.is_main else None)
+        dist.gather_object(value, values if self.is_main else None, group=self.hosts)
         return values if self.is_main else []
 
 
@@ -94,17 +98,39 @@ def start(backend: str, device: str, timeout: int = 600) -> Ranks:
         backend = "nccl" if on_gpu else "gloo"
     if backend == "nccl" and not on_gpu:
         raise ValueError(f"backend='nccl' needs GPUs, and this rank is on {device}; try --backend=gloo")
-    # The processes agree over gloo on when to stop, so that no GPU is waited for.
-    backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
-    device_id = torch.device(device) if on_gpu else None
     patience = timedelta(seconds=timeout)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
-    # torchrun keeps the store when it restarts the ranks: they must not find the addresses of the dead.
-    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    agents, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
     dist.init_process_group(
-        backends, store=store, rank=rank, world_size=world_size, timeout=patience, device_id=device_id
-    )
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, backend)
+        backend, store=_own_store(agents, rank, patience), rank=rank, world_size=world_size,
+        # NCCL's clock ends a process without a word: let the hosts' be the first to run out.
+        timeout=2 * patience if backend == "nccl" else patience,
+        device_id=torch.device(device) if on_gpu else None,
+    )  # fmt: skip
+    hosts = dist.new_group(backend="gloo", timeout=patience) if backend == "nccl" else None
+    return Ranks(rank, world_size, device, backend, hosts)
+
+
+def _own_store(agents: dist.Store, rank: int, patience: timedelta) -> dist.Store:
+    """A store of these ranks alone, found through that of torchrun's agents.
+
+    The agents' outlives ranks that they start again, which would find the addresses of the dead in it.
+    """
+    host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + patience.total_seconds()
+    if rank == 0:
+        own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
+        agents.set("port of the ranks' store", str(own.port))
+        return own
+    while True:  # nobody listens at the port of the dead
+        port = int(agents.get("port of the ranks' store"))
+        try:
+            own = dist.TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=2))
+        except dist.DistNetworkError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+        else:
+            own.set_timeout(patience)
+            return own
 
 
 def parallel(
@@ -179,7 +205,8 @@ def exchange(model: nn.Module, wanted: bool) -> Iterator[None]:
 def lost_rank(error: RuntimeError) -> bool:
     """Whether it says that another rank is dead or does not answer."""
     signs = ("timed out", "connection closed", "connection reset", "connection refused", "broken pipe")
-    return isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in signs)
+    told = isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in signs)
+    return told and "RANK" in os.environ
 
 
 def stop(ranks: Ranks) -> None:

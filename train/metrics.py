@@ -31,7 +31,10 @@ HOPELESS = 20  # steps skipped in a row; float16 needs a few to find its loss sc
 class Metrics:
     """Only rank 0 writes; `step` and `evaluation` are for all ranks to call."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, model: GPT, first_step: int, skipped: int = 0):
+    def __init__(
+        self, config: TrainConfig, ranks: Ranks, model: GPT, first_step: int, evaluated: bool, skipped: int
+    ):
+        """`evaluated`: the checkpoint that the run goes on from followed the evaluation of its step."""
         self.config, self.ranks, self.model = config, ranks, model
         self.first_step = self.last_logged = first_step
         # counted on the device: in all, and in a row
@@ -44,7 +47,7 @@ class Metrics:
             if config.wandb_log:
                 self.wandb = _start_wandb(config)
             if not config.eval_only:  # looking at a run leaves its record alone
-                _keep_before(self.path, first_step)
+                _keep_before(self.path, first_step, evaluated)
                 self.file = self.path.open("a")
             if sys.stdout.isatty() and not config.eval_only:
                 self.bar = _progress_bar(first_step, config.max_iters)
@@ -85,10 +88,13 @@ class Metrics:
         if step % config.log_interval:
             return
         if self.in_a_row >= HOPELESS:
+            latest = Path(config.out_dir, "ckpt.pt")
+            good = (
+                f"the last good checkpoint is {latest}" if latest.exists() else "there is no checkpoint yet"
+            )
             raise ValueError(
                 f"the gradient has not been finite for the last {self.in_a_row} steps, up to step {step}: "
-                f"try a lower learning_rate than {config.learning_rate} or another seed, from the last good "
-                f"checkpoint, {Path(config.out_dir, 'ckpt.pt')}"
+                f"try a lower learning_rate than {config.learning_rate}, or another seed; {good}"
             )
         mean_loss = (self.ranks.sum(loss.clone()) / self.ranks.world_size).item()
         if not self.ranks.is_main:
@@ -126,6 +132,9 @@ class Metrics:
 
     def skipped_steps(self) -> int:
         return int(self.skipped)
+
+    def last_was_skipped(self) -> bool:
+        return bool(self.in_a_row)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -174,10 +183,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _keep_before(path: Path, first_step: int) -> None:
+def _keep_before(path: Path, first_step: int, evaluated: bool) -> None:
     """Drops what a run wrote after the checkpoint it now goes on from: it is about to happen again."""
     records = read(path) if first_step and path.exists() else []
-    kept = [r for r in records if r["iter"] < first_step or ("val/loss" in r and r["iter"] == first_step)]
+    of_evaluation = {first_step} if evaluated else set()
+    kept = [r for r in records if r["iter"] < first_step or ("val/loss" in r and r["iter"] in of_evaluation)]
     temporary = path.with_suffix(".tmp")
     with temporary.open("w") as f:
         f.writelines(json.dumps(record) + "\n" for record in kept)
