@@ -90,6 +90,7 @@ def test_the_readme_names_what_exists():
     listed = set(re.findall(r"`(\w+)`", re.search(r"Presets: (.*?);", text, re.DOTALL)[1]))
     assert listed == presets
     assert all(p in presets for p in re.findall(r"-m train (\w+)(?![\w/])", text))
+    from bench.nanogpt import NanoGPTConfig
     from gpt.cli import flag_names
     from gpt.convert import ConvertConfig
     from gpt.sample import SampleConfig
@@ -97,7 +98,15 @@ def test_the_readme_names_what_exists():
     from train.evaluate import EvaluateConfig
     from train.prepare.__main__ import PrepareConfig, TokenizerConfig
 
-    configs = (TrainConfig, SampleConfig, PrepareConfig, TokenizerConfig, ConvertConfig, EvaluateConfig)
+    configs = (
+        TrainConfig,
+        SampleConfig,
+        PrepareConfig,
+        TokenizerConfig,
+        ConvertConfig,
+        EvaluateConfig,
+        NanoGPTConfig,
+    )
     flags = {n for c in configs for n in flag_names(c)} | {
         "model",  # lm-evaluation-harness
         "model_args",
