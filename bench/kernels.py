@@ -368,7 +368,7 @@ def main() -> None:
     limits = timing.limits(device)
     copy, product = limits["copy_bytes_per_s"] / 1e9, limits["product_flops_per_s"] / 1e12
     print(f"limits of this machine: copy {copy:,.0f} GB/s, product {product:,.1f} TFLOP/s")
-    cases = _finished(options.out)
+    cases = timing.kept(options.out, "cases")
     done = [(case["operation"], case["dtype"], str(case["sample"])) for case in cases]
     ops = [_OPS[name] for name in options.names or _OPS]
     samples = [SHAPES[op.name] if device == "cuda" else [SMALL[op.name]] for op in ops]
@@ -390,14 +390,6 @@ def main() -> None:
                 )
                 if options.out:  # what is measured is kept, whatever comes next
                     timing.write(options.out, "kernels", device, limits=limits, cases=cases)
-
-
-def _finished(path: Path | None) -> list[dict[str, Any]]:
-    """The cases of a run of the same commit that was cut short."""
-    if path is None or not path.exists() or timing.commit() is None:
-        return []
-    before = json.loads(path.read_text())
-    return before["cases"] if before["environment"]["commit"] == timing.commit() else []
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ hand, with the GPU it was found on, and the tests decide whether it is right.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import sys
@@ -202,7 +201,7 @@ def main() -> None:
     reason = unavailable(torch.device("cuda"))
     if reason is not None or INTERPRETED:
         sys.exit(f"error: tiles are tried on a GPU: {reason or 'TRITON_INTERPRET is set'}")
-    results = _finished(options.out)
+    results = timing.kept(options.out, "sweeps")
     done = [(r["operation"], r["sample"], r["slot"]) for r in results]
     # each process has a GPU context of its own, about half a GB
     processes = max(1, min(14, (os.cpu_count() or 2) - 2))
@@ -228,14 +227,6 @@ def main() -> None:
                 if options.out:
                     timing.write(options.out, "sweep", "cuda", sweeps=results)
     pool.close()
-
-
-def _finished(path: Path | None) -> list[dict[str, Any]]:
-    """The sweeps of a run of the same commit that was cut short."""
-    if path is None or not path.exists() or timing.commit() is None:
-        return []
-    before = json.loads(path.read_text())
-    return before["sweeps"] if before["environment"]["commit"] == timing.commit() else []
 
 
 if __name__ == "__main__":

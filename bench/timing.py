@@ -180,6 +180,14 @@ def write(path: Path, benchmark: str, device: str, **results: Any) -> None:
     unfinished.replace(path)
 
 
+def kept(path: Path | None, name: str) -> list[dict[str, Any]]:
+    """What a run of the same commit that was cut short left under `name`, to go on from."""
+    if path is None or not path.exists() or commit() is None:
+        return []
+    before = json.loads(path.read_text())
+    return before[name] if before["environment"]["commit"] == commit() else []
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
     """Every result in `folder`, the oldest first; "file" is added to each."""
     results = [json.loads(path.read_text()) | {"file": path.name} for path in sorted(folder.glob("*.json"))]

@@ -104,6 +104,30 @@ def test_an_operation_without_gradients_is_judged_and_timed_forward(monkeypatch)
     assert found["right"]["forward"]["median"] > 0
 
 
+def test_a_run_that_was_cut_short_goes_on_where_it_stopped(bench_command, tmp_path, monkeypatch):
+    out, asked, measure = tmp_path / "k.json", [], suite.measure
+
+    def interrupted(op, *rest):
+        asked.append(op.name)
+        if op.name == "cross_entropy":
+            raise KeyboardInterrupt
+        return measure(op, *rest)
+
+    monkeypatch.setattr(suite, "measure", interrupted)
+    flags = ["layer_norm", "cross_entropy", "--seconds", 0.001, "--dtype", "fp32", "--out", out]
+    for commit, expected in (
+        ("one", ["layer_norm", "cross_entropy"]),
+        ("one", ["cross_entropy"]),
+        ("another", ["layer_norm", "cross_entropy"]),
+    ):
+        monkeypatch.setenv("TRITONGPT_COMMIT", commit)
+        asked.clear()
+        with pytest.raises(KeyboardInterrupt):
+            bench_command("kernels", *flags)
+        assert asked == expected
+        assert [case["operation"] for case in json.loads(out.read_text())["cases"]] == ["layer_norm"]
+
+
 def test_every_operation_has_shapes_that_it_accepts():
     assert suite.SHAPES.keys() == suite.SMALL.keys() == OPS.keys()
     for name, samples in suite.SHAPES.items():
