@@ -121,7 +121,9 @@ def train(
     def say_where_it_stopped() -> None:
         saver.wait()
         reason = f"stopped by {stop.received}" if stop and stop.received else "stopped with another rank"
-        metrics.print(f"{reason} after {step} steps: --init_from=resume goes on from {out_dir}/ckpt.pt")
+        latest = out_dir / "ckpt.pt"
+        how = f"--init_from=resume goes on from {latest}" if latest.exists() else "nothing is saved yet"
+        metrics.print(f"{reason} after {step} steps: {how}")
 
     evaluated = step if was_evaluated else -1
     resumed.clear()  # its tensors are the old file, mapped
