@@ -9,7 +9,6 @@ Without a GPU the model is tiny, and the figures say nothing about a GPU.
 """
 
 import argparse
-import gc
 import importlib.util
 import math
 import random
@@ -30,7 +29,7 @@ from gpt.device import autocast, resolve_dtype
 from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
 from gpt.pretrained import MODEL_ARGS
-from train import distributed
+from train import distributed, fit
 from train.__main__ import update
 from train.distributed import Ranks
 
@@ -65,7 +64,7 @@ def our_variant(
     optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), ranks.device_type)
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
     precision = partial(autocast, ranks.device, dtype)
-    trained = distributed.parallel(model, "ddp", compiled, dtype, batch_size, ranks, precision())
+    trained = distributed.parallel(model, "ddp", compiled, dtype, ranks)
     accumulation = _accumulation(batch_size, config.block_size, ranks)
     batch = _batch(config, batch_size, ranks.device)
 
@@ -130,13 +129,11 @@ def prepare(build: Callable[[], Variant], ranks: Ranks) -> Variant | str:
             torch.cuda.synchronize()
             variant.peak_bytes = torch.cuda.max_memory_allocated() - before
         return variant
-    except torch.OutOfMemoryError:
-        reason = OUT_OF_MEMORY
     except Exception as failure:  # a kernel that does not compile here is a result too
         reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
-    gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
+        if fit.out_of_memory(failure):
+            reason = OUT_OF_MEMORY
+    fit.release(ranks.device)
     return reason
 
 

@@ -27,8 +27,8 @@ def parse(config_class: type[Config], args: Sequence[str], prog: str, presets: P
 
 def parse_given(
     config_class: type[Config], args: Sequence[str], prog: str, presets: Path | None = None
-) -> tuple[Config, set[str]]:
-    """`parse`, and the names of the flags that were set, by a file or on the command line."""
+) -> tuple[Config, dict[str, list[str]]]:
+    """`parse`, and of each flag that was set, by a file or on the command line, its values in order."""
     try:
         import tyro
     except ImportError:
@@ -44,8 +44,12 @@ def parse_given(
             flags += _flags_of_file(_find(arg, presets), known, scope)
     options = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
     config = tyro.cli(config_class, args=flags, prog=prog, config=options, use_underscores=True)
-    names = (flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in flags)
-    return config, set(known).intersection(names)
+    given: dict[str, list[str]] = {}
+    for flag, after in zip(flags, [*flags[1:], ""]):
+        name, equals, value = flag.partition("=")
+        if (name := name.removeprefix("--").replace("-", "_")) in known:
+            given.setdefault(name, []).append(value if equals else after)
+    return config, given
 
 
 def flag_names(config_class: type) -> list[str]:

@@ -65,7 +65,7 @@ def test_flags_and_files_in_order(tmp_path, capsys):
     assert "'learning_rat' is no flag and is ignored; did you mean 'learning_rate'?" in message
     assert "layers" not in message.replace("n_layer", "")
     assert parse([str(file), "--n_layer=2"])[0].model.n_layer == 2
-    assert given == {
+    assert given.keys() == {
         "n_layer", "n_embd", "n_head", "min_lr", "out_dir", "dropout", "bias", "wandb_run_name", "compile",
         "lr_decay_iters",
     }  # fmt: skip

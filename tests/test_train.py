@@ -184,12 +184,16 @@ def test_gradient_is_clipped_and_its_norm_logged(workplace):
     assert losses[0][0] == losses[1][0] and losses[0][1] != losses[1][1]
 
 
-def test_compiled_without_a_graph_break_and_saved_bare(workplace):
+def test_compiled_once_without_a_graph_break_and_saved_bare(workplace, capsys):
     torch._dynamo.utils.counters.clear()
     eager = run("--max_iters=3", "--n_layer=1", out_dir="eager")
     compiled = run("--max_iters=3", "--n_layer=1", "--compile=True", out_dir="compiled")
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["calls_captured"] > 0 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 2, "the step's, made by the first pass, and the evaluation's"
+    assert not counters["graph_break"]
+    assert re.search(
+        r"^compiled, with a first pass, in \d+\.\d s, which", capsys.readouterr().out, re.MULTILINE
+    )
     assert compiled["model"].keys() == eager["model"].keys()
     for name, weight in eager["model"].items():
         torch.testing.assert_close(compiled["model"][name], weight, rtol=1e-3, atol=1e-4, msg=name)

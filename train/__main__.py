@@ -5,12 +5,12 @@ The flags are those of train/config.py. This file is the whole run, to be read f
 
 import math
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from itertools import count, islice
+from itertools import count, islice, repeat
 from pathlib import Path
 
 import torch
@@ -21,12 +21,13 @@ from gpt.device import autocast
 from gpt.model import GPT
 from gpt.sample import SampleConfig, generate
 from gpt.tokenizer import Tokenizer
-from train import checkpoint, distributed
-from train.config import TrainConfig, parse, resolve
+from train import checkpoint, distributed, fit
+from train.config import TrainConfig, asked_batch_size, parse, resolve
 from train.data import TokenFile, describe, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import Metrics
 from train.optim import clip_gradient, learning_rate, step_if_finite
+from train.profiler import Profile
 from train.signals import StopRequest
 
 Batch = tuple[Tensor, Tensor]
@@ -38,7 +39,9 @@ def main() -> None:
     try:
         ranks = distributed.start(config.backend, config.device, config.timeout)
         train(config, ranks, given, StopRequest())
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if fit.out_of_memory(error):
+            raise ValueError(fit.explain(error, config)) from error
         if not distributed.lost_rank(error):
             raise
         raise OSError(
@@ -49,12 +52,16 @@ def main() -> None:
 
 
 def train(
-    config: TrainConfig, ranks: Ranks, given: Container[str] = (), stop: StopRequest | None = None
+    config: TrainConfig,
+    ranks: Ranks,
+    given: Mapping[str, Sequence[str]] | None = None,
+    stop: StopRequest | None = None,
 ) -> None:
     """The whole run, from `config` to the last checkpoint, or until `stop` asks for an end.
 
-    `given` are the flags that were set explicitly.
+    `given` are the values of the flags that were set explicitly.
     """
+    given = given or {}
     out_dir, data_dir = Path(config.out_dir), Path("data", config.dataset)
     if ranks.is_main:
         checkpoint.make_folder(out_dir)
@@ -76,14 +83,16 @@ def train(
             print(f"{out_dir} holds a finished run: all max_iters={config.max_iters} steps are made")
         return
 
-    scaler = torch.amp.GradScaler(ranks.device_type, enabled=config.dtype == "float16")
     precision = partial(autocast, ranks.device, config.dtype)
-    trained = distributed.parallel(
-        model, config.strategy, config.compile, config.dtype, config.batch_size, ranks, precision()
-    )
-    optimizer = model.configure_optimizers(
-        config.weight_decay, config.learning_rate, (config.beta1, config.beta2), ranks.device_type
-    )
+    found = ""
+    if config.batch_size == "auto":
+        steps_on = partial(trial, config=config, ranks=ranks, precision=precision)
+        config, found = fit.micro_batch(config, asked_batch_size(given), model, ranks, steps_on)
+    trained, optimizer, scaler = prepare(model, config, ranks)
+    if not config.eval_only:
+        seconds = distributed.first_pass(
+            trained, config.micro_batch, model.config.block_size, ranks, precision()
+        )
     if resumed:
         checkpoint.restore(resumed, optimizer, scaler, ranks)
 
@@ -94,13 +103,17 @@ def train(
     }
     data = preflight(eval_files, resumed, config.dataset)
     accumulation = config.gradient_accumulation_steps // ranks.world_size
-    windows_per_step = config.batch_size * config.gradient_accumulation_steps
-    position: int = resumed.get("position", step * windows_per_step)
-    micro_batches = read_ahead(train_file, position, config.batch_size, ranks)
+    position: int = resumed.get("position", step * config.sequences)
+    micro_batches = read_ahead(train_file, position, config.micro_batch, ranks)
     # nanoGPT's checkpoints are not known to follow an evaluation.
     was_evaluated = resumed.get("evaluated", "position" in resumed)
     metrics = Metrics(config, ranks, model, step, was_evaluated, resumed.get("skipped", 0))
     metrics.start(len(train_file), resumed.get("config", {}))
+    if found:
+        metrics.print(found)
+    if config.compile and not config.eval_only:
+        metrics.print(f"compiled, with a first pass, in {seconds:.1f} s, which are in no step's time")
+    profile = Profile(config, step, ranks, metrics)
     saver = checkpoint.Saver(out_dir, config.keep_last)
     shows_sample = config.eval_sample > 0 and (ranks.is_main or config.strategy == "fsdp")
     example = tokenizer.from_dict(tokens) if shows_sample else None
@@ -148,6 +161,7 @@ def train(
         if last:
             break
 
+        profile.before(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         share = islice(micro_batches, accumulation)
@@ -155,7 +169,8 @@ def train(
         # Asked before anything waits for a GPU: a rank that is lost is noticed here.
         asked = wants_to_stop()
         metrics.step(step, loss, grad_norm, lr)
-        position += windows_per_step
+        profile.after(step, is_last=asked)
+        position += config.sequences
         step += 1
         saver.check()
         if asked and step < config.max_iters and not metrics.last_was_skipped():
@@ -164,6 +179,28 @@ def train(
             break
     saver.wait()
     metrics.close()
+
+
+def prepare(
+    model: GPT, config: TrainConfig, ranks: Ranks
+) -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
+    """What is trained (the model, compiled, in its strategy), what trains it, and its loss scale."""
+    trained = distributed.parallel(model, config.strategy, config.compile, config.dtype, ranks)
+    optimizer = model.configure_optimizers(
+        config.weight_decay, config.learning_rate, (config.beta1, config.beta2), ranks.device_type
+    )
+    return trained, optimizer, torch.amp.GradScaler(ranks.device_type, enabled=config.dtype == "float16")
+
+
+def trial(size: int, model: GPT, config: TrainConfig, ranks: Ranks, precision: Precision) -> None:
+    """Two steps of micro-batches of `size` by this rank alone. At the end memory is as full as in any step:
+    the moments are there, and the gradients of the micro-batch before."""
+    alone = replace(ranks, world_size=1, backend=None, hosts=None)
+    trained, optimizer, scaler = prepare(model, config, alone)
+    idx = torch.zeros(size, model.config.block_size, dtype=torch.int64)
+    batch = to_device((idx, idx.clone()), ranks.device)
+    for _ in range(2):
+        update(trained, optimizer, scaler, repeat(batch, 2), 2, config.grad_clip, precision)
 
 
 def update(
@@ -229,7 +266,8 @@ def evaluate(
         total = torch.zeros((), device=ranks.device)
         for first in range(0, config.eval_iters, ranks.world_size):
             i = first + ranks.rank
-            idx, targets = to_device(file.batch(i * config.batch_size, config.batch_size), ranks.device)
+            batch = file.batch(i * config.micro_batch, config.micro_batch)
+            idx, targets = to_device(batch, ranks.device)
             with precision():
                 _, loss = model(idx, targets)  # by all ranks, as shards need it, the last ones to spare too
             if i < config.eval_iters:

@@ -4,7 +4,7 @@ Names and defaults are nanoGPT's, so its config files run as they are; where its
 is "auto", resolved once and recorded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,8 @@ class TrainConfig:
         "scratch"  # scratch, resume, auto (resume if there is a checkpoint), gpt2*, path of a ckpt.pt
     )
 
+    profile: str = ""  # START:STOP: a trace of those steps in out_dir, and a list of what costs most
+
     keep_last: int = 2  # checkpoints kept as ckpt-STEP.pt: what resume falls back to if ckpt.pt is damaged
 
     wandb_log: bool = False  # log to Weights & Biases as well (extra [wandb])
@@ -43,7 +45,9 @@ class TrainConfig:
 
     dataset: str = "openwebtext"  # folder in data/ with train.bin and val.bin, or shards of them
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all ranks
-    batch_size: int = 12  # sequences in a micro-batch
+    batch_size: int | Literal["auto"] = (
+        12  # sequences in a micro-batch; auto: as many as fit, in as many micro-batches as keep the step
+    )
     seed: int = 1337  # of weights, dropout and data order
 
     learning_rate: float = 6e-4  # at its highest
@@ -81,19 +85,42 @@ class TrainConfig:
         at_least |= {"vocab_size": 1, "wsd_decay_iters": 0, "keep_last": 0, "timeout": 1}
         values = self.flat()
         for name, least in at_least.items():
-            if values[name] is not None and values[name] < least:
+            if values[name] not in (None, "auto") and values[name] < least:
                 raise ValueError(f"{name}={values[name]} must be at least {least}")
         if not 0 <= self.model.dropout < 1:
             raise ValueError(f"dropout={self.model.dropout} must be at least 0 and below 1")
         if self.backend not in ("auto", "nccl", "gloo"):
             raise ValueError(f"backend={self.backend!r} is none of auto, nccl, gloo")
+        if self.batch_size == "auto" and self.strategy == "fsdp":
+            raise ValueError(
+                "batch_size=auto tries sizes on each rank alone, which strategy=fsdp cannot: give a number"
+            )
+
+    @property
+    def micro_batch(self) -> int:
+        """batch_size as a number: `train.fit` has put one in place of "auto"."""
+        assert self.batch_size != "auto"
+        return self.batch_size
+
+    @property
+    def sequences(self) -> int:
+        """In a step, over all ranks."""
+        return self.micro_batch * self.gradient_accumulation_steps
 
 
-def parse(args: Sequence[str]) -> tuple[TrainConfig, set[str]]:
-    """The configuration, checked, and the names of the flags that were set. Raises ValueError."""
+def parse(args: Sequence[str]) -> tuple[TrainConfig, dict[str, list[str]]]:
+    """The configuration, checked, and the values of each flag that was set. Raises ValueError."""
     config, given = cli.parse_given(TrainConfig, args, prog="python -m train", presets=PRESETS)
     config.check()
+    if config.batch_size == "auto":
+        replace(config, batch_size=asked_batch_size(given)).check()
     return config, given
+
+
+def asked_batch_size(given: Mapping[str, Sequence[str]]) -> int:
+    """The last number that batch_size was set to, before it was set to "auto"; else the default."""
+    numbers = [value for value in given.get("batch_size", ()) if value != "auto"]
+    return int(numbers[-1]) if numbers else TrainConfig().micro_batch
 
 
 def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:

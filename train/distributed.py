@@ -133,15 +133,7 @@ def _own_store(agents: dist.Store, rank: int, patience: timedelta) -> dist.Store
             return own
 
 
-def parallel(
-    model: GPT,
-    strategy: str,
-    compiled: bool | str,
-    dtype: str,
-    batch_size: int,
-    ranks: Ranks,
-    precision: AbstractContextManager,
-) -> nn.Module:
+def parallel(model: GPT, strategy: str, compiled: bool | str, dtype: str, ranks: Ranks) -> nn.Module:
     """What is trained: the model, compiled, in the strategy where there are ranks.
 
     The names of the weights stay as they are. Under fsdp the model itself is sharded, so an optimizer is made
@@ -151,22 +143,39 @@ def parallel(
         return _sharded(model, compiled, dtype, ranks)
     if compiled:
         model.compile()
-    return _replicated(model, batch_size, ranks, precision) if ranks.backend else model
+    return DDP(model, gradient_as_bucket_view=True) if ranks.backend else model
 
 
-def _replicated(model: GPT, batch_size: int, ranks: Ranks, precision: AbstractContextManager) -> DDP:
-    """DDP with its buckets in their final order.
+def first_pass(
+    model: nn.Module, batch_size: int, block_size: int, ranks: Ranks, precision: AbstractContextManager
+) -> float:
+    """Seconds of a forward and a backward pass on zeros, with compiling in them; nothing of the run changes.
 
     DDP sorts its buckets after the first backward. From three ranks on, the order of a bucket decides the
-    order of a sum, so that backward is made here, on zeros: a resumed run then adds as the one it continues.
+    order of a sum, so that backward is this one: a resumed run then adds as the one it continues.
     """
-    ddp = DDP(model, gradient_as_bucket_view=True)
-    zeros = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=ranks.device)
-    with precision:
-        _, loss = ddp(zeros, zeros)
-    loss.backward()
-    ddp.zero_grad(set_to_none=True)
-    return ddp
+    began = time.perf_counter()
+    # Two tensors: a graph compiled for one in both places would be compiled again.
+    idx, targets = (
+        torch.zeros(batch_size, block_size, dtype=torch.int64, device=ranks.device) for _ in range(2)
+    )
+    with random_numbers_kept(ranks):
+        with precision:
+            _, loss = model(idx, targets)
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    if ranks.device_type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+@contextmanager
+def random_numbers_kept(ranks: Ranks) -> Iterator[None]:
+    """What is drawn inside is not missing afterwards."""
+    kind = ranks.device_type
+    devices = [] if kind == "cpu" else [torch.device(ranks.device)]
+    with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
+        yield
 
 
 def _sharded(model: GPT, compiled: bool | str, dtype: str, ranks: Ranks) -> GPT:
@@ -202,7 +211,7 @@ def exchange(model: nn.Module, wanted: bool) -> Iterator[None]:
         yield
 
 
-def lost_rank(error: RuntimeError) -> bool:
+def lost_rank(error: Exception) -> bool:
     """Whether it says that another rank is dead or does not answer."""
     signs = ("timed out", "connection closed", "connection reset", "connection refused", "broken pipe")
     told = isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in signs)

@@ -62,7 +62,7 @@ class Metrics:
     def start(self, train_tokens: int, before: dict[str, Any]) -> None:
         """Says what is about to be trained, on what, and which settings differ from those of `before`."""
         config, c = self.config, self.config.model
-        tokens = config.batch_size * config.gradient_accumulation_steps * c.block_size
+        tokens = config.sequences * c.block_size
         shape = f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, block {c.block_size}"
         settings = f"dtype {config.dtype}, compile {config.compile}, kernels {c.kernels}"
         millions = self.model.get_num_params() / 1e6
@@ -100,7 +100,7 @@ class Metrics:
         if not self.ranks.is_main:
             return
         seconds = (time.perf_counter() - self.started) / (step + 1 - self.last_logged)
-        sequences = config.batch_size * config.gradient_accumulation_steps
+        sequences = config.sequences
         if step - self.first_step >= SETTLING:
             mfu = self.model.estimate_mfu(sequences // self.ranks.world_size, seconds, config.dtype)
             self.mfu = mfu if self.mfu is None or mfu is None else 0.9 * self.mfu + 0.1 * mfu
