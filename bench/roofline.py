@@ -2,18 +2,20 @@
 
     python -m bench.roofline                                     this GPU, its limits measured first
     python -m bench.roofline --gpu A100 --gpus 8 --tokens 10e9   another: predicted, and so it says
+    python -m bench.roofline train_gpt2 --n_layer=24 --gpu A100  a run, by its config files and flags
 
 The step is cut into parts. Each has the FLOPs and bytes that it needs at the least (`Op.cost` for the
 operations of `kernels`, counted here for the rest), so the least time at a GPU's limits. The expected time
 divides that by the share of the limit that each part reaches: measured where `--results` has it, of the
-nearest shape, otherwise assumed. Both are printed with where they are from.
+nearest shape, otherwise assumed. Both are printed with where they are from. Beside the time: the memory by
+what it holds, whether it fits, the largest micro-batch that does, and how long the run takes.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,18 @@ from torch import Tensor
 from bench import timing
 from bench.kernels import peers
 from bench.throughput import SIZES, TOKENS_A_STEP
+from gpt import cli
 from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
 from kernels import OPS
 from kernels.op import Cost
+from train import fit
+from train.config import asked_batch_size, parse
 
 Result = dict[str, Any]
 _OPS = {op.name: op for op in OPS}
-chunk_rows = sys.modules["kernels.linear_cross_entropy"].chunk_rows
+_loss = sys.modules["kernels.linear_cross_entropy"]
+chunk_rows, ALIGN = _loss.chunk_rows, _loss.ALIGN
 
 
 @dataclass(frozen=True)
@@ -94,23 +100,27 @@ def parts(config: GPTConfig, batch_size: int, accumulation: int) -> list[Part]:
     def cost(name: str, **sample: Any) -> Cost:
         return _OPS[name].cost(**_OPS[name].make(dtype=torch.bfloat16, device="meta", **sample))
 
-    def both(found: Cost, times: int) -> tuple[tuple[float, float, int], ...]:
-        forward = (found.forward_flops, found.forward_bytes, times)
+    def both(found: Cost, times: int, again: int = 0) -> tuple[tuple[float, float, int], ...]:
+        forward = (found.forward_flops, found.forward_bytes, times + again)
         return forward, (found.backward_flops, found.backward_bytes, times)
 
     # The FLOPs of a norm or a loss are no tensor core's.
     norm = cost("add_layer_norm", shape=(rows, C), bias=config.bias, mixed=True)._replace(
         forward_flops=0, backward_flops=0
     )
+    # A block's forward pass a second time, but for its last product, whose result nothing needs.
+    again = layers if config.activation_checkpointing else 0
     products = tuple(
-        (2.0 * rows * n * k, 2.0 * (rows * n + rows * k + n * k), 3 * layers) for n, k in shapes(C).values()
+        (2.0 * rows * n * k, 2.0 * (rows * n + rows * k + n * k), 3 * layers + again * (name != "mlp.c_proj"))
+        for name, (n, k) in shapes(C).items()
     )
+    attention = cost("causal_attention", B=batch_size, T=T, H=H, D=C // H)
     return [
         Part("matrix products", products),
-        Part("attention", both(cost("causal_attention", B=batch_size, T=T, H=H, D=C // H), layers)),
-        Part("norms", both(norm, 2 * layers + accumulation)),
+        Part("attention", both(attention, layers, again)),
+        Part("norms", both(norm, 2 * layers + accumulation, 2 * again)),
         # forward x -> y; backward dy, x -> dx
-        Part("GELU", ((0, 2 * 2 * 4 * C * rows, layers), (0, 3 * 2 * 4 * C * rows, layers))),
+        Part("GELU", ((0, 2 * 2 * 4 * C * rows, layers + again), (0, 3 * 2 * 4 * C * rows, layers))),
         Part("lm_head and loss", both(cost("linear_cross_entropy", N=rows, C=C, V=V), accumulation)),
         # the rows of wte -> the stream; its gradient -> wte's
         Part("embedding", ((0, 8 * C * rows, accumulation), (0, 8 * C * rows, accumulation))),
@@ -126,35 +136,53 @@ def shapes(C: int) -> dict[str, tuple[int, int]]:
     return {"c_attn": (C, 3 * C), "attn.c_proj": (C, C), "c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
 
 
-def saved_bytes(config: GPTConfig, batch_size: int) -> int:
-    """What the forward pass keeps for the backward pass, beside the weights; no dropout.
+def activations(config: GPTConfig, batch_size: int) -> dict[str, int]:
+    """Bytes that the forward pass keeps for the backward pass, beside the weights; no dropout.
 
-    A layer and token: twice the fp32 stream (4C) and the bf16 norm of it (2C), qkv (6C), the attention's
-    output (2C), the MLP's middle before and after the GELU (8C each); mean and rstd of two norms and the
-    log-sum-exp of every head. At the end the last norm's stream, and the gradient that the loss has for it.
+    A layer and token: twice the fp32 stream (4C) and the bf16 norm of it (2C), with mean and rstd; qkv (6C),
+    the attention's output (2C), the log-sum-exp of every head; the MLP's middle before and after the GELU (8C
+    each). At the end the last norm's stream, and the gradient that the loss has for it. Checkpointed blocks
+    keep the stream and the update to add to it (2C); one of them at a time has the rest.
     """
     T, L, H, C = config.block_size, config.n_layer, config.n_head, config.n_embd
-    layer = 2 * (4 + 2) * C + 6 * C + 2 * C + 2 * 8 * C + 2 * 2 * 4 + 4 * H
-    final = 4 * C + 2 * C + 2 * 4
-    idx = 8
-    return batch_size * T * (L * layer + final + idx)
+    tokens = batch_size * T
+    inputs, whole = (L * (4 + 2) * C, 1) if config.activation_checkpointing else (0, L)
+    return {
+        "activations, inputs of blocks": tokens * inputs,
+        "activations, stream and norms": tokens * whole * (2 * (4 + 2) * C + 2 * 2 * 4),
+        "activations, attention": tokens * whole * (6 * C + 2 * C + 4 * H),
+        "activations, MLP": tokens * whole * 2 * 8 * C,
+        "activations, after the blocks": tokens * (4 * C + 2 * C + 2 * 4 + 8),  # 8: the ids
+    }
 
 
 def memory(config: GPTConfig, batch_size: int) -> dict[str, float]:
-    """Bytes by what they hold, at the end of a forward pass."""
+    """Bytes by what they hold, at the end of a forward pass, when there are most."""
     with torch.device("meta"):
         model = GPT(config)
     n = sum(p.numel() for p in model.parameters())
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    return {
+    V, C = model.lm_head.weight.shape
+    held = {
         "weights, fp32": 4 * n,
         "gradients, fp32": 4 * n,
         "AdamW, fp32": 8 * n,
         "weights, bf16": 2 * matrices,
-        "saved for the backward pass": saved_bytes(config, batch_size),
+        **activations(config, batch_size),
+        "logits, a chunk": 2 * chunk_rows(batch_size * config.block_size, V, 2) * -(-V // ALIGN) * ALIGN,
         # dW in fp32 from the loss's chunks, before it is added to the gradient
-        "gradient of lm_head": 4 * model.lm_head.weight.numel(),
+        "gradient of lm_head": 4 * V * C,
     }
+    return {what: size for what, size in held.items() if size}
+
+
+def largest_micro_batch(config: GPTConfig, sequences: int, gpus: int, available: float) -> int | None:
+    """Of those that share a step's `sequences` out evenly: with the margin that --batch_size=auto leaves."""
+
+    def fits(size: int) -> bool:
+        return sum(memory(config, size).values()) <= (1 - fit.MARGIN) * available
+
+    return fit.largest(fit.micro_batches(sequences, gpus), fits)
 
 
 def exchange(params: int, gpus: int, limits: Limits) -> float:
@@ -328,32 +356,79 @@ def measured_step(results: list[Result], kind: str | None, config: GPTConfig) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.roofline", description=(__doc__ or "").split("\n")[0]
+        prog="python -m bench.roofline",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="What else is given is read as python -m train reads it: config files, presets, flags.",
+        allow_abbrev=False,
     )
     parser.add_argument("--gpu", help=f"predict for another: {', '.join(DATASHEET)}")
     parser.add_argument("--gpus", type=int, default=1, help="of one machine, linked by NVLink")
-    parser.add_argument("--size", default=None, choices=SIZES, help="of the model; 124M")
-    parser.add_argument("--batch_size", type=int, default=None, help="sequences in a micro-batch; 64")
-    parser.add_argument("--block_size", type=int, default=1024)
-    parser.add_argument("--tokens", type=float, help="of a whole run, to say how long it takes")
+    parser.add_argument("--size", default=None, choices=SIZES, help="of the model, without a config; 124M")
+    parser.add_argument("--batch_size", help="sequences in a micro-batch, or auto, the largest that fits; 64")
+    parser.add_argument("--block_size", help="tokens in a sequence; 1024")
+    parser.add_argument(
+        "--tokens", type=float, help="of a whole run, to say how long it takes; its max_iters"
+    )
     parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of measurements")
     parser.add_argument("--out", type=Path, help="a JSON file for the limits that were measured")
-    options = parser.parse_args()
+    cli.run(lambda: predict(*parser.parse_known_args()))
+
+
+def planned(
+    options: argparse.Namespace, args: list[str], small: bool
+) -> tuple[GPTConfig, int, int | None, float]:
+    """(model, sequences in a step, micro-batch or None for the largest, tokens in the run or 0).
+
+    Raises ValueError for what is not predicted.
+    """
+    if options.gpus < 1:
+        raise ValueError(f"--gpus {options.gpus} must be at least 1")
+    sizes = {name: getattr(options, name) for name in ("batch_size", "block_size")}
+    if args:
+        if options.size is not None:
+            raise ValueError(f"--size {options.size} is a model of its own: leave it out beside {args[0]}")
+        flags = [f"--{name}={value}" for name, value in sizes.items() if value]
+        config, given = parse([*args, *flags])
+        if config.strategy == "fsdp" or config.dtype == "float32":
+            raise ValueError(
+                "strategy=fsdp and dtype=float32 are not predicted: only ddp, in 16 bits with fp32 weights"
+            )
+        if config.gradient_accumulation_steps % options.gpus:
+            raise ValueError(
+                f"gradient_accumulation_steps={config.gradient_accumulation_steps} is that of all GPUs "
+                f"and does not divide by --gpus {options.gpus}"
+            )
+        model = replace(config.model, vocab_size=config.model.vocab_size or 50304, kernels="torch")
+        if config.model.vocab_size is None:
+            print("vocab_size=50304 is supposed, GPT-2's: the data's own is not looked at")
+        batch_size = None if config.batch_size == "auto" else config.micro_batch
+        sequences = (batch_size or asked_batch_size(given)) * config.gradient_accumulation_steps
+        return model, sequences, batch_size, float(config.max_iters) * sequences * model.block_size
+    layers, heads, width = SIZES[options.size or ("tiny" if small else "124M")]
+    vocab_size, block_size = (512, 64) if small else (50304, int(sizes["block_size"] or 1024))
+    model = GPTConfig(block_size, vocab_size, layers, heads, width, bias=False, kernels="torch")
+    if sizes["batch_size"] == "auto":
+        return model, TOKENS_A_STEP // block_size, None, 0.0
+    batch_size = int(sizes["batch_size"] or (2 if small else 64))
+    if batch_size < 1:
+        raise ValueError(f"--batch_size {batch_size} must be at least 1")
+    each = batch_size * options.gpus
+    return model, each * max(1, round(TOKENS_A_STEP / (each * block_size))), batch_size, 0.0
+
+
+def predict(options: argparse.Namespace, args: list[str]) -> None:
     on_gpu = torch.cuda.is_available()
     small = options.gpu is None and not on_gpu
-    layers, heads, width = SIZES[options.size or ("tiny" if small else "124M")]
-    vocab_size, block_size = (512, 64) if small else (50304, options.block_size)
-    batch_size = options.batch_size or (2 if small else 64)
-    config = GPTConfig(block_size, vocab_size, layers, heads, width, bias=False, kernels="torch")
-    if min(batch_size, options.gpus) < 1:
-        sys.exit(f"error: --batch_size {batch_size} and --gpus {options.gpus} must be at least 1")
-
+    if small and args:
+        raise ValueError(f"there is no GPU here: say which, --gpu {' or '.join(DATASHEET)}")
+    config, sequences, asked, tokens = planned(options, args, small)
     if options.gpu is None:
         device = "cuda" if on_gpu else "cpu"
         name = torch.cuda.get_device_name() if on_gpu else "CPU"
         if small:
             print("There is no GPU: a tiny model on the CPU, which says nothing about a GPU. Try --gpu A100.")
         limits = measured_limits(device)
+        batch_size = asked or largest_micro_batch(config, sequences, options.gpus, limits.memory) or 1
         products = measure_products(config, batch_size, device)
         attention = measure_attention(config, batch_size, device)
         for what, found in products.items():
@@ -367,15 +442,14 @@ def main() -> None:
                 model=vars(config), batch_size=batch_size,
             )  # fmt: skip
     else:
-        try:
-            limits, name = limits_of(options.gpu, timing.read(options.results)), options.gpu
-        except ValueError as error:
-            sys.exit(f"error: {error}")
+        limits, name = limits_of(options.gpu, timing.read(options.results)), options.gpu
+        batch_size = asked or largest_micro_batch(config, sequences, options.gpus, limits.memory) or 1
     results = timing.read(options.results)
-    accumulation = max(1, round(TOKENS_A_STEP / (batch_size * block_size * options.gpus)))
+    accumulation = sequences // (batch_size * options.gpus)
     seconds = print_step(config, batch_size, accumulation, name, limits, results)
-    print_memory(config, batch_size, limits)
-    print_run(config, batch_size * accumulation, seconds, accumulation, options.gpus, limits, options.tokens)
+    print_memory(config, batch_size, sequences, options.gpus, limits)
+    tokens = options.tokens or tokens
+    print_run(config, batch_size * accumulation, seconds, accumulation, options.gpus, limits, tokens)
 
 
 def print_step(
@@ -423,13 +497,27 @@ def print_step(
     return seconds
 
 
-def print_memory(config: GPTConfig, batch_size: int, limits: Limits) -> None:
+def print_memory(config: GPTConfig, batch_size: int, sequences: int, gpus: int, limits: Limits) -> None:
     held = memory(config, batch_size)
-    print(f"\nmemory, predicted: {sum(held.values()) / 1e9:.1f} GB")
+    needed = sum(held.values())
+    print(f"\nmemory, predicted: {needed / 1e9:.1f} GB at micro-batch {batch_size}")
     for what, size in held.items():
-        print(f"  {what:28} {size / 1e9:8.2f} GB")
-    if limits.memory and sum(held.values()) > limits.memory:
-        print(f"  more than the {limits.memory / 1e9:.0f} GB there are: lower the micro-batch, --batch_size")
+        print(f"  {what:30} {size / 1e9:8.2f} GB")
+    if config.dropout:
+        print("  the masks of dropout are not counted")
+    if not limits.memory:
+        return
+    available = f"{limits.memory / 1e9:.0f} GB less {fit.MARGIN:.0%}"
+    fitting = needed <= (1 - fit.MARGIN) * limits.memory
+    print(f"  {'fits' if fitting else 'does not fit'} into {available}, predicted")
+    found = largest_micro_batch(config, sequences, gpus, limits.memory)
+    if found is None:
+        print("  not one sequence fits, predicted: try --activation_checkpointing=True or --strategy=fsdp")
+    else:
+        print(
+            f"  largest micro-batch that fits, predicted: {found} x {sequences // found} accumulation steps ="
+            f" {sequences} sequences a step, {sum(memory(config, found).values()) / 1e9:.1f} GB"
+        )
 
 
 def print_run(
@@ -439,7 +527,7 @@ def print_run(
     accumulation: int,
     gpus: int,
     limits: Limits,
-    tokens: float | None,
+    tokens: float,
 ) -> None:
     """What several GPUs make of a step of `seconds` and `sequences` on each, and of `tokens` in all."""
     rate = sequences * config.block_size / seconds

@@ -276,19 +276,21 @@ def test_what_is_compiled_on_fewer_rows_is_what_is_timed(name):
 TINY = GPTConfig(16, 64, 2, 2, 32, bias=False)
 
 
-def test_the_products_of_the_roofline_are_those_that_pytorch_counts():
-    model = GPT(GPTConfig(**vars(TINY) | {"kernels": "torch"}))
+@pytest.mark.parametrize("again", [0, 1], ids=["kept", "computed again"])
+def test_the_products_of_the_roofline_are_those_that_pytorch_counts(again):
+    config = GPTConfig(**vars(TINY) | {"activation_checkpointing": bool(again)})
+    model = GPT(GPTConfig(**vars(config) | {"kernels": "torch"}))
     idx = torch.randint(64, (3, 16))
     with FlopCounterMode(display=False) as counter:
         model(idx, idx)[1].backward()
     counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     assert set(counted) >= {"aten.mm"}
-    found = {part.name: part for part in roofline.parts(TINY, batch_size=3, accumulation=5)}
+    found = {part.name: part for part in roofline.parts(config, batch_size=3, accumulation=5)}
     products = found["matrix products"].flops + found["lm_head and loss"].flops
     assert products == 5 * counted["aten.mm"]
-    # 2 products forward and 5 backward of the causal half, the diagonal included
+    # 2 products forward, once or twice, and 5 backward of the causal half, the diagonal included
     pairs = sum(range(1, 16 + 1))
-    assert found["attention"].flops == 5 * 3 * 2 * 2 * 7 * (2 * 16 * pairs)
+    assert found["attention"].flops == 5 * 3 * 2 * 2 * (7 + 2 * again) * (2 * 16 * pairs)
     assert all(found[name].flops == 0 for name in ("norms", "GELU", "weights", "optimizer"))
 
 
@@ -309,8 +311,16 @@ def test_the_roofline_knows_what_a_step_keeps_in_memory():
     predicted = roofline.memory(TINY, 3)
     of_weights = predicted["weights, bf16"] - 2 * (64 + 16) * 32  # the embeddings are read in fp32
     positions_and_count = 16 * 8 + 8
-    expected = predicted["saved for the backward pass"] + predicted["gradient of lm_head"] + of_weights
-    assert counted == expected + positions_and_count
+    saved = sum(size for what, size in predicted.items() if what.startswith("activations"))
+    assert counted == saved + predicted["gradient of lm_head"] + of_weights + positions_and_count
+    assert predicted["logits, a chunk"] == 3 * 16 * 64 * 2
+    tokens, C = 3 * 16, 32
+    again = roofline.activations(GPTConfig(**vars(TINY) | {"activation_checkpointing": True}), 3)
+    kept = roofline.activations(TINY, 3)
+    assert again.pop("activations, inputs of blocks") == 2 * tokens * (
+        4 * C + 2 * C
+    )  # fp32 stream, bf16 update
+    assert all(2 * again[what] == kept[what] for what in again if "after" not in what), "of one block in two"
     n = sum(p.numel() for p in model.parameters())
     assert (predicted["weights, fp32"], predicted["AdamW, fp32"]) == (4 * n, 8 * n)
 
@@ -418,6 +428,37 @@ def test_the_roofline_uses_what_was_measured_on_that_gpu_and_says_so(bench_comma
     for name in ("P100", "H100 PCIe"):
         refused = bench_command("roofline", "--gpu", name)
         assert refused.returncode == 1 and f"no datasheet of '{name}' is at hand" in refused.stderr
+
+
+def test_a_run_is_predicted_by_its_config_and_flags(bench_command, tmp_path):
+    (tmp_path / "mine.py").write_text("batch_size = 6\ngradient_accumulation_steps = 8\nmax_iters = 1000\n")
+    flags = [tmp_path / "mine.py", "--gpu=A100", "--gpus=2", "--results", tmp_path, "--n_layer=2"]
+    shown = bench_command("roofline", *flags)
+    assert shown.returncode == 0, shown.stderr
+    out = shown.stdout
+    assert "2 layers, 768 wide, 4 micro-batches of 6 x 1024 tokens on one A100" in out
+    assert f"\n{1000 * 6 * 8 * 1024:,} tokens, predicted: " in out
+    [fits] = re.findall(r"largest micro-batch that fits, predicted: (\d+) x (\d+) .* = 48 sequences", out)
+    assert fits == ("24", "2") and "  fits into 80 GB less 7%, predicted\n" in out
+    model = GPTConfig(1024, 50304, 2, 12, 768, bias=False)
+    held = {n: sum(roofline.memory(model, n).values()) for n in (3, 4, 6, 24)}
+    parts = re.findall(r"^  (\w.*?)  +([\d.]+) GB$", out, re.MULTILINE)
+    assert [what for what, _ in parts] == list(roofline.memory(model, 6))
+    assert sum(float(size) for _, size in parts) == pytest.approx(held[6] / 1e9, abs=0.05)
+    between = (held[4] + held[6]) / 2 / (1 - roofline.fit.MARGIN)
+    assert roofline.largest_micro_batch(model, 48, 2, between) == 4
+    assert roofline.largest_micro_batch(model, 48, 2, 1e9) is None
+    auto = bench_command("roofline", *flags, "--batch_size=auto").stdout
+    assert "2 layers, 768 wide, 1 micro-batches of 24 x 1024 tokens" in auto
+    huge = bench_command("roofline", *flags, "--n_embd=19200").stdout
+    assert "does not fit into 80 GB less 7%, predicted" in huge and "not one sequence fits" in huge
+    for more, words in (
+        (["--gpus=3"], "gradient_accumulation_steps=8 is that of all GPUs and does not divide by --gpus 3"),
+        (["--strategy=fsdp"], "are not predicted"),
+        (["--size=124M"], "leave it out beside"),
+    ):
+        refused = bench_command("roofline", *flags, *more)
+        assert refused.returncode == 1 and words in refused.stderr, refused
 
 
 # ---- report

@@ -152,7 +152,9 @@ def test_out_of_memory_at_any_time_is_a_sentence(workplace, monkeypatch, capsys,
         saved = "--init_from=resume goes on from out/ckpt.pt"
     code, _, err = command(loop.main, monkeypatch, capsys, *TINY, *flags)
     assert code == 1 and err.startswith("error: out of memory (") and err.count("\n") == 1
-    assert "bytes more were wanted): try to lower batch_size=4 and raise gradient_accumulation_steps=2" in err
+    assert (
+        "bytes more were wanted): try a smaller batch_size than 4, with gradient_accumulation_steps=2" in err
+    )
     assert err.endswith(f"; {saved}\n")
 
 

@@ -128,20 +128,19 @@ def explain(error: BaseException, config: TrainConfig) -> str:
 def _ways_out(config: TrainConfig, smaller_batch: bool = True) -> str:
     ways, model = [], config.model
     if smaller_batch and config.batch_size == "auto":
-        ways.append("give a batch_size below the one that auto has found")
+        ways.append("a batch_size below the one that auto has found")
     elif smaller_batch:
         ways.append(
-            f"lower batch_size={config.batch_size} and raise gradient_accumulation_steps="
-            f"{config.gradient_accumulation_steps} as much, which makes the same step"
+            f"a smaller batch_size than {config.batch_size}, with gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps} raised as much, which makes the same step"
         )
         if torch.cuda.is_available():
-            ways.append("let --batch_size=auto do so")
+            ways.append("--batch_size=auto, which finds both")
     if not model.activation_checkpointing:
         ways.append("--activation_checkpointing=True")
     if config.strategy == "ddp" and torch.cuda.is_available():
         ways.append("--strategy=fsdp on several GPUs")
     if config.init_from in ("scratch", "auto"):
-        ways.append(
-            f"a smaller model: block_size={model.block_size}, n_layer={model.n_layer}, n_embd={model.n_embd}"
-        )
-    return "try to " + ", or ".join(ways) if smaller_batch else "try " + ", or ".join(ways)
+        sizes = f"block_size={model.block_size}, n_layer={model.n_layer}, n_embd={model.n_embd}"
+        ways.append(f"a model smaller than {sizes}")
+    return f"try {', or '.join(ways) or 'a larger device'}"
