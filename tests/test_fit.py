@@ -12,7 +12,7 @@ from tests.runs import TINY, run
 from tests.test_command_line import command
 from tests.test_faults import assert_same_run
 from train import __main__ as loop
-from train import fit
+from train import evaluate, fit
 from train.config import TrainConfig, asked_batch_size, parse
 from train.distributed import Ranks
 
@@ -156,6 +156,12 @@ def test_out_of_memory_at_any_time_is_a_sentence(workplace, monkeypatch, capsys,
         "bytes more were wanted): try a smaller batch_size than 4, with gradient_accumulation_steps=2" in err
     )
     assert err.endswith(f"; {saved}\n")
+
+
+def test_out_of_memory_in_an_evaluation_of_its_own_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: torch.empty(1 << 50, dtype=torch.int8))
+    code, _, err = command(evaluate.main, monkeypatch, capsys, "--data=x", "--device=cpu")
+    assert (code, err) == (1, "error: out of memory: try a smaller batch_size than 8\n")
 
 
 def test_a_profile_is_a_trace_of_those_steps_and_a_list_of_what_costs_most(workplace, capsys):

@@ -26,7 +26,7 @@ from gpt import cli, pretrained, tokenizer
 from gpt.device import autocast, resolve_dtype
 from gpt.model import GPT
 from gpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
-from train import distributed
+from train import distributed, fit
 from train.data import TokenFile, to_device
 from train.distributed import Ranks
 
@@ -62,7 +62,12 @@ def main() -> None:
     if config.batch_size < 1:
         raise ValueError(f"batch_size={config.batch_size} must be at least 1")
     ranks = distributed.start(config.backend, config.device)
-    result = evaluate(config, ranks)
+    try:
+        result = evaluate(config, ranks)
+    except (RuntimeError, MemoryError) as error:
+        if not fit.out_of_memory(error):
+            raise
+        raise ValueError(f"out of memory: try a smaller batch_size than {config.batch_size}") from error
     if ranks.is_main:
         text = json.dumps(result, indent=1)
         print(text)
