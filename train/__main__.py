@@ -26,7 +26,7 @@ from train.config import TrainConfig, parse, resolve
 from train.data import TokenFile, describe, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import Metrics
-from train.optim import clip_gradient, learning_rate, step_if_finite
+from train.optim import clip_gradient, learning_rate, optimizer_for, step_if_finite
 from train.signals import StopRequest
 
 Batch = tuple[Tensor, Tensor]
@@ -81,9 +81,7 @@ def train(
     trained = distributed.parallel(
         model, config.strategy, config.compile, config.dtype, config.batch_size, ranks, precision()
     )
-    optimizer = model.configure_optimizers(
-        config.weight_decay, config.learning_rate, (config.beta1, config.beta2), ranks.device_type
-    )
+    optimizer = optimizer_for(model, config, ranks.device_type)
     if resumed:
         checkpoint.restore(resumed, optimizer, scaler, ranks)
 

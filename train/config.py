@@ -46,6 +46,7 @@ class TrainConfig:
     batch_size: int = 12  # sequences in a micro-batch
     seed: int = 1337  # of weights, dropout and data order
 
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, and AdamW the rest
     learning_rate: float = 6e-4  # at its highest
     max_iters: int = 600000  # steps in the run
     weight_decay: float = 1e-1  # of matrices and embeddings
