@@ -274,7 +274,8 @@ def test_data_cut_short_while_training_ends_the_run_with_a_sentence_and_the_last
 # ---- gradients that are not finite
 
 
-def test_a_step_whose_gradient_is_not_finite_changes_nothing_but_the_count(workplace, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_whose_gradient_is_not_finite_changes_nothing_but_the_count(workplace, monkeypatch, optimizer):
     import train.__main__ as loop
 
     update, seen = loop.update, []
@@ -295,7 +296,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_but_the_count(workp
         return found
 
     monkeypatch.setattr(loop, "update", poisoned)
-    run("--log_interval=1")
+    run("--log_interval=1", f"--optimizer={optimizer}")
     assert [i for i, (unchanged, _) in enumerate(seen) if unchanged] == [2, 5]
     assert [i for i, (_, same) in enumerate(seen) if same] == [2, 5]
     records = [r for r in metrics.read(Path("out/metrics.jsonl")) if "loss" in r]
@@ -322,17 +323,18 @@ def test_a_run_that_no_longer_learns_stops_and_names_a_checkpoint_that_is_good(w
 
 
 def test_each_strategy_equals_a_single_process_and_opens_the_others_checkpoint(workplace):
-    flags = ["--gradient_accumulation_steps=4", "--eval_iters=3", "--eval_sample=3"]
-    run(*flags, out_dir="one")
-    for strategy, other, ranks in (("fsdp", "ddp", 2), ("ddp", "fsdp", 4)):
+    for strategy, other, ranks, optimizer in (("fsdp", "ddp", 2, "adamw"), ("ddp", "fsdp", 4, "muon")):
+        flags = ["--gradient_accumulation_steps=4", "--eval_iters=3", "--eval_sample=3"]
+        flags += [f"--optimizer={optimizer}"]
+        run(*flags, out_dir=optimizer)
         first = [*flags, f"--strategy={strategy}", "--max_iters=4", f"--out_dir={strategy}"]
         finish(start(*first, ranks=ranks))
         second = [*flags, f"--strategy={other}", f"--out_dir={strategy}", "--init_from=resume"]
         finish(start(*second, ranks=6 - ranks))
-        assert_close_run("one", strategy)
+        assert_close_run(optimizer, strategy)
         assert steps(strategy) == list(range(8))
     # alone again, from what both have written
-    assert run(*flags, "--max_iters=9", "--init_from=resume", out_dir="fsdp")["iter_num"] == 9
+    assert run(*flags, "--max_iters=9", "--init_from=resume", out_dir="ddp")["iter_num"] == 9
 
 
 def test_shards_resume_bit_for_bit_in_mixed_precision_on_our_kernels(workplace):

@@ -41,9 +41,10 @@ def torchrun(*flags, ranks=2):
     return result.stdout
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_resuming_equals_never_having_stopped_bit_for_bit(workplace, dtype):
-    flags = ["--dropout=0.2", f"--dtype={dtype}", "--eval_sample=5"]
+def test_resuming_equals_never_having_stopped_bit_for_bit(workplace, dtype, optimizer):
+    flags = ["--dropout=0.2", f"--dtype={dtype}", f"--optimizer={optimizer}", "--eval_sample=5"]
     straight = run(*flags, out_dir="straight")
     run(*flags, "--max_iters=4", out_dir="stopped")
     with open("stopped/metrics.jsonl", "a") as f:  # what a crash after the checkpoint leaves

@@ -26,7 +26,7 @@ from train.config import TrainConfig, asked_batch_size, parse, resolve
 from train.data import TokenFile, describe, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import Metrics
-from train.optim import clip_gradient, learning_rate, step_if_finite
+from train.optim import clip_gradient, learning_rate, optimizer_for, step_if_finite
 from train.profiler import Profile
 from train.signals import StopRequest
 
@@ -186,9 +186,7 @@ def prepare(
 ) -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
     """What is trained (the model, compiled, in its strategy), what trains it, and its loss scale."""
     trained = distributed.parallel(model, config.strategy, config.compile, config.dtype, ranks)
-    optimizer = model.configure_optimizers(
-        config.weight_decay, config.learning_rate, (config.beta1, config.beta2), ranks.device_type
-    )
+    optimizer = optimizer_for(model, config, ranks.device_type)
     return trained, optimizer, torch.amp.GradScaler(ranks.device_type, enabled=config.dtype == "float16")
 
 

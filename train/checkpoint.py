@@ -33,6 +33,7 @@ from gpt.pretrained import (
 )
 from train.config import TrainConfig
 from train.distributed import Ranks
+from train.optim import Muon, moments_of
 
 
 def initial_model(
@@ -151,15 +152,23 @@ def restore(
     """
     own = optimizer.state_dict()["param_groups"]
     saved = checkpoint.get("optimizer", {})
+    trained_with = checkpoint.get("config", {}).get("optimizer", "adamw")  # nanoGPT knows no other
+    wanted = "muon" if isinstance(optimizer, Muon) else "adamw"
+    if saved and trained_with != wanted:
+        raise ValueError(
+            f"the checkpoint was trained with {trained_with}, and {wanted} cannot go on from its moments: "
+            f"give --optimizer={trained_with}, or take the weights alone by --init_from=PATH/ckpt.pt"
+        )
     sizes = [[len(group["params"]) for group in groups] for groups in (saved.get("param_groups", []), own)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"the checkpoint's optimizer has groups of {sizes[0]} tensors, this run's of {sizes[1]}"
         )
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in enumerate(params):
-        moments = saved.get("state", {}).get(i, {"exp_avg": p, "exp_avg_sq": p})  # none before the first step
-        for name in ("exp_avg", "exp_avg_sq"):
+    kept = [moments_of(group) for group in optimizer.param_groups for _ in group["params"]]
+    for i, (p, names) in enumerate(zip(params, kept, strict=True)):
+        moments = saved.get("state", {}).get(i, dict.fromkeys(names, p))  # none before the first step
+        for name in names:
             if name not in moments or moments[name].shape != p.shape:
                 found = tuple(moments[name].shape) if name in moments else "missing"
                 raise ValueError(

@@ -50,6 +50,7 @@ class TrainConfig:
     )
     seed: int = 1337  # of weights, dropout and data order
 
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, and AdamW the rest
     learning_rate: float = 6e-4  # at its highest
     max_iters: int = 600000  # steps in the run
     weight_decay: float = 1e-1  # of matrices and embeddings

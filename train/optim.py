@@ -1,13 +1,122 @@
-"""The learning rate as a function of the step; steps of the optimizer."""
+"""The optimizers, the learning rate as a function of the step, and what is done around a step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from gpt.model import GPT
 from train.config import TrainConfig
+
+
+def optimizer_for(model: GPT, config: TrainConfig, device_type: str) -> torch.optim.Optimizer:
+    """The one that `config` names: AdamW as in nanoGPT, or Muon."""
+    adamw = model.configure_optimizers(
+        config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device_type
+    )
+    return adamw if config.optimizer == "adamw" else Muon(model, adamw)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the matrices of the blocks, AdamW for the rest: embeddings (the head is one), norms, biases.
+
+    A matrix moves along its gradient's running mean, made orthogonal: all of its singular values become
+    about one, so that rare directions count as much as frequent ones. Scaled to the size that AdamW's updates
+    have, so that one learning rate and weight decay serve both. Queries, keys and values lie in one tensor
+    and are made orthogonal apart. Shards are put together first, and every rank does the same work.
+
+    It computes what torch.optim.Muon does. Why it is not that one: a step whose gradient is not finite is
+    skipped on the device, where a GPU is told so and nobody waits; and on CPUs, where bfloat16 is slow, it
+    works in float32.
+
+    Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/; the scale is that of Liu et al., 2025,
+    https://arxiv.org/abs/2502.16982
+    """
+
+    def __init__(self, model: GPT, adamw: torch.optim.AdamW, momentum: float = 0.95):
+        decayed, plain = adamw.param_groups
+        blocks = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
+        packed = [p for name, p in blocks.items() if name.endswith("c_attn.weight")]
+        single = [p for name, p in blocks.items() if not name.endswith("c_attn.weight")]
+        own = set(blocks.values())
+        rest = [p for p in decayed["params"] if p not in own]
+        groups = [
+            decayed | {"params": packed, "momentum": momentum, "matrices": 3},
+            decayed | {"params": single, "momentum": momentum, "matrices": 1},
+            decayed | {"params": rest},
+            plain,
+        ]
+        super().__init__(groups, adamw.defaults)
+        self.adamw = adamw
+        self._step_supports_amp_scaling = adamw.defaults["fused"]  # a GradScaler then says found_inf
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Nothing moves where `found_inf`, set as a GradScaler sets it, is not zero."""
+        assert closure is None
+        found_inf = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            for p in group["params"] if "momentum" in group else ():
+                if p.grad is not None:
+                    self._step_matrix(p, p.grad, group, found_inf)
+        self.adamw.param_groups = [group for group in self.param_groups if "momentum" not in group]
+        vars(self.adamw).update(state=self.state, grad_scale=None, found_inf=found_inf)
+        self.adamw.step()
+
+    def _step_matrix(
+        self, p: Tensor, gradient: Tensor, group: dict[str, Any], found_inf: Tensor | None
+    ) -> None:
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        weight, grad, buffer = _local(p), _local(gradient), _local(state["momentum_buffer"])
+        mean = buffer.lerp(grad, 1 - group["momentum"])
+        update = grad.lerp(mean, group["momentum"])  # Nesterov's
+        update = update.bfloat16() if update.is_cuda else update
+        if isinstance(p, DTensor):
+            update = DTensor.from_local(update, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+            update = update.full_tensor()
+        update = orthogonal(update.view(group["matrices"], -1, p.size(1)))
+        scale = 0.2 * math.sqrt(max(update.shape[1:]))  # the root mean square of AdamW's updates is about 0.2
+        update = update.reshape(p.shape).type_as(weight)
+        if isinstance(p, DTensor):
+            update = _local(distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None))
+        moved = weight * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * scale * update
+        if found_inf is not None:
+            skip = found_inf.bool()
+            mean, moved = torch.where(skip, buffer, mean), torch.where(skip, weight, moved)
+        buffer.copy_(mean)
+        weight.copy_(moved)
+
+
+def moments_of(group: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the tensors that the optimizer keeps for each tensor of `group`."""
+    return ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """(N, A, B): each matrix with its singular values moved to about one, U V^T of its decomposition nearly.
+
+    Five steps of a Newton-Schulz iteration, with the polynomial and coefficients of Jordan, who chose them to
+    lift small values fast: those above 1/500 of the matrix's norm end between 0.68 and 1.21.
+    """
+    tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part, where a tensor has parts."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

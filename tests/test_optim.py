@@ -1,0 +1,150 @@
+"""Muon against its definition and torch.optim.Muon; which tensors it takes; what it cannot go on from."""
+
+import math
+
+import pytest
+import torch
+
+from gpt.model import GPT, GPTConfig
+from tests.runs import run
+from train.config import TrainConfig
+from train.optim import optimizer_for, orthogonal, step_if_finite
+
+SETTINGS = dict(learning_rate=0.02, weight_decay=0.3, beta1=0.8, beta2=0.9)
+
+
+def small(optimizer="muon"):
+    """(model, its optimizer), the same weights every time."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=21, kernels="torch"))
+    return model, optimizer_for(model, TrainConfig(optimizer=optimizer, **SETTINGS), "cpu")
+
+
+def is_muons(name):
+    return name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+
+
+def by_definition(matrix):
+    """Jordan's quintic, five times, on the singular values; in double precision."""
+    u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / matrix.double().norm().clamp(min=1e-7)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u * s @ vt
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 12), (1, 40, 10), (2, 10, 40)])
+def test_orthogonal_is_jordans_iteration(shape):
+    """Each matrix by itself, whatever its size."""
+    draws = torch.Generator().manual_seed(1)
+    sizes = torch.tensor([1e-3, 1.0, 1e3])[: shape[0], None, None]
+    matrices = torch.randn(shape, generator=draws) * torch.logspace(-2, 0, shape[2]) * sizes
+    for matrix, found in zip(matrices, orthogonal(matrices), strict=True):
+        torch.testing.assert_close(found.double(), by_definition(matrix), rtol=0, atol=1e-4)
+    assert not orthogonal(torch.zeros(shape)).any()
+
+
+def test_muon_steps_as_defined_and_the_rest_as_adamw_does():
+    """Four steps under a changing learning rate; queries, keys and values apart; torch.optim.Muon agrees."""
+    model, optimizer = small()
+    twin, adamw = small("adamw")
+    twins = dict(twin.named_parameters())
+    parts = {name: 3 if "c_attn" in name else 1 for name in twins if is_muons(name)}
+    expected = {name: list(twins[name].detach().double().chunk(n)) for name, n in parts.items()}
+    means = {name: [torch.zeros_like(w) for w in weights] for name, weights in expected.items()}
+    pytorchs = {
+        name: [torch.nn.Parameter(w.clone()) for w in twins[name].detach().chunk(n)]
+        for name, n in parts.items()
+    }
+    reference = torch.optim.Muon(
+        [p for weights in pytorchs.values() for p in weights],
+        weight_decay=SETTINGS["weight_decay"], adjust_lr_fn="match_rms_adamw",
+    )  # fmt: skip
+    for lr in (0.01, 0.02, 0.02, 0.005):
+        for group in (*optimizer.param_groups, *adamw.param_groups, *reference.param_groups):
+            group["lr"] = lr
+        for name, p in model.named_parameters():
+            p.grad, twins[name].grad = torch.randn_like(p), None
+            if name not in parts:
+                twins[name].grad = p.grad.clone()
+                continue
+            for i, grad in enumerate(p.grad.chunk(parts[name])):
+                pytorchs[name][i].grad = grad.clone()
+                means[name][i] = 0.95 * means[name][i] + 0.05 * grad
+                direction = by_definition(0.95 * means[name][i] + 0.05 * grad)
+                scale = 0.2 * math.sqrt(max(grad.shape))
+                expected[name][i] = (1 - 0.3 * lr) * expected[name][i] - lr * scale * direction
+        for each in (optimizer, adamw, reference):
+            each.step()
+    initial = dict(small()[0].named_parameters())
+    for name, p in model.named_parameters():
+        if name not in parts:
+            assert torch.equal(p, twins[name]), name
+            continue
+        torch.testing.assert_close(
+            p.detach().double(), torch.cat(expected[name]), rtol=0, atol=1e-5, msg=name
+        )
+        error, moved = p - torch.cat(pytorchs[name]), p - initial[name]
+        assert error.norm() < 0.03 * moved.norm(), (
+            f"{name}: it computes in bfloat16, but not that differently"
+        )
+        mean = optimizer.state[p]["momentum_buffer"]
+        torch.testing.assert_close(mean.double(), torch.cat(means[name]), rtol=1e-5, atol=1e-6)
+        assert optimizer.state[p].keys() == {"momentum_buffer"}
+
+
+def test_decay_is_as_in_adamw_and_nothing_is_in_two_groups():
+    model, optimizer = small()
+    names = {p: name for name, p in model.named_parameters()}
+    found = [(names[p], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(found) == sorted((name, 0.3 if p.dim() == 2 else 0.0) for p, name in names.items())
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["plain", "scaled"])
+def test_a_skipped_step_leaves_weights_and_moments_alone(enabled):
+    """With loss scaling and without; the steps around it are those of a run that never saw it."""
+    ends = []
+    for gradients in ((1.0, torch.nan, 2.0), (1.0, 2.0)):
+        model, optimizer = small()
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled, init_scale=4.0, backoff_factor=1.0 - 1e-7)
+        for factor in gradients:
+            draws = torch.Generator().manual_seed(3)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=draws)
+            first = model.transformer.wpe.weight.grad
+            first *= factor  # AdamW's, and Muon is to know of it
+            scale = scaler.scale(torch.ones(()))
+            for p in model.parameters():
+                p.grad *= scale
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            step_if_finite(optimizer, scaler, norm)
+        ends.append((model, optimizer))
+    (a, first), (b, second) = ends
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+        for name, moment in second.state[q].items():
+            torch.testing.assert_close(first.state[p][name], moment, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("muon", "adamw")])
+def test_one_optimizer_does_not_go_on_from_the_other_but_takes_its_weights(workplace, before, after):
+    first = run(f"--optimizer={before}", "--max_iters=4")
+    with pytest.raises(
+        ValueError,
+        match=rf"was trained with {before}, and {after} cannot .* --optimizer={before}, or .* --init_from=",
+    ):
+        run(f"--optimizer={after}", "--init_from=resume")
+    still = ["--max_iters=1", "--learning_rate=0", "--min_lr=0"]
+    tuned = run(f"--optimizer={after}", "--init_from=out/ckpt.pt", *still, out_dir="tuned")
+    assert all(torch.equal(weight, tuned["model"][name]) for name, weight in first["model"].items())
+
+
+def test_muon_without_its_moments_is_refused(workplace):
+    state = run("--optimizer=muon", "--max_iters=4")
+    state["optimizer"]["state"][0] = {}
+    torch.save(state, "out/ckpt.pt")
+    with pytest.raises(
+        ValueError, match=r"optimizer: momentum_buffer of tensor 0 is missing, not \(96, 32\)"
+    ):
+        run("--optimizer=muon", "--init_from=resume")
