@@ -28,6 +28,7 @@ from train.distributed import Ranks
 from train.metrics import Metrics
 from train.optim import clip_gradient, learning_rate, step_if_finite
 from train.signals import StopRequest
+from train.view import Lines, open_view
 
 Batch = tuple[Tensor, Tensor]
 Precision = Callable[[], AbstractContextManager]
@@ -37,7 +38,8 @@ def main() -> None:
     config, given = parse(sys.argv[1:])
     try:
         ranks = distributed.start(config.backend, config.device, config.timeout)
-        train(config, ranks, given, StopRequest())
+        with open_view() as view:
+            train(config, ranks, given, StopRequest(), view)
     except RuntimeError as error:
         if not distributed.lost_rank(error):
             raise
@@ -49,11 +51,15 @@ def main() -> None:
 
 
 def train(
-    config: TrainConfig, ranks: Ranks, given: Container[str] = (), stop: StopRequest | None = None
+    config: TrainConfig,
+    ranks: Ranks,
+    given: Container[str] = (),
+    stop: StopRequest | None = None,
+    view: Lines | None = None,
 ) -> None:
     """The whole run, from `config` to the last checkpoint, or until `stop` asks for an end.
 
-    `given` are the flags that were set explicitly.
+    `given` are the flags that were set explicitly, `view` is where the run is shown.
     """
     out_dir, data_dir = Path(config.out_dir), Path("data", config.dataset)
     if ranks.is_main:
@@ -99,8 +105,8 @@ def train(
     micro_batches = read_ahead(train_file, position, config.batch_size, ranks)
     # nanoGPT's checkpoints are not known to follow an evaluation.
     was_evaluated = resumed.get("evaluated", "position" in resumed)
-    metrics = Metrics(config, ranks, model, step, was_evaluated, resumed.get("skipped", 0))
-    metrics.start(len(train_file), resumed.get("config", {}))
+    metrics = Metrics(config, ranks, model, view or Lines(), resumed, was_evaluated)
+    metrics.start(len(train_file), len(eval_files["val"]))
     saver = checkpoint.Saver(out_dir, config.keep_last)
     shows_sample = config.eval_sample > 0 and (ranks.is_main or config.strategy == "fsdp")
     example = tokenizer.from_dict(tokens) if shows_sample else None
@@ -123,7 +129,7 @@ def train(
         reason = f"stopped by {stop.received}" if stop and stop.received else "stopped with another rank"
         latest = out_dir / "ckpt.pt"
         how = f"--init_from=resume goes on from {latest}" if latest.exists() else "nothing is saved yet"
-        metrics.print(f"{reason} after {step} steps: {how}")
+        metrics.stop(step, reason, how)
 
     evaluated = step if was_evaluated else -1
     resumed.clear()  # its tensors are the old file, mapped
