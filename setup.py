@@ -17,7 +17,7 @@ setup(
         "numpy",
         "tiktoken",
         "tyro",
-        "tqdm",
+        "rich",
         "matplotlib",
     ],
     extras_require={

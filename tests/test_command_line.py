@@ -12,7 +12,6 @@ from gpt import cli, sample, tokenizer
 from gpt import generate as generation
 from tests.runs import TINY, run
 from train import __main__ as loop
-from train import plot
 from train.config import PRESETS, TrainConfig, parse
 from train.prepare import __main__ as prepare
 from train.prepare import corpora
@@ -415,15 +414,3 @@ def test_a_tokenizer_survives_the_checkpoint():
     chars = tokenizer.CharTokenizer(["a", "b", "é"])
     again = tokenizer.from_dict(chars.to_dict())
     assert again.encode("béa") == [1, 2, 0] and again.decode([2, 1, 9]) == "éb\ufffd"
-
-
-def test_the_loss_is_plotted(workplace, monkeypatch, capsys):
-    from PIL import Image
-
-    run()
-    code, out, _ = command(plot.main, monkeypatch, capsys, "out")
-    assert code == 0 and out.strip() == "out/loss.png"
-    picture = np.asarray(Image.open("out/loss.png").convert("RGB")).reshape(-1, 3)
-    assert len(np.unique(picture, axis=0)) > 50  # curves were drawn, not an empty frame
-    code, _, err = command(plot.main, monkeypatch, capsys, "nowhere")
-    assert code == 1 and "nowhere holds no metrics.jsonl" in err

@@ -77,7 +77,7 @@ def load(out_dir, name="ckpt.pt"):
 
 
 def assert_same_run(first, second):
-    """Every bit of the last checkpoint and of the best, and every line of the metrics but for the clock."""
+    """Every bit of the last checkpoint and of the best, and the metrics but for what the machine gives."""
     for name in ("ckpt.pt", "best.pt"):
         a, b = load(first, name), load(second, name)
         assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]), name
@@ -86,9 +86,9 @@ def assert_same_run(first, second):
         assert all(torch.equal(x["cpu"], y["cpu"]) for x, y in zip(a["rng"], b["rng"], strict=True))
         for key in ("iter_num", "position", "skipped", "best_val_loss"):
             assert a[key] == b[key], (name, key)
-    clock = {"ms", "tokens_per_s", "mfu"}
+    machine = {"ms", "tokens_per_s", "mfu", "memory_gb"}
     lines = [
-        [{k: v for k, v in r.items() if k not in clock} for r in metrics.read(Path(d, "metrics.jsonl"))]
+        [{k: v for k, v in r.items() if k not in machine} for r in metrics.read(Path(d, "metrics.jsonl"))]
         for d in (first, second)
     ]
     assert lines[0] == lines[1]

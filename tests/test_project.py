@@ -49,7 +49,7 @@ def test_every_module_can_be_imported_with_torch_and_numpy_alone():
     ]
     script = (
         "import sys\n"
-        "names = 'tyro tiktoken tqdm matplotlib transformers wandb datasets tokenizers pyarrow'\n"
+        "names = 'tyro tiktoken rich matplotlib transformers wandb datasets tokenizers pyarrow'\n"
         "for name in names.split():\n"
         "    sys.modules[name] = None\n"
         "import importlib, torch\n"

@@ -24,10 +24,10 @@ def same_weights(a, b):
 
 
 def records(out_dir):
-    """metrics.jsonl without what depends on the clock."""
-    clock = {"ms", "tokens_per_s", "mfu"}
+    """metrics.jsonl without what the machine gives."""
+    machine = {"ms", "tokens_per_s", "mfu", "memory_gb"}
     return [
-        {k: v for k, v in r.items() if k not in clock} for r in metrics.read(Path(out_dir, "metrics.jsonl"))
+        {k: v for k, v in r.items() if k not in machine} for r in metrics.read(Path(out_dir, "metrics.jsonl"))
     ]
 
 

@@ -29,6 +29,7 @@ from train.metrics import Metrics
 from train.optim import clip_gradient, learning_rate, optimizer_for, step_if_finite
 from train.profiler import Profile
 from train.signals import StopRequest
+from train.view import Lines, open_view
 
 Batch = tuple[Tensor, Tensor]
 Precision = Callable[[], AbstractContextManager]
@@ -38,7 +39,8 @@ def main() -> None:
     config, given = parse(sys.argv[1:])
     try:
         ranks = distributed.start(config.backend, config.device, config.timeout)
-        train(config, ranks, given, StopRequest())
+        with open_view() as view:
+            train(config, ranks, given, StopRequest(), view)
     except (RuntimeError, MemoryError) as error:
         if fit.out_of_memory(error):
             raise ValueError(fit.explain(error, config)) from error
@@ -56,10 +58,11 @@ def train(
     ranks: Ranks,
     given: Mapping[str, Sequence[str]] | None = None,
     stop: StopRequest | None = None,
+    view: Lines | None = None,
 ) -> None:
     """The whole run, from `config` to the last checkpoint, or until `stop` asks for an end.
 
-    `given` are the values of the flags that were set explicitly.
+    `given` are the values of the flags that were set explicitly, `view` is where the run is shown.
     """
     given = given or {}
     out_dir, data_dir = Path(config.out_dir), Path("data", config.dataset)
@@ -107,8 +110,8 @@ def train(
     micro_batches = read_ahead(train_file, position, config.micro_batch, ranks)
     # nanoGPT's checkpoints are not known to follow an evaluation.
     was_evaluated = resumed.get("evaluated", "position" in resumed)
-    metrics = Metrics(config, ranks, model, step, was_evaluated, resumed.get("skipped", 0))
-    metrics.start(len(train_file), resumed.get("config", {}))
+    metrics = Metrics(config, ranks, model, view or Lines(), resumed, was_evaluated)
+    metrics.start(len(train_file), len(eval_files["val"]))
     if found:
         metrics.print(found)
     if config.compile and not config.eval_only:
@@ -136,7 +139,7 @@ def train(
         reason = f"stopped by {stop.received}" if stop and stop.received else "stopped with another rank"
         latest = out_dir / "ckpt.pt"
         how = f"--init_from=resume goes on from {latest}" if latest.exists() else "nothing is saved yet"
-        metrics.print(f"{reason} after {step} steps: {how}")
+        metrics.stop(step, reason, how)
 
     evaluated = step if was_evaluated else -1
     resumed.clear()  # its tensors are the old file, mapped

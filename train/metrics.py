@@ -1,21 +1,34 @@
-"""What a run says about itself: nanoGPT's lines (or a progress bar on a terminal), metrics.jsonl, wandb.
+"""What a run says about itself: to whom looks on (train/view.py), to metrics.jsonl, to wandb.
 
 metrics.jsonl has one object a line. A step: iter, loss (mean of the whole global batch, in nats), lr,
 grad_norm (before clipping), skipped (steps so far whose gradient was not finite: they change no weight),
-ms (a step, mean since the last line), tokens_per_s, mfu (percent; null where the peak is unknown). An
+ms (a step, mean since the last line), tokens_per_s, mfu (percent; null where the peak is unknown), memory_gb
+(the most so far, 10^9 bytes: of tensors on rank 0's GPU, or of the process where there is none). An
 evaluation: iter, train/loss, val/loss, lr. `iter` counts the updates made before. What is not finite is
 null.
+
+An event has a name, event, and iter and time (ISO 8601, UTC). "start", of a run or of its resuming: evaluated
+(the evaluation of this iter is behind it), config (every flag as resolved), parameters, flops_per_token,
+tokens_per_step, train_tokens, val_tokens, ranks, gpu (null on a CPU), torch (its version). "stop", by a
+signal: reason. A run that ends otherwise has its last evaluation as its last line, or none where it failed.
+
+Lines are only ever added. A run that died makes the steps since its last checkpoint once more: what comes
+before a "start" and is not before its iter has been replaced, and `read` leaves it out.
 """
 
 import json
 import math
 import os
+import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -23,6 +36,7 @@ from torch import Tensor
 from gpt.model import GPT
 from train.config import TrainConfig
 from train.distributed import Ranks
+from train.view import Lines
 
 SETTLING = 5  # steps after the start whose time says nothing about the rest
 HOPELESS = 20  # steps skipped in a row; float16 needs a few to find its loss scale
@@ -32,48 +46,82 @@ class Metrics:
     """Only rank 0 writes; `step` and `evaluation` are for all ranks to call."""
 
     def __init__(
-        self, config: TrainConfig, ranks: Ranks, model: GPT, first_step: int, evaluated: bool, skipped: int
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        model: GPT,
+        view: Lines,
+        resumed: dict[str, Any],
+        evaluated: bool,
     ):
-        """`evaluated`: the checkpoint that the run goes on from followed the evaluation of its step."""
-        self.config, self.ranks, self.model = config, ranks, model
-        self.first_step = self.last_logged = first_step
+        """`evaluated`: `resumed`, the checkpoint that the run goes on from, followed its evaluation."""
+        self.config, self.ranks, self.model, self.view = config, ranks, model, view
+        self.first_step = self.last_logged = resumed.get("iter_num", 0)
+        self.evaluated = evaluated
+        self.before: dict[str, Any] = resumed.get("config", {})
+        self.best_val_loss = float(resumed.get("best_val_loss", math.inf))
+        self.skipped_before: int = resumed.get("skipped", 0)
         # counted on the device: in all, and in a row
-        self.skipped, self.in_a_row = torch.tensor([skipped, 0], device=ranks.device)
-        self.skipped_before = skipped
+        self.skipped, self.in_a_row = torch.tensor([self.skipped_before, 0], device=ranks.device)
         self.mfu: float | None = None
-        self.bar = self.wandb = self.file = None
-        self.path = Path(config.out_dir, "metrics.jsonl")
+        self.seconds: float | None = None  # a step, smoothed
+        self.pauses = 0
+        self.pause = 0.0  # seconds of the last evaluation, with its sample and checkpoint
+        self.wandb = self.file = None
         if ranks.is_main:
             if config.wandb_log:
-                self.wandb = _start_wandb(config)
+                self.wandb = _start_wandb(config, self.print)
             if not config.eval_only:  # looking at a run leaves its record alone
-                _keep_before(self.path, first_step, evaluated)
-                self.file = self.path.open("a")
-            if sys.stdout.isatty() and not config.eval_only:
-                self.bar = _progress_bar(first_step, config.max_iters)
+                self.file = _open(Path(config.out_dir, "metrics.jsonl"), goes_on=self.first_step > 0)
         self.started = time.perf_counter()
 
     def print(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.write(text)
-        elif self.ranks.is_main:
-            print(text, flush=True)
+        if self.ranks.is_main:
+            self.view.print(text)
 
-    def start(self, train_tokens: int, before: dict[str, Any]) -> None:
-        """Says what is about to be trained, on what, and which settings differ from those of `before`."""
+    def start(self, train_tokens: int, val_tokens: int) -> None:
+        """Says what is about to be trained, on what, and which settings differ from those before."""
+        if not self.ranks.is_main:
+            return
         config, c = self.config, self.config.model
-        tokens = config.sequences * c.block_size
+        step = config.sequences * c.block_size
+        parameters, flops, tokens = (
+            self.model.get_num_params(),
+            self.model.flops_per_token(),
+            step * config.max_iters,
+        )
+        gpu = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else None
+        self._event(
+            "start", self.first_step, evaluated=self.evaluated, config=config.flat(), parameters=parameters,
+            flops_per_token=flops, tokens_per_step=step, train_tokens=train_tokens, val_tokens=val_tokens,
+            ranks=self.ranks.world_size, gpu=gpu, torch=torch.__version__,
+        )  # fmt: skip
         shape = f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, block {c.block_size}"
         settings = f"dtype {config.dtype}, compile {config.compile}, kernels {c.kernels}"
-        millions = self.model.get_num_params() / 1e6
-        self.print(f"number of parameters: {millions:.2f}M ({shape}, {c.vocab_size} symbols)")
-        self.print(f"tokens per iteration will be: {tokens:,} (1/{train_tokens / tokens:,.1f} of the data)")
-        backend = f", backend {config.backend}" if self.ranks.backend else ""
-        self.print(f"device {config.device} x {self.ranks.world_size}{backend}, {settings}")
+        named = f" ({gpu})" if gpu else ""
+        backend = f", backend {config.backend}, strategy {config.strategy}" if self.ranks.backend else ""
+        summary = {
+            "parameters": f"{parameters / 1e6:.2f}M ({shape}, {c.vocab_size} symbols)",
+            "tokens a step": f"{step:,} (1/{train_tokens / step:,.1f} of the data)",
+            "data": f"{config.dataset}: {train_tokens:,} tokens to train on, {val_tokens:,} to validate",
+            "run": f"{config.max_iters:,} steps, {tokens:,} tokens: {tokens / train_tokens:.2f} epochs, "
+            f"{tokens / parameters:.1f} a parameter (Chinchilla: 20, or {20 * parameters:,} tokens)",
+            "cost": f"{flops:.2e} FLOPs a token, {flops * tokens:.2e} in the run",
+            "device": f"{config.device} x {self.ranks.world_size}{named}{backend}, {settings}",
+        }
+        if config.eval_only:
+            del summary["run"], summary["cost"]
         now = config.flat()
-        for name in sorted(before.keys() & now.keys() - {"init_from", "out_dir", "device", "backend"}):
-            if before[name] != now[name]:
-                self.print(f"not as before: {name} was {before[name]!r} and is {now[name]!r}")
+        changed = [
+            f"not as before: {name} was {self.before[name]!r} and is {now[name]!r}"
+            for name in sorted(
+                self.before.keys() & now.keys() - {"init_from", "out_dir", "device", "backend"}
+            )
+            if self.before[name] != now[name]
+        ]
+        self.view.start(summary, self.first_step, config.max_iters, self.best_val_loss)
+        for line in changed:
+            self.print(line)
 
     def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
         """Called after each update; the GPU is waited for only when there is something to say.
@@ -81,8 +129,8 @@ class Metrics:
         Raises ValueError when no step has changed a weight for long.
         """
         config = self.config
-        if self.bar is not None:
-            self.bar.update()
+        if self.ranks.is_main:
+            self.view.advance(step + 1)
         failed = ~grad_norm.isfinite()
         self.skipped, self.in_a_row = self.skipped + failed, (self.in_a_row + 1) * failed
         if step % config.log_interval:
@@ -104,31 +152,35 @@ class Metrics:
         if step - self.first_step >= SETTLING:
             mfu = self.model.estimate_mfu(sequences // self.ranks.world_size, seconds, config.dtype)
             self.mfu = mfu if self.mfu is None or mfu is None else 0.9 * self.mfu + 0.1 * mfu
-        percent = None if self.mfu is None else 100 * self.mfu
-        tokens_per_s = sequences * config.model.block_size / seconds
+            self.seconds = seconds if self.seconds is None else 0.9 * self.seconds + 0.1 * seconds
         skipped = self.skipped_steps()
         if skipped > self.skipped_before:
             self.print(f"iter {step}: {skipped - self.skipped_before} skipped, the gradient was not finite")
             self.skipped_before = skipped
-        self._write(
-            iter=step, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), skipped=skipped,
-            ms=1000 * seconds, tokens_per_s=tokens_per_s, mfu=percent,
-        )  # fmt: skip
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {mean_loss:.4f}, {tokens_per_s:,.0f} tokens/s")
-        else:
-            utilisation = "" if percent is None else f", mfu {percent:.2f}%"
-            self.print(f"iter {step}: loss {mean_loss:.4f}, time {1000 * seconds:.2f}ms{utilisation}")
+        record = {
+            "iter": step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm.item(), "skipped": skipped,
+            "ms": 1000 * seconds, "tokens_per_s": sequences * config.model.block_size / seconds,
+            "mfu": None if self.mfu is None else 100 * self.mfu, "memory_gb": _memory(config.device) / 1e9,
+        }  # fmt: skip
+        self._write(record)
+        self.view.step(record, self._seconds_left(step + 1))
         self.last_logged, self.started = step + 1, time.perf_counter()
 
     def evaluation(self, step: int, losses: dict[str, float], lr: float) -> None:
         if not self.ranks.is_main:
             return
-        self.print(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         record = {"iter": step, "train/loss": losses["train"], "val/loss": losses["val"], "lr": lr}
-        self._write(**record)
+        self._write(record)
+        self.view.evaluation(record)
         if self.wandb is not None:
             self.wandb.log(record | ({} if self.mfu is None else {"mfu": 100 * self.mfu}))
+
+    def stop(self, step: int, reason: str, how: str) -> None:
+        """The run ends before it is finished; `how` it goes on."""
+        if self.ranks.is_main:
+            self._event("stop", step, reason=reason)
+            self.view.close()
+            self.print(f"{reason} after {step} steps: {how}")
 
     def skipped_steps(self) -> int:
         return int(self.skipped)
@@ -141,9 +193,11 @@ class Metrics:
         """What runs inside is not counted into the time of a step."""
         self._synchronize()
         paused = time.perf_counter()
-        yield
+        with self.view.busy("evaluating"):
+            yield
         self._synchronize()
-        self.started += time.perf_counter() - paused
+        self.pauses, self.pause = self.pauses + 1, time.perf_counter() - paused
+        self.started += self.pause
 
     def flush(self) -> None:
         """Puts what was said onto the disk: called before the checkpoint that makes it history."""
@@ -151,19 +205,29 @@ class Metrics:
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.view.close()
         if self.file is not None:
             self.file.close()
         if self.wandb is not None:
             self.wandb.finish()
 
-    def _write(self, **record: Any) -> None:
+    def _seconds_left(self, done: int) -> float | None:
+        """An estimate: what is left goes on as the last steps and the last evaluation did."""
+        compiles = self.config.compile and self.pauses < 2  # the first evaluation is no measure then
+        if self.seconds is None or self.pauses == 0 or compiles:
+            return None
+        last, interval = self.config.max_iters, self.config.eval_interval
+        evaluations = (last - 1) // interval - (done - 1) // interval + 1
+        return (last - done) * self.seconds + evaluations * self.pause
+
+    def _event(self, name: str, step: int, **fields: Any) -> None:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._write({"event": name, "iter": step, "time": now} | fields)
+
+    def _write(self, record: dict[str, Any]) -> None:
         """What is not finite becomes null: JSON has no name for it."""
         if self.file is not None:
-            plain = {
-                k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()
-            }
+            plain = json.loads(json.dumps(record), parse_constant=lambda name: None)
             self.file.write(json.dumps(plain) + "\n")
             self.file.flush()
 
@@ -173,42 +237,59 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut short by a crash is left out."""
-    records = []
+    """The steps and evaluations of a metrics.jsonl, each once; a line cut short by a crash is left out."""
+    records: list[dict[str, Any]] = []
     for line in path.read_text().splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
-            break
+            continue
+        if "event" not in record:
+            records.append(record)
+        elif record["event"] == "start":
+            first = record["iter"]
+            of_evaluation = {first} if record["evaluated"] else set()
+            records = [
+                r for r in records if r["iter"] < first or ("val/loss" in r and r["iter"] in of_evaluation)
+            ]
     return records
 
 
-def _keep_before(path: Path, first_step: int, evaluated: bool) -> None:
-    """Drops what a run wrote after the checkpoint it now goes on from: it is about to happen again."""
-    records = read(path) if first_step and path.exists() else []
-    of_evaluation = {first_step} if evaluated else set()
-    kept = [r for r in records if r["iter"] < first_step or ("val/loss" in r and r["iter"] in of_evaluation)]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as f:
-        f.writelines(json.dumps(record) + "\n" for record in kept)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+def _open(path: Path, goes_on: bool) -> TextIO:
+    """The file to add to: empty for a new run, else without a last line that a crash has cut short."""
+    if not goes_on:
+        return path.open("w")
+    file = path.open("a+b")
+    file.seek(0)
+    file.truncate(file.read().rfind(b"\n") + 1)
+    return TextIOWrapper(file)
 
 
-def _progress_bar(first_step: int, max_iters: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:  # plain lines then
-        return None
-    form = "{percentage:3.0f}% |{bar}| step {n_fmt}/{total_fmt}{postfix} [{elapsed}, {remaining} left]"
-    return tqdm(total=max_iters, initial=first_step, bar_format=form, dynamic_ncols=True, file=sys.stdout)
+def _memory(device: str) -> int:
+    """Bytes that were taken at most: by tensors on the GPU, or by the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _start_wandb(config: TrainConfig) -> Any:
+def _start_wandb(config: TrainConfig, say: Callable[[str], None]) -> Any:
+    """Logs offline where there is neither a key nor anybody to ask for one."""
     try:
         import wandb
     except ImportError:
         raise ValueError("wandb_log=True needs the package wandb: pip install -e '.[wandb]'") from None
-    wandb.init(project=config.wandb_project, name=config.wandb_run_name, config=config.flat())
+    start = partial(
+        wandb.init, project=config.wandb_project, name=config.wandb_run_name, config=config.flat()
+    )
+    try:
+        start()
+    except wandb.Error as error:
+        if sys.stdin.isatty() or "API key" not in str(error):
+            raise ValueError(
+                f"wandb did not start ({error}); "
+                "WANDB_MODE=offline logs to the disk, --wandb_log=False not at all"
+            ) from error
+        run = start(mode="offline")
+        say(f"wandb knows no API key and logs to the disk; later: wandb sync {Path(run.dir).parent}")
     return wandb

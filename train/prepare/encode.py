@@ -208,18 +208,24 @@ def _progress(folder: Path, total: int, done: int) -> Iterator[Callable[[int, in
     if not sys.stderr.isatty():
         yield lambda size, tokens: None
         return
-    from tqdm import tqdm
+    from rich import progress
+    from rich.console import Console
 
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(None, complete_style="cyan", finished_style="green"),
+        progress.DownloadColumn(),
+        progress.TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+        progress.TimeRemainingColumn(),
+    )
     started, encoded = time.monotonic(), 0
-    options: dict[str, Any] = {"unit": "B", "unit_scale": True, "dynamic_ncols": True}
-    with tqdm(total=max(total, done), initial=done, desc=str(folder), **options) as bar:
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(str(folder), total=max(total, done), completed=done, rate=0.0)
 
         def show(size: int, tokens: int) -> None:
             nonlocal encoded
             encoded += tokens
-            rate = encoded / (time.monotonic() - started + 1e-9)
-            bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-            bar.update(size)
+            bar.update(task, advance=size, rate=encoded / (time.monotonic() - started + 1e-9))
 
         yield show
 

@@ -1,0 +1,175 @@
+"""How a run looks: nanoGPT's lines in a pipe or a file, one live view below what scrolls on a terminal."""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Under these names nanoGPT prints what is told at the start.
+NANOGPT = {"parameters": "number of parameters:", "tokens a step": "tokens per iteration will be:"}
+
+
+class Lines:
+    """Plain lines. Steps and evaluations come as the records of train/metrics.py."""
+
+    def print(self, text: str) -> None:
+        print(text, flush=True)
+
+    def start(self, summary: dict[str, str], done: int, steps: int, best: float) -> None:
+        """Of a run of `steps` steps, `done` of them before; `best` is its lowest validation loss so far."""
+        self.estimated = False
+        for label, text in summary.items():
+            self.print(f"{NANOGPT.get(label, label)} {text}")
+
+    def advance(self, done: int) -> None:
+        """So many steps are made."""
+
+    @contextmanager
+    def busy(self, doing: str) -> Iterator[None]:
+        """What runs inside is no training."""
+        yield
+
+    def step(self, record: dict[str, Any], left: float | None) -> None:
+        """`left`: an estimate of the seconds to the end, None as long as there is none."""
+        mfu = "" if record["mfu"] is None else f", mfu {record['mfu']:.2f}%"
+        self.print(f"iter {record['iter']}: loss {record['loss']:.4f}, time {record['ms']:.2f}ms{mfu}")
+        if left is not None and not self.estimated:
+            self.print(f"time left: about {_duration(left)}, by the time of the first steps")
+            self.estimated = True
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        losses = f"train loss {record['train/loss']:.4f}, val loss {record['val/loss']:.4f}"
+        self.print(f"step {record['iter']}: {losses}")
+
+    def close(self) -> None:
+        """What is printed afterwards stays below."""
+
+
+class LiveView(Lines):
+    """The figures of the last logged step, redrawn in place; everything else scrolls by above them."""
+
+    CELL = 18  # columns of a label and its figure
+    GAP = 2
+
+    def __init__(self) -> None:
+        """Raises ImportError where the package rich is missing."""
+        from rich.console import Console
+        from rich.live import Live
+
+        self.console = Console(highlight=False)
+        self.done, self.steps, self.doing = 0, 1, "starting"
+        self.figures: dict[str, str] = {}
+        self.best = math.inf
+        self.started = time.monotonic()
+        self.end: float | None = None  # expected, on the same clock
+        self.live = Live(get_renderable=self._frame, console=self.console, vertical_overflow="crop")
+
+    def print(self, text: str) -> None:
+        self.console.out(text)
+
+    def start(self, summary: dict[str, str], done: int, steps: int, best: float) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        self.done, self.steps, self.best = done, steps, best
+        table = Table.grid(padding=(0, self.GAP))
+        table.add_column(style="dim")
+        for label, text in summary.items():
+            table.add_row(label, Text(text))
+        self.console.print(table, "")
+        self.started = time.monotonic()
+        self.live.start()
+        # A process that is killed cannot give the cursor back.
+        self.console.show_cursor(True)
+
+    def advance(self, done: int) -> None:
+        self.done, self.doing = done, "training"
+
+    @contextmanager
+    def busy(self, doing: str) -> Iterator[None]:
+        before, self.doing = self.doing, doing
+        yield
+        self.doing = before
+
+    def step(self, record: dict[str, Any], left: float | None) -> None:
+        self.figures = {
+            "loss": f"{record['loss']:.4f}",
+            "best val": "",
+            "lr": f"{record['lr']:.2e}",
+            "grad norm": f"{record['grad_norm']:.3f}",
+            "tokens/s": f"{record['tokens_per_s']:,.0f}",
+            "ms a step": f"{record['ms']:,.1f}",
+            "memory": f"{record['memory_gb']:.1f} GB",
+        }
+        if record["mfu"] is not None:
+            self.figures["MFU"] = f"{record['mfu']:.1f}%"
+        if record["skipped"]:
+            self.figures["skipped"] = f"{record['skipped']:,}"
+        self.end = None if left is None else time.monotonic() + left
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        self.best = min(self.best, record["val/loss"])  # in this order a NaN is not taken
+        super().evaluation(record)
+
+    def close(self) -> None:
+        self.doing = "done" if self.done >= self.steps else "stopped"
+        self.live.stop()
+
+    def _frame(self) -> Any:
+        from rich.console import Group
+        from rich.constrain import Constrain
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        width = self.console.width - 2  # room for the ^C that a terminal echoes behind the last line
+        progress = Table.grid(padding=(0, self.GAP, 0, 0), expand=True)
+        for ratio in (None, 1, None):
+            progress.add_column(no_wrap=True, ratio=ratio)
+        bar = ProgressBar(self.steps, self.done, complete_style="cyan", finished_style="green")
+        progress.add_row(Text(self.doing, "bold"), bar, f"{self.done:,}/{self.steps:,}")
+
+        now = time.monotonic()
+        figures = self.figures | {"elapsed": _duration(now - self.started)}
+        if self.best < math.inf:
+            figures["best val"] = f"{self.best:.4f}"
+        if self.end is not None and self.doing not in ("done", "stopped"):
+            figures["left"] = f"about {_duration(self.end - now)}"
+        cells = [Text.assemble((f"{label} ", "dim"), value) for label, value in figures.items() if value]
+        fit = max(1, (width + self.GAP) // (self.CELL + self.GAP))
+        rows = -(-len(cells) // fit)
+        per_row = -(-len(cells) // rows)
+        table = Table.grid(padding=(0, self.GAP, 0, 0))
+        for _ in range(per_row):
+            table.add_column(min_width=self.CELL, no_wrap=True)
+        for i in range(0, len(cells), per_row):
+            table.add_row(*cells[i : i + per_row])
+        return Constrain(Group("", progress, table), width)
+
+
+@contextmanager
+def open_view() -> Iterator[Lines]:
+    """A live view where stdout is a terminal that can have one, else lines. Leaves the terminal as it was."""
+    view = Lines()
+    if sys.stdout.isatty():
+        try:
+            live = LiveView()
+        except ImportError:
+            pass
+        else:
+            view = live if live.console.is_interactive else view
+    try:
+        yield view
+    finally:
+        view.close()
+
+
+def _duration(seconds: float) -> str:
+    """In its two largest units, as 2d 4h or 1m 44s."""
+    whole = max(0, round(seconds))
+    for size, unit, part, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit} {whole % size // part}{smaller}"
+    return f"{whole}s"
