@@ -92,10 +92,6 @@ def train(
         steps_on = partial(trial, config=config, ranks=ranks, precision=precision)
         config, found = fit.micro_batch(config, asked_batch_size(given), model, ranks, steps_on)
     trained, optimizer, scaler = prepare(model, config, ranks)
-    if not config.eval_only:
-        seconds = distributed.first_pass(
-            trained, config.micro_batch, model.config.block_size, ranks, precision()
-        )
     if resumed:
         checkpoint.restore(resumed, optimizer, scaler, ranks)
 
@@ -114,8 +110,13 @@ def train(
     metrics.start(len(train_file), len(eval_files["val"]))
     if found:
         metrics.print(found)
-    if config.compile and not config.eval_only:
-        metrics.print(f"compiled, with a first pass, in {seconds:.1f} s, which are in no step's time")
+    if not config.eval_only:
+        with metrics.paused("compiling" if config.compile else "starting"):
+            seconds = distributed.first_pass(
+                trained, config.micro_batch, config.model.block_size, ranks, precision()
+            )
+        if config.compile:
+            metrics.print(f"compiled, with a first pass, in {seconds:.1f} s, which are in no step's time")
     profile = Profile(config, step, ranks, metrics)
     saver = checkpoint.Saver(out_dir, config.keep_last)
     shows_sample = config.eval_sample > 0 and (ranks.is_main or config.strategy == "fsdp")
