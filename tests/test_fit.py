@@ -187,3 +187,19 @@ def test_a_profile_of_steps_that_are_not_made_is_refused(workplace, monkeypatch,
     ):
         code, _, err = command(loop.main, monkeypatch, capsys, *TINY, f"--profile={flag}")
         assert code == 1 and words in err
+
+
+@pytest.mark.gpu
+def test_memory_ends_before_the_gpu_does_while_sizes_are_tried():
+    ranks = Ranks(0, 1, "cuda:0", None)
+    with fit.with_margin(ranks) as total:
+        free, everything = torch.cuda.mem_get_info()
+        assert total == everything
+        with pytest.raises(torch.OutOfMemoryError) as failure:
+            torch.empty(int((1 - fit.MARGIN / 2) * free), dtype=torch.int8, device="cuda")
+        assert fit.out_of_memory(failure.value)
+        torch.empty(free // 4, dtype=torch.int8, device="cuda")
+        assert fit.peak_bytes(ranks) >= free // 4
+        fit.release("cuda:0")
+        assert fit.peak_bytes(ranks) < free // 4
+    assert torch.cuda.get_per_process_memory_fraction() == 1.0
