@@ -312,7 +312,7 @@ TILES = {
 
 def _width(V: int) -> int:
     """The key of V columns in a table of tiles."""
-    return next(widest for widest in _TILES if V <= widest)
+    return next(widest for widest in _TILES if widest >= V)
 
 
 def _plan(logits: Tensor, *outputs: Tensor) -> tuple[tuple[int], dict[str, int]]:

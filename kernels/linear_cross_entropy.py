@@ -85,7 +85,7 @@ class _Chunks:
         self.rows = min(N, chunk_size or chunk_rows(N, V, dtype.itemsize))
         self.logits = input.new_empty(self.rows, -(-V // ALIGN) * ALIGN, dtype=dtype)[:, :V]
         self.dinput = input.new_empty(input.shape if d_input else 0)
-        # The first chunk's product is written over what is there, so that only a batch of no rows needs zeros.
+        # The first chunk's product is written over what is there: only a batch of no rows needs zeros.
         allocate = weight.new_empty if N else weight.new_zeros
         self.dweight = allocate(weight.shape if d_weight else 0, dtype=torch.float32)
 
@@ -110,7 +110,7 @@ class _Chunks:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """Adds a @ b, of half or single precision, to `total` in fp32; the `first` is written over what is there."""
+    """Adds a @ b to `total`, in fp32; the `first` product is written over what is there."""
     if a.dtype == torch.float32 or not (a.is_cuda and _mixes_precisions(a.device)):
         total.addmm_(a.float(), b.float(), beta=0 if first else 1)
     elif first:

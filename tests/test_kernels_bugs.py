@@ -312,9 +312,9 @@ def test_norm_without_bias_has_none(device: str) -> None:
     x, w = torch.randn(3, 59, device=device), torch.randn(59, device=device)
     zero = torch.zeros(59, device=device)
     assert torch.equal(kernels.layer_norm(x, (59,), w), kernels.layer_norm(x, (59,), w, zero))
-    forward = torch.ops.tritongpt.layer_norm(x, None, w, None, 1e-5, x.dtype)
+    forward = torch.ops.tritongpt.layer_norm_forward(x, None, w, None, 1e-5, x.dtype)
     *_, dbias = torch.ops.tritongpt.layer_norm_backward(
-        forward[0], None, x, w, False, *forward[2:], x.dtype, x.dtype
+        forward[0], None, x, w, None, *forward[2:], x.dtype, x.dtype
     )
     assert dbias.numel() == 0
 
