@@ -215,12 +215,12 @@ def _gradient(
 
 @jit
 def _loss_kernel(
-    X,  # (N, V) in
-    TARGET,  # (N,) in, int64
-    LOSS,  # (N,) out, fp32
-    LSE,  # (N,) out, fp32; 0 for an ignored row
+    X,  # (rows, V) in
+    TARGET,  # (rows,) in, int64
+    LOSS,  # (rows,) out, fp32
+    LSE,  # (rows,) out, fp32; 0 for an ignored row
     DX,  # X itself, out: its gradient for dloss = 1 takes its place; or None
-    N,
+    rows,
     V,
     x_stride,
     target_stride,
@@ -231,8 +231,8 @@ def _loss_kernel(
     FRINGE: tl.constexpr,
     SMOOTH: tl.constexpr,
 ):
-    for i in range(tl.program_id(0), N, tl.num_programs(0)):
-        row = tl.zeros((), tl.int64) + (N - 1 - i)
+    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.zeros((), tl.int64) + (rows - 1 - i)
         aligned = row * x_stride // ALIGN * ALIGN
         lead = (row * x_stride - aligned).to(tl.int32)
         x, end = X + aligned, lead + V
@@ -260,12 +260,12 @@ def _loss_kernel(
 
 @jit
 def _gradient_kernel(
-    X,  # (N, V) in
-    TARGET,  # (N,) in, int64
-    LSE,  # (N,) in, fp32
-    DLOSS,  # (N,) in
-    DX,  # (N, V) out; X itself is allowed
-    N,
+    X,  # (rows, V) in
+    TARGET,  # (rows,) in, int64
+    LSE,  # (rows,) in, fp32
+    DLOSS,  # (rows,) in
+    DX,  # (rows, V) out; X itself is allowed
+    rows,
     V,
     x_stride,
     dx_stride,
@@ -280,8 +280,8 @@ def _gradient_kernel(
     SAME_STRIDE: tl.constexpr,
     LAST_FIRST: tl.constexpr,
 ):
-    for i in range(tl.program_id(0), N, tl.num_programs(0)):
-        row = tl.zeros((), tl.int64) + (N - 1 - i if LAST_FIRST else i)
+    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.zeros((), tl.int64) + (rows - 1 - i if LAST_FIRST else i)
         aligned = row * x_stride // ALIGN * ALIGN
         lead = (row * x_stride - aligned).to(tl.int32)
         x, end = X + aligned, lead + V
