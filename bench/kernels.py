@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import timing
+from bench.candidates import gelu
 from kernels import OPS
 from kernels.op import INTERPRETED, Cost, Op, unavailable
 
@@ -42,6 +44,8 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "layer_norm": NORMS,
     "add_layer_norm": [{"shape": (65536, 768), "mixed": True}, *NORMS],
     "cross_entropy": [{"N": N, "V": V} for V in (50304, 50257, 128256) for N in (8192, 32768)],
+    "loss_and_gradient": [{"N": N, "V": V} for V in (50304, 50257, 128256) for N in (8192, 32768)],
+    gelu.OP.name: [{"N": 65536, "C": 768, "F": 3072}],
     "linear_cross_entropy": [
         {"N": N, "C": C, "V": 50304} for N in (65536, 16384) for C in (768, 1024, 1280, 1600)
     ],
@@ -52,6 +56,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "layer_norm": {"shape": (256, 768)},
     "add_layer_norm": {"shape": (256, 768)},
     "cross_entropy": {"N": 64, "V": 5003},
+    "loss_and_gradient": {"N": 64, "V": 5003},
+    gelu.OP.name: {"N": 64, "C": 64, "F": 256},
     "linear_cross_entropy": {"N": 64, "C": 64, "V": 503},
     "causal_attention": {"B": 1, "T": 128, "H": 2, "D": 64},
     "decode_attention": {"B": 2, "H": 2, "T": 128, "D": 64},
@@ -159,11 +165,49 @@ def _flex(device: str) -> Callable[..., Any]:
     return flex
 
 
-_OPS = {op.name: op for op in OPS}
+def loss_and_gradient(input: Tensor, target: Tensor, ignore_index: int, **_: Any) -> tuple[Tensor, Tensor]:
+    """The losses (N,), and over the logits (N, V) their sum's gradient: what a chunk of training runs."""
+    losses, _lse = _cross_entropy.loss_and_gradient_(input, target, ignore_index, 0.0, gradient=True)
+    return losses, input
+
+
+def _loss_and_gradient_reference(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The same beside the logits; no target is ignored."""
+    logs = F.log_softmax(input if input.dtype == torch.float64 else input.float(), dim=1)
+    p, hot = logs.exp(), torch.arange(input.shape[1], device=input.device) == target[:, None]
+    return -logs.gather(1, target[:, None])[:, 0], torch.where(hot, p - 1, p).to(input.dtype)
+
+
+def _liger_loss_and_gradient(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
+    liger = _liger("liger_cross_entropy")
+    if isinstance(liger, str):
+        yield "liger", liger
+        return
+
+    def in_place(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():  # it writes the gradient over the logits in its forward
+            loss = liger(input.detach().requires_grad_(), target, ignore_index=ignore_index, reduction="none")
+        return loss.detach(), input
+
+    yield "liger", in_place
+
+
+_cross_entropy = sys.modules["kernels.cross_entropy"]  # `kernels.cross_entropy` is the function
+_LOSS = next(op for op in OPS if op.name == "cross_entropy")
+IN_PLACE = replace(
+    _LOSS,
+    name="loss_and_gradient",
+    implementations={"triton": loss_and_gradient, "torch": _loss_and_gradient_reference},
+    reference=_loss_and_gradient_reference,
+    cost=lambda input, **_: Cost(2 * input.numel() * input.element_size(), 0, 8 * input.numel(), 0),
+    differentiable=False,
+)
+_OPS = {op.name: op for op in (*OPS, IN_PLACE, gelu.OP)}
 PEERS = {
     "layer_norm": _norm_peers,
     "add_layer_norm": _add_norm_peers,
     "cross_entropy": _loss_peers,
+    "loss_and_gradient": _liger_loss_and_gradient,
     "linear_cross_entropy": _linear_loss_peers,
     "causal_attention": _attention_peers,
 }
@@ -270,7 +314,8 @@ def measure(
     ready: dict[str, dict[str, Callable[[], Any]]] = {}
     for name in functions.keys() - result.keys():
         try:
-            own = _own(call) if name == "liger" else call  # it overwrites its input
+            overwrites = name == "liger" or op is IN_PLACE  # its input
+            own = _own(call) if overwrites else call
             runs = directions(functions[name], own)
             *_, whole = runs.values()
             result[name] = {"bytes": timing.peak_extra_bytes(whole, device)}

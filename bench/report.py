@@ -72,7 +72,8 @@ def figures(result: Result) -> Iterator[tuple[str, float, float]]:
     elif result["benchmark"] == "kernels":
         for case in result["cases"]:
             ours = case["variants"].get("tritongpt")
-            for direction in ("forward", "backward") if isinstance(ours, dict) and "both" in ours else ():
+            directions = ("forward", "backward") if isinstance(ours, dict) else ()
+            for direction in (d for d in directions if d in ours):
                 timed = ours[direction]
                 spread = (timed["high"] - timed["low"]) / timed["median"]
                 name = f"{case['operation']} {case['dtype']} {_shape(case['sample'])} {direction}, copies"
@@ -145,24 +146,25 @@ def kernels_table(result: Result) -> str:
     rows: list[list[str]] = []
     notes: dict[tuple[str, str], str] = {}
     for case in result["cases"]:
-        timed = {n: v for n, v in case["variants"].items() if isinstance(v, dict) and "both" in v}
+        timed = {n: v for n, v in case["variants"].items() if isinstance(v, dict) and "forward" in v}
         where = f"{case['operation']} {_shape(case['sample'])}"
         for name, why in case["variants"].items():
             if isinstance(why, str):
                 notes.setdefault((name, why), where)
         ours = timed.pop("tritongpt", None)
-        best = min(timed, key=lambda n: timed[n]["both"]["median"], default=None)
+        best = min(timed, key=lambda n: timed[n][_whole(timed[n])]["median"], default=None)
         row = [f"{case['operation']} {case['dtype']}", _shape(case["sample"])]
         if ours is None:
             row += ["", "", ""]
         else:
             row += [_ms(ours, "forward"), _ms(ours, "backward")]
-            row.append(f"{ours['both']['limit']:.0%}, {rate(ours['both'], result['limits'])}")
+            whole = ours[_whole(ours)]
+            row.append(f"{whole['limit']:.0%}, {rate(whole, result['limits'])}")
         if best is None:
             row += ["", ""]
         else:
-            peer = timed[best]["both"]["median"]
-            row += [f"{best}, {peer:.3f}", f"{peer / ours['both']['median']:.2f}x" if ours else ""]
+            peer = timed[best][_whole(timed[best])]["median"]
+            row += [f"{best}, {peer:.3f}", f"{peer / ours[_whole(ours)]['median']:.2f}x" if ours else ""]
         row.append("" if ours is None or ours["bytes"] is None else f"{ours['bytes'] / 1e6:,.0f}")
         rows.append(row)
     header = ["operation", "shape", "forward ms", "backward ms", "of the limit"]
@@ -256,7 +258,12 @@ def _shape(sample: dict[str, Any]) -> str:
 
 
 def _ms(variant: dict[str, Any], direction: str) -> str:
-    return f"{variant[direction]['median']:.3f}"
+    return f"{variant[direction]['median']:.3f}" if direction in variant else ""
+
+
+def _whole(variant: dict[str, Any]) -> str:
+    """What is compared: forward and backward together, forward for what has no backward."""
+    return "both" if "both" in variant else "forward"
 
 
 # ---- pictures
@@ -313,7 +320,7 @@ def shares(cases: list[dict[str, Any]], operation: str, path: Path, below: str) 
     for name in names:
         variants = [case["variants"].get(name) for case in cases]
         reached = [
-            100 * v["both"]["limit"] if isinstance(v, dict) and "both" in v else None for v in variants
+            100 * v[_whole(v)]["limit"] if isinstance(v, dict) and "forward" in v else None for v in variants
         ]
         if any(value is not None for value in reached):
             width = 3 if name == "tritongpt" else 1.2

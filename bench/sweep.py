@@ -1,8 +1,8 @@
 """python -m bench.sweep [NAME ...]: tries tile sizes on this GPU and prints what each costs, the best first.
 
-For every entry of the tables in `kernels/` that the shipped samples reach, a pool of processes compiles and
-runs each candidate once, so that one which crashes takes nothing with it; those that work take turns in this
-process while the other entries stay as they are. Nothing is written: the winner is put into the table by
+For every entry of the tables in `kernels/` that the shipped samples reach, a pool of processes compiles each
+candidate, runs it once and holds the operation to fp64, so that one which crashes takes nothing with it and one
+that is wrong is not timed; the others take turns in this process while the other entries stay as they are. Nothing is written: the winner is put into the table by
 hand, with the GPU it was found on, and the tests decide whether it is right.
 """
 
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from bench import timing
+from bench.kernels import IN_PLACE, loss_and_gradient, make_call, wrong
 from kernels import OPS
 from kernels.op import INTERPRETED, Op, architecture, unavailable
 
@@ -29,25 +30,32 @@ _attention = sys.modules["kernels.attention"]  # `kernels.cross_entropy` and the
 _cross_entropy = sys.modules["kernels.cross_entropy"]
 _decode = sys.modules["kernels.decode"]
 _layer_norm = sys.modules["kernels.layer_norm"]
+_linear_cross_entropy = sys.modules["kernels.linear_cross_entropy"]
+
+DEVICE = "cuda"
+ALL = 1024  # programs a multiprocessor: one for every row
+CHUNK = {"rows": ((8192,),)}  # as `chunk_rows` has it for GPT-2's vocabulary
+# Where what is shipped does not decide: the chunks of a whole micro-batch.
+SAMPLES = {"linear_cross_entropy": ({"N": 65536, "C": 768, "V": 50304},)}
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One entry of a table of tiles: `table[key][index]`, and what may stand there."""
+    """One entry of a table of tiles: `table[key]` or `table[key][index]`, and what may stand there."""
 
     name: str
     table: dict[Any, tuple[Any, ...]]
     key: Any
-    index: int
+    index: int | None  # None: the entry is the tile
     candidates: tuple[Any, ...]
-    launch: Callable[..., None]  # (**call): what is timed
+    launch: Callable[..., Any]  # (**call): what is timed
 
     def get(self) -> Any:
-        return self.table[self.key][self.index]
+        return self.table[self.key] if self.index is None else self.table[self.key][self.index]
 
     def set(self, tile: Any) -> None:
-        entries = self.table[self.key]
-        self.table[self.key] = (*entries[: self.index], tile, *entries[self.index + 1 :])
+        entries, i = self.table[self.key], self.index
+        self.table[self.key] = tile if i is None else (*entries[:i], tile, *entries[i + 1 :])
 
 
 def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
@@ -55,22 +63,30 @@ def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
     first = next(v for v in call.values() if isinstance(v, torch.Tensor))
     arch = architecture(first)
     if op.family == "layer_norm":
-        block = _layer_norm._block(first.shape[-1])
-        # up to 128 values a thread: more would spill, after minutes of compiling
-        fits = [(r, w) for r, w in product((1, 2, 4, 8), (1, 2, 4, 8, 16)) if r * block <= 128 * 32 * w]
-        forward = tuple(fits)
-        backward = tuple((r, w, p) for (r, w), p in product(fits, (1, 2, 4, 8, 16)) if r <= 4)
-        yield Slot("forward (rows, warps)", _layer_norm.TILES[arch], block, 0, forward, op.launchers)
-        yield Slot(
-            "backward (rows, warps, programs)", _layer_norm.TILES[arch], block, 1, backward, op.launchers
+        C, table = first.shape[-1], _layer_norm.TILES[arch]
+        key = _layer_norm._width(C)
+        forward = tuple(_norm_tiles(C, 64))
+        yield Slot("forward (rows, warps, columns)", table, key, 0, forward, op.launchers)
+        # backward holds six values for each of a lane's columns, so that it has half as many, and one row
+        lean = (tile for tile in _norm_tiles(C, 32) if tile[0] * tile[2] == 256 * tile[1])
+        resident = ((t, p) for t, p in product(lean, (1, 2, 3, 4, 6, 8, 12, 16)) if 4 <= t[1] * p <= 24)
+        backward = tuple((*tile, programs) for tile, programs in resident)
+        name = "backward (rows, warps, columns, programs)"
+        yield Slot(name, table, key, 1, backward, op.launchers)
+    elif op.name == "cross_entropy" and first.shape[1] > 2048:
+        sizes = product((4096, 8192, 16384, 32768), (4, 8, 16, 32), (1, 2, 3, 4, ALL))
+        candidates = tuple(
+            (block, warps, programs)
+            for block, warps, programs in sizes
+            if 8 <= block // (32 * warps) <= 32 and (programs == ALL or 16 <= warps * programs <= 64)
         )
-    elif op.name == "cross_entropy":
-        blocks = product((1024, 2048, 4096, 8192, 16384, 32768), (4, 8, 16, 32))
-        candidates = tuple((b, w) for b, w in blocks if b <= 128 * 32 * w)
-        index = int(first.shape[1] > 2048)
-        # the second is what training runs, on a chunk of its own logits
-        for name, launch in (("forward, backward", op.launchers), ("in place", _loss_and_gradient)):
-            yield Slot(f"{name} (BLOCK, warps)", _cross_entropy.TILES, arch, index, candidates, launch)
+        table, key = _cross_entropy.TILES[arch], _cross_entropy._width(first.shape[1])
+        # what training runs, on a chunk of its own logits, decides
+        for name, launch in (("in place", loss_and_gradient), ("forward, backward", op.launchers)):
+            yield Slot(f"{name} (BLOCK, warps, programs)", table, key, None, candidates, launch)
+    elif op.name == "linear_cross_entropy":
+        chunks = tuple((rows,) for rows in (2048, 4096, 8192, 16384))
+        yield Slot("rows of a chunk", CHUNK, "rows", 0, chunks, _in_chunks)
     elif op.name == "decode_attention":
         candidates = tuple(_decode.Tile(*t) for t in product((16, 32, 64), (2, 4, 8), (2, 3, 4), (2, 4, 8)))
         width = 64 if first.shape[-1] <= 64 else 128
@@ -92,12 +108,22 @@ def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
             )
 
 
-def _loss_and_gradient(input: torch.Tensor, target: torch.Tensor, ignore_index: int, **_: Any) -> None:
-    _cross_entropy.loss_and_gradient_(input, target, ignore_index, 0.0, True)
+def _norm_tiles(C: int, most: int) -> Iterator[tuple[int, int, int]]:
+    """(rows, warps, columns) with up to `most` values of a row or two in a lane, a quarter of them idle."""
+    for rows, warps, columns in product((1, 2, 4, 8), (1, 2, 4, 8, 16), (256, 512, 1024, 2048)):
+        tiles = -(-C // columns)
+        values = rows * columns * tiles // (32 * warps)
+        if warps <= rows * columns // 256 and values <= most and tiles * columns <= max(256, 1.34 * C):
+            yield rows, warps, columns
+
+
+def _in_chunks(input: torch.Tensor, linear_weight: torch.Tensor, target: torch.Tensor, **_: Any) -> None:
+    (rows,) = CHUNK["rows"][0]
+    _linear_cross_entropy._sum(input, linear_weight, target, -100, 0.0, rows, input.dtype, True, True)
 
 
 def arguments(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
-    return op.make(**{"dtype": torch.bfloat16, "device": "cuda"} | sample)
+    return op.make(**{"dtype": torch.bfloat16, "device": DEVICE} | sample)
 
 
 def attempt(name: str, sample: dict[str, Any], position: int, tile: Any) -> str | None:
@@ -114,12 +140,24 @@ def attempt(name: str, sample: dict[str, Any], position: int, tile: Any) -> str 
             slot.set(tile)
             slot.launch(**call)
             torch.cuda.synchronize()
+            if reason := _wrong(op, fewer(op, sample)):
+                return reason
         finally:
             slot.set(before)
     except Exception as error:  # a tile that does not compile, or needs more than there is
         if "CUDA error" in str(error):  # this process has lost its GPU
             os._exit(1)
         return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+    return None
+
+
+def _wrong(op: Op, sample: dict[str, Any]) -> str | None:
+    """Why the operation, and for cross_entropy the one in place, is not right with the tiles that are set."""
+    sizes = {k: v for k, v in sample.items() if k != "dtype"}
+    for judged in (op, IN_PLACE) if op.name == "cross_entropy" else (op,):
+        call = make_call(judged, sample.get("dtype", torch.bfloat16), DEVICE, sizes)
+        if reason := wrong(judged, call, {"triton": judged.implementations["triton"]}):
+            return reason["triton"]
     return None
 
 
@@ -206,11 +244,17 @@ def main() -> None:
     # each process has a GPU context of its own, about half a GB
     processes = max(1, min(14, (os.cpu_count() or 2) - 2))
     pool = Pool(partial(ProcessPoolExecutor, processes, multiprocessing.get_context("spawn")))
-    most_to_gain = ("causal_attention", "cross_entropy")
-    for op in sorted(OPS, key=lambda op: op.name not in most_to_gain):
-        for sample in op.shipped if not options.names or op.name in options.names else ():
+    most_to_gain = ("causal_attention", "cross_entropy", "add_layer_norm")
+    seen = set()
+    for op in sorted(OPS, key=lambda op: (op.name not in most_to_gain, op.name == "layer_norm")):
+        samples = SAMPLES.get(op.name, op.shipped)
+        for sample in samples if not options.names or op.name in options.names else ():
             call = arguments(op, sample)
             for position, slot in enumerate(slots(op, call)):
+                entry = id(slot.table), slot.key, slot.index, slot.name
+                if entry in seen:  # the first sample to reach it decides
+                    continue
+                seen.add(entry)
                 where = {"operation": op.name, "sample": str(sample), "slot": slot.name}
                 if tuple(where.values()) in done:
                     continue

@@ -7,29 +7,42 @@
 
 Backward: dlogits_i = dloss_i * (softmax(logits_i) - (1 - s) one_hot(target_i) - s / V).
 
-One program a row: a first pass keeps a running maximum and sum of exponentials (online softmax), a second
-writes the gradient while the row is still in cache. The public operation is functional: forward saves the
-log-sum-exp and backward reads the logits once more. `loss_and_gradient_` writes the gradient over the
-logits, for a caller who owns them. Rows go from the last to the first, because the last were written last
-and are in the L2 cache.
+A program takes rows one by one: a first pass keeps a running maximum and sum of exponentials (online
+softmax), a second writes the gradient while the row is still in the L2 cache, which is why there are few
+programs. The public operation is functional: forward saves the log-sum-exp and backward reads the logits once
+more. `loss_and_gradient_` writes the gradient over the logits, for a caller who owns them. It goes from the
+last row to the first, because the last were written last and are in the cache.
 
-A row of 50257 logits in half precision starts at any multiple of two bytes. So a row is read in blocks from
-the 16-byte boundary at or before its start; only the first and the last block need a mask, and all the
-others are read and written 16 bytes at a time.
+A row of 50257 logits in half precision starts at any multiple of two bytes. So its interior is that between
+its first and last 16-byte boundary, read and written 16 bytes at a time; the up to 14 bytes before and after
+are its fringe. A private chunk is laid out without one.
 
 Source: Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867 (online softmax)
 """
 
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.op import INTERPRETER, Cost, Op, architecture, check_tensors, jit, launch, round_to, tl
+from kernels.op import (
+    INTERPRETER,
+    Cost,
+    Op,
+    architecture,
+    check_tensors,
+    jit,
+    launch,
+    multiprocessors,
+    round_to,
+    tl,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 def cross_entropy_reference(
@@ -50,70 +63,164 @@ def cross_entropy_reference(
 
 
 @jit
-def _load(X, col, lead, end, EDGE: tl.constexpr):
-    mask = (col >= lead) & (col < end)
-    x = tl.load(X + col, mask=mask, other=-float("inf")) if EDGE else tl.load(X + col)
-    return x.to(tl.float32)
+def _columns(BLOCK: tl.constexpr, ALIGN: tl.constexpr):
+    """0 to BLOCK - 1 as a tile whose rows are 16 bytes: what a thread reads at once."""
+    return tl.arange(0, BLOCK // ALIGN)[:, None] * ALIGN + tl.arange(0, ALIGN)[None, :]
 
 
 @jit
-def _accumulate(x, col, lead, end, top, total, plain, SMOOTH: tl.constexpr):
-    """Adds a block to (running maximum, sum of exp(x - maximum), sum of x)."""
-    new = tl.maximum(top, tl.max(x, 0))
-    base = tl.where(new == -float("inf"), 0.0, new)  # a block of -inf alone: exp(-inf - -inf) would be NaN
-    total = total * tl.exp2((top - base) * LOG2E) + tl.sum(tl.exp2((x - base) * LOG2E), 0)
+def _between(lead, end, ALIGN: tl.constexpr):
+    """The columns lead to end from their first 16-byte boundary to their last: (first, last + 1)."""
+    first = tl.where(lead > 0, ALIGN, 0)
+    return first, tl.maximum(end // ALIGN * ALIGN, first)
+
+
+@jit
+def _fringe(lead, end, ALIGN: tl.constexpr):
+    """(columns, which of them count): those before the first 16-byte boundary and after the last."""
+    first, last = _between(lead, end, ALIGN)
+    i = tl.arange(0, 2 * ALIGN)[None, :]
+    col = tl.where(i < ALIGN, i, last + i - ALIGN)
+    return col, (col < end) & tl.where(i < ALIGN, (col >= lead) & (col < first), True)
+
+
+@jit
+def _accumulate(x, inside, top, total, plain, SMOOTH: tl.constexpr):
+    """Adds a tile to its rows' maximum of x log2(e), sum of 2^(x log2(e) - maximum), and sum of x."""
+    x = x.to(tl.float32)
+    new = tl.maximum(top, tl.max(x, 1) * LOG2E)
+    base = tl.where(new == -float("inf"), 0.0, new)  # of -inf alone: 2^(-inf - -inf) would be NaN
+    # One instruction, x * LOG2E - base. The rounding of base does not matter: all terms share it.
+    total = total * tl.exp2(top - base) + tl.sum(tl.exp2(x * LOG2E - base[:, None]), 1)
     if SMOOTH:
-        plain += tl.sum(tl.where((col >= lead) & (col < end), x, 0.0), 0)
+        plain += tl.sum(tl.where(inside, x, 0.0), 1)
     return new, total, plain
 
 
 @jit
-def _statistics(X, lead, end, BLOCK: tl.constexpr, SMOOTH: tl.constexpr):
-    """(log-sum-exp, sum) of the row in columns lead to end of X."""
-    col = tl.arange(0, BLOCK)
-    last = (end - 1) // BLOCK * BLOCK
-    x = _load(X, col, lead, end, True)
-    top, total, plain = _accumulate(x, col, lead, end, -float("inf"), 0.0, 0.0, SMOOTH)
-    for start in range(BLOCK, last, BLOCK):
-        x = _load(X, start + col, lead, end, False)
-        top, total, plain = _accumulate(x, start + col, lead, end, top, total, plain, SMOOTH)
-    if last > 0:
-        x = _load(X, last + col, lead, end, True)
-        top, total, plain = _accumulate(x, last + col, lead, end, top, total, plain, SMOOTH)
-    return top + tl.log(total), plain
+def _statistics(
+    X,
+    lead,
+    end,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    FRINGE: tl.constexpr,
+    SMOOTH: tl.constexpr,
+):
+    """(log2 of the sum of exponentials, sum) of the row in columns lead to end of X.
+
+    A thread keeps the maximum and the sum of what it reads: nothing waits for other threads in the loop.
+    """
+    col = _columns(BLOCK, ALIGN)
+    top = tl.full((BLOCK // ALIGN,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK // ALIGN,), tl.float32)
+    plain = tl.zeros((BLOCK // ALIGN,), tl.float32)
+    first, last = 0, end
+    if FRINGE:
+        first, last = _between(lead, end, ALIGN)
+        at, is_fringe = _fringe(lead, end, ALIGN)
+        fringe = tl.load(X + at, mask=is_fringe, other=-float("inf"))
+        nothing = tl.full((1,), -float("inf"), tl.float32)
+        zero = tl.zeros((1,), tl.float32)
+        fringe_top, fringe_total, fringe_plain = _accumulate(fringe, is_fringe, nothing, zero, zero, SMOOTH)
+        here = tl.arange(0, BLOCK // ALIGN) == 0
+        top = tl.maximum(top, tl.max(fringe_top, 0))
+        total = tl.where(here, tl.sum(fringe_total, 0), total)
+        plain = tl.where(here, tl.sum(fringe_plain, 0), plain)
+    rest = first + (last - first) // BLOCK * BLOCK
+    for start in range(first, rest, BLOCK):
+        x = tl.load(X + start + col)
+        top, total, plain = _accumulate(x, True, top, total, plain, SMOOTH)
+    if rest < last:
+        inside = rest + col < last
+        x = tl.load(X + rest + col, mask=inside, other=-float("inf"))
+        top, total, plain = _accumulate(x, inside, top, total, plain, SMOOTH)
+    highest = tl.max(top, 0)
+    base = tl.where(highest == -float("inf"), 0.0, highest)
+    return highest + tl.log2(tl.sum(total * tl.exp2(top - base), 0)), tl.sum(plain, 0)
 
 
 @jit
-def _write(X, DX, col, lead, end, hot, lse, g, keep, smooth, EDGE: tl.constexpr):
-    """One block of the gradient; `hot` is the target's column, `keep` and `smooth` are 1 - s and s / V."""
-    p = tl.exp2((_load(X, col, lead, end, EDGE) - lse) * LOG2E)
-    dx = tl.where(g == 0, 0.0, g * (p - tl.where(col == hot, keep, 0.0) - smooth))
-    if EDGE:
-        tl.store(DX + col, round_to(dx, DX.dtype.element_ty), mask=(col >= lead) & (col < end))
+def _write(X, DX, col, inside, log2sum, g, smooth, ZERO: tl.constexpr):
+    """A tile of g (softmax - smooth), or of zeros: also where the logits are NaN."""
+    if ZERO:
+        dx = tl.zeros(col.shape, tl.float32)
     else:
-        tl.store(DX + col, round_to(dx, DX.dtype.element_ty))
+        x = tl.load(X + col, mask=inside).to(tl.float32)
+        dx = g * tl.exp2(x * LOG2E - log2sum) - g * smooth
+    tl.store(DX + col, round_to(dx, DX.dtype.element_ty), mask=inside)
 
 
 @jit
-def _gradient(X, DX, lead, end, hot, lse, g, smoothing, BLOCK: tl.constexpr):
-    col = tl.arange(0, BLOCK)
-    last = (end - 1) // BLOCK * BLOCK
-    keep = 1 - smoothing
-    smooth = smoothing / (end - lead)
-    _write(X, DX, col, lead, end, hot, lse, g, keep, smooth, True)
-    for start in range(BLOCK, last, BLOCK):
-        _write(X, DX, start + col, lead, end, hot, lse, g, keep, smooth, False)
-    if last > 0:
-        _write(X, DX, last + col, lead, end, hot, lse, g, keep, smooth, True)
+def _rows_gradient(
+    X,
+    DX,
+    lead,
+    end,
+    log2sum,
+    g,
+    smooth,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    FRINGE: tl.constexpr,
+    ZERO: tl.constexpr,
+):
+    col = _columns(BLOCK, ALIGN)
+    first, last = 0, end
+    if FRINGE:
+        first, last = _between(lead, end, ALIGN)
+        at, is_fringe = _fringe(lead, end, ALIGN)
+        _write(X, DX, at, is_fringe, log2sum, g, smooth, ZERO)
+    rest = first + (last - first) // BLOCK * BLOCK
+    for start in range(first, rest, BLOCK):
+        _write(X, DX, start + col, None, log2sum, g, smooth, ZERO)
+    if rest < last:
+        _write(X, DX, rest + col, rest + col < last, log2sum, g, smooth, ZERO)
+
+
+@jit
+def _gradient(
+    X,
+    DX,
+    lead,
+    end,
+    hot,
+    valid,
+    x_target,
+    log2sum,
+    nothing,
+    g,
+    smoothing,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    FRINGE: tl.constexpr,
+    SMOOTH: tl.constexpr,
+):
+    """A row's gradient for the upstream gradient g: zeros where that is `nothing`, NaN logits or not.
+
+    The target, in column `hot`, is set right afterwards: a comparison for every element would cost more.
+    """
+    smooth = 0.0
+    if SMOOTH:
+        smooth = smoothing / (end - lead)
+    tl.debug_barrier()  # every warp has read its part of the row, and the target's logit
+    if nothing:
+        _rows_gradient(X, DX, lead, end, log2sum, g, smooth, BLOCK, ALIGN, FRINGE, True)
+    else:
+        _rows_gradient(X, DX, lead, end, log2sum, g, smooth, BLOCK, ALIGN, FRINGE, False)
+        tl.debug_barrier()  # the target's column is written twice, by different warps
+        dx = g * (tl.exp2(x_target * LOG2E - log2sum) - (1 - smoothing) - smooth)
+        tl.store(DX + hot, round_to(dx, DX.dtype.element_ty), mask=valid)
 
 
 @jit
 def _loss_kernel(
-    X,  # (N, V) in
-    TARGET,  # (N,) in, int64
-    LOSS,  # (N,) out, fp32
-    LSE,  # (N,) out, fp32
+    X,  # (rows, V) in
+    TARGET,  # (rows,) in, int64
+    LOSS,  # (rows,) out, fp32
+    LSE,  # (rows,) out, fp32; 0 for an ignored row
     DX,  # X itself, out: its gradient for dloss = 1 takes its place; or None
+    rows,
     V,
     x_stride,
     target_stride,
@@ -121,37 +228,44 @@ def _loss_kernel(
     smoothing,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
+    FRINGE: tl.constexpr,
     SMOOTH: tl.constexpr,
 ):
-    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    aligned = row * x_stride // ALIGN * ALIGN
-    lead = (row * x_stride - aligned).to(tl.int32)
-    target = tl.load(TARGET + row * target_stride)
-    ignored = target == ignore_index
-    valid = (target >= 0) & (target < V)
-    # Read before the gradient takes its place. A target out of range poisons the loss and the gradient.
-    x_target = tl.load(X + row * x_stride + target, mask=valid, other=float("nan")).to(tl.float32)
-    lse, plain = _statistics(X + aligned, lead, lead + V, BLOCK, SMOOTH)
-    lse = tl.where(valid | ignored, lse, float("nan"))
-    loss = lse - x_target
-    if SMOOTH:
-        loss = (1 - smoothing) * loss + smoothing * (lse - plain / V)
-    tl.store(LOSS + row, tl.where(ignored, 0.0, loss))
-    tl.store(LSE + row, lse)
-    if DX is not None:
-        g = tl.where(ignored, 0.0, 1.0)
-        tl.debug_barrier()  # every warp has read its part of the row, and the target's logit
-        hot = lead + target.to(tl.int32)
-        _gradient(X + aligned, DX + aligned, lead, lead + V, hot, lse, g, smoothing, BLOCK)
+    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.zeros((), tl.int64) + (rows - 1 - i)
+        aligned = row * x_stride // ALIGN * ALIGN
+        lead = (row * x_stride - aligned).to(tl.int32)
+        x, end = X + aligned, lead + V
+        target = tl.load(TARGET + row * target_stride)
+        ignored = target == ignore_index
+        valid = (target >= 0) & (target < V) & (target != ignore_index)
+        # Read before the gradient takes its place. A target out of range poisons the loss and the gradient.
+        x_target = tl.load(x + lead + target, mask=valid, other=float("nan")).to(tl.float32)
+        log2sum = tl.where(ignored, 0.0, float("nan"))
+        plain = log2sum
+        if valid:
+            log2sum, plain = _statistics(x, lead, end, BLOCK, ALIGN, FRINGE, SMOOTH)
+        lse = log2sum * LN2
+        loss = lse - x_target
+        if SMOOTH:
+            loss = (1 - smoothing) * loss + smoothing * (lse - plain / V)
+        tl.store(LOSS + row, tl.where(ignored, 0.0, loss))
+        tl.store(LSE + row, lse)
+        if DX is not None:
+            _gradient(
+                x, DX + aligned, lead, end, lead + target, valid, x_target, log2sum, ignored, 1.0, smoothing,
+                BLOCK, ALIGN, FRINGE, SMOOTH,
+            )  # fmt: skip
 
 
 @jit
 def _gradient_kernel(
-    X,  # (N, V) in
-    TARGET,  # (N,) in, int64
-    LSE,  # (N,) in, fp32
-    DLOSS,  # (N,) in
-    DX,  # (N, V) out; X itself is allowed
+    X,  # (rows, V) in
+    TARGET,  # (rows,) in, int64
+    LSE,  # (rows,) in, fp32
+    DLOSS,  # (rows,) in
+    DX,  # (rows, V) out; X itself is allowed
+    rows,
     V,
     x_stride,
     dx_stride,
@@ -161,50 +275,72 @@ def _gradient_kernel(
     smoothing,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
+    FRINGE: tl.constexpr,
+    SMOOTH: tl.constexpr,
     SAME_STRIDE: tl.constexpr,
+    LAST_FIRST: tl.constexpr,
 ):
-    row = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
-    aligned = row * x_stride // ALIGN * ALIGN
-    lead = (row * x_stride - aligned).to(tl.int32)
-    dx_aligned = aligned if SAME_STRIDE else row * dx_stride - lead
-    target = tl.load(TARGET + row * target_stride)
-    g = tl.load(DLOSS + row * dloss_stride).to(tl.float32)
-    g = tl.where(target == ignore_index, 0.0, g)
-    lse = tl.load(LSE + row)
-    hot = lead + target.to(tl.int32)
-    _gradient(X + aligned, DX + dx_aligned, lead, lead + V, hot, lse, g, smoothing, BLOCK)
+    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = tl.zeros((), tl.int64) + (rows - 1 - i if LAST_FIRST else i)
+        aligned = row * x_stride // ALIGN * ALIGN
+        lead = (row * x_stride - aligned).to(tl.int32)
+        x, end = X + aligned, lead + V
+        dx = DX + (aligned if SAME_STRIDE else row * dx_stride - lead)
+        target = tl.load(TARGET + row * target_stride)
+        valid = (target >= 0) & (target < V)
+        x_target = tl.load(x + lead + target, mask=valid, other=0).to(tl.float32)
+        g = tl.load(DLOSS + row * dloss_stride).to(tl.float32)
+        log2sum = tl.load(LSE + row) * LOG2E
+        _gradient(
+            x, dx, lead, end, lead + target, valid, x_target, log2sum, (target == ignore_index) | (g == 0), g,
+            smoothing, BLOCK, ALIGN, FRINGE, SMOOTH,
+        )  # fmt: skip
 
 
-# (BLOCK, warps) for V up to 2048, and beyond
+# Widest row -> (BLOCK, warps, programs a multiprocessor). Not yet tuned on any GPU. A program of wide rows
+# has one in flight, and what all programs have in flight must stay in the L2 cache until it is read again:
+# 26 MB of 50304 columns in half precision on 132 multiprocessors, 34 MB of 128256.
+_TILES = {2048: (1024, 4, 16), 65536: (16384, 16, 2), sys.maxsize: (16384, 32, 1)}
 TILES = {
-    INTERPRETER: ((32, 1), (4096, 1)),
-    80: ((512, 2), (4096, 8)),  # not yet tuned
-    89: ((512, 2), (4096, 8)),  # not yet tuned
-    90: ((512, 2), (4096, 8)),  # not yet tuned
-    100: ((512, 2), (4096, 8)),  # not yet tuned
+    INTERPRETER: {2048: (32, 1, 1), 65536: (4096, 1, 1), sys.maxsize: (4096, 1, 1)},
+    80: _TILES,  # not yet tuned
+    89: _TILES,  # not yet tuned
+    90: _TILES,  # not yet tuned
+    100: _TILES,  # not yet tuned
 }
 
 
-def _tile(logits: Tensor) -> tuple[int, int]:
-    return TILES[architecture(logits)][logits.shape[1] > 2048]
+def _width(V: int) -> int:
+    """The key of V columns in a table of tiles."""
+    return next(widest for widest in _TILES if widest >= V)
+
+
+def _plan(logits: Tensor, *outputs: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """The grid, and the constants that both kernels share."""
+    N, V = logits.shape
+    block, warps, programs = TILES[architecture(logits)][_width(V)]
+    align = 16 // logits.element_size()
+    fringe = any(n % align for n in (V, *(t.stride(0) for t in (logits, *outputs))))
+    constants = {"BLOCK": block, "ALIGN": align, "FRINGE": fringe, "num_warps": warps}
+    return (min(N, programs * multiprocessors(logits)),), constants
 
 
 def loss_and_gradient_(
     logits: Tensor, target: Tensor, ignore_index: int, smoothing: float, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """(N, V) logits -> losses and log-sum-exps, both (N,) fp32.
+    """(N, V) logits -> losses and log-sum-exps, both (N,) fp32 and 0 where the target is ignored.
 
     With `gradient`, that of the sum of the losses is written over the logits.
     """
     losses, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
     _check_range(target, logits.shape[1], ignore_index)
-    block, warps = _tile(logits)
+    grid, constants = _plan(logits)
     if logits.shape[0]:
         launch(
-            _loss_kernel, (logits.shape[0],),
+            _loss_kernel, grid,
             logits, target, losses, lse, logits if gradient else None,
-            logits.shape[1], logits.stride(0), target.stride(0), ignore_index, smoothing,
-            BLOCK=block, ALIGN=16 // logits.element_size(), SMOOTH=smoothing > 0, num_warps=warps,
+            *logits.shape, logits.stride(0), target.stride(0), ignore_index, smoothing,
+            SMOOTH=smoothing > 0, **constants,
         )  # fmt: skip
     return losses, lse
 
@@ -219,15 +355,17 @@ def write_gradient(
     out: Tensor,
 ) -> None:
     """The gradient of the logits for upstream `dlosses` (N,), into `out` (N, V), which may be the logits."""
-    block, warps = _tile(logits)
+    grid, constants = _plan(logits, out)
     if logits.shape[0]:
         launch(
-            _gradient_kernel, (logits.shape[0],),
+            _gradient_kernel, grid,
             logits, target, lse, dlosses, out,
-            logits.shape[1], logits.stride(0), out.stride(0), target.stride(0), dlosses.stride(0),
+            *logits.shape, logits.stride(0), out.stride(0), target.stride(0), dlosses.stride(0),
             ignore_index, smoothing,
-            BLOCK=block, ALIGN=16 // logits.element_size(), SAME_STRIDE=logits.stride(0) == out.stride(0),
-            num_warps=warps,
+            SMOOTH=smoothing > 0, SAME_STRIDE=logits.stride(0) == out.stride(0),
+            # Logits of which these are the gradient's memory were just formed, and the last rows last; else
+            # the loss was the last to read them, and the first rows last.
+            LAST_FIRST=out is logits, **constants,
         )  # fmt: skip
 
 
@@ -374,6 +512,7 @@ OP = Op(
         {"N": 8192, "V": 50304},
         {"N": 8192, "V": 50257},
         {"N": 8192, "V": 50304, "label_smoothing": 0.1},
+        {"N": 8192, "V": 128256},
     ),
     launchers=_launchers,
 )

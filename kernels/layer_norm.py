@@ -1,5 +1,7 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated"
 # (a Triton kernel's arguments have no Python types)
+# ruff: noqa: RUF005
+# (Triton knows no starred tuples)
 """LayerNorm over the last dimension, alone and fused with the residual add before it.
 
 Forward, with x the input or the sum of input and residual, rounded to the residual's dtype:
@@ -14,7 +16,7 @@ Backward, with g = dy * weight and dsummed the gradient that reaches the sum by 
 
 Both are limited by memory, so each tensor is read and written once. A program holds whole rows in registers,
 which makes the variance a second pass over registers. Statistics are fp32, and saved so. Backward is a
-persistent grid: each program walks many rows and keeps its own dweight and dbias, which one small sum then
+persistent grid: each program walks many rows and keeps its own dweight and dbias, which one small kernel then
 adds up; without atomics the bits are the same every run.
 
 Source: Ba, Kiros and Hinton, 2016, https://arxiv.org/abs/1607.06450
@@ -42,6 +44,7 @@ from kernels.op import (
 )
 
 MAX_C = 8192  # elements a program can hold
+SUM_COLUMNS = 32  # a program of the last sum: 128 bytes of each partial one
 
 
 def layer_norm_reference(
@@ -67,6 +70,35 @@ def add_layer_norm_reference(
 
 
 @jit
+def _inside(row, rows, i: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):
+    """The mask of tile i: only the last may reach beyond the row."""
+    inside = (row < rows)[:, None]
+    if (i + 1) * COLUMNS > C:
+        inside = inside & (i * COLUMNS + tl.arange(0, COLUMNS) < C)[None, :]
+    return inside
+
+
+@jit
+def _load(X, row, stride, rows, i: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):
+    col = i * COLUMNS + tl.arange(0, COLUMNS)
+    inside = _inside(row, rows, i, C, COLUMNS)
+    return tl.load(X + row[:, None] * stride + col[None, :], mask=inside, other=0).to(tl.float32)
+
+
+@jit
+def _store(X, x, row, rows, i: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):
+    col = i * COLUMNS + tl.arange(0, COLUMNS)
+    inside = _inside(row, rows, i, C, COLUMNS)
+    tl.store(X + row[:, None] * C + col[None, :], round_to(x, X.dtype.element_ty), mask=inside)
+
+
+@jit
+def _load_parameter(P, i: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """A tile of it for every row: each warp reads its own from the L1 cache, and none waits for another."""
+    return _load(P, tl.zeros((ROWS,), tl.int32), 0, 1, i, C, COLUMNS)
+
+
+@jit
 def _forward_kernel(
     X,  # (rows, C) in
     RESIDUAL,  # (rows, C) in, or None
@@ -81,29 +113,37 @@ def _forward_kernel(
     residual_stride,
     eps,
     C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, BLOCK_C)
-    here = row[:, None] * C + col[None, :]
-    inside = (row < rows)[:, None] & (col < C)[None, :]
-    x = tl.load(X + row[:, None] * x_stride + col[None, :], mask=inside, other=0).to(tl.float32)
-    if RESIDUAL is not None:
-        at = row[:, None] * residual_stride + col[None, :]
-        x += tl.load(RESIDUAL + at, mask=inside, other=0).to(tl.float32)
-        summed = round_to(x, SUMMED.dtype.element_ty)
-        tl.store(SUMMED + here, summed, mask=inside)
-        x = summed.to(tl.float32)  # normalise what backward will read
-    mean = tl.sum(x, 1) / C
-    centred = tl.where(inside, x - mean[:, None], 0)
-    rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, 1) / C + eps)
-    y = centred * rstd[:, None]
-    if W is not None:
-        y *= tl.load(W + col, mask=col < C, other=0).to(tl.float32)[None, :]
-    if B is not None:
-        y += tl.load(B + col, mask=col < C, other=0).to(tl.float32)[None, :]
-    tl.store(Y + here, round_to(y, Y.dtype.element_ty), mask=inside)
+    tiles: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
+    xs = ()
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for i in tl.static_range(tiles):
+        x = _load(X, row, x_stride, rows, i, C, COLUMNS)
+        if RESIDUAL is not None:
+            x += _load(RESIDUAL, row, residual_stride, rows, i, C, COLUMNS)
+            summed = round_to(x, SUMMED.dtype.element_ty)
+            _store(SUMMED, summed, row, rows, i, C, COLUMNS)
+            x = summed.to(tl.float32)  # normalise what backward will read
+        total += x
+        xs = xs + (x,)
+    mean = tl.sum(total, 1) / C
+    squares = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for i in tl.static_range(tiles):
+        centred = xs[i] - mean[:, None]
+        if (i + 1) * COLUMNS > C:
+            centred = tl.where((i * COLUMNS + tl.arange(0, COLUMNS) < C)[None, :], centred, 0)
+        squares += centred * centred
+    rstd = 1 / tl.sqrt_rn(tl.sum(squares, 1) / C + eps)
+    for i in tl.static_range(tiles):
+        y = (xs[i] - mean[:, None]) * rstd[:, None]
+        if W is not None:
+            y *= _load_parameter(W, i, C, COLUMNS, ROWS)
+        if B is not None:
+            y += _load_parameter(B, i, C, COLUMNS, ROWS)
+        _store(Y, y, row, rows, i, C, COLUMNS)
     tl.store(MEAN + row, mean, mask=row < rows)
     tl.store(RSTD + row, rstd, mask=row < rows)
 
@@ -125,58 +165,98 @@ def _backward_kernel(
     dsummed_stride,
     x_stride,
     C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    col = tl.arange(0, BLOCK_C)
-    dw = tl.zeros((BLOCK_C,), tl.float32)
-    db = tl.zeros((BLOCK_C,), tl.float32)
-    if W is not None:
-        w = tl.load(W + col, mask=col < C, other=0).to(tl.float32)[None, :]
+    tiles: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
+    ws, dws, dbs = (), (), ()  # sums for each row of a tile, so that no warp waits for another's
+    for i in tl.static_range(tiles):
+        if W is not None:
+            ws = ws + (_load_parameter(W, i, C, COLUMNS, ROWS),)
+        dws = dws + (tl.zeros((ROWS, COLUMNS), tl.float32),)
+        dbs = dbs + (tl.zeros((ROWS, COLUMNS), tl.float32),)
     for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
         row = tl.arange(0, ROWS).to(tl.int64) + first
-        inside = (row < rows)[:, None] & (col < C)[None, :]
-        dy = tl.load(DY + row[:, None] * dy_stride + col[None, :], mask=inside, other=0).to(tl.float32)
-        x = tl.load(X + row[:, None] * x_stride + col[None, :], mask=inside, other=0).to(tl.float32)
         mean = tl.load(MEAN + row, mask=row < rows, other=0)
         rstd = tl.load(RSTD + row, mask=row < rows, other=0)
-        xhat = (x - mean[:, None]) * rstd[:, None]  # beyond C it is not 0, but dy is
+        dys, xhats = (), ()
+        for i in tl.static_range(tiles):
+            dys = dys + (_load(DY, row, dy_stride, rows, i, C, COLUMNS),)
+            x = _load(X, row, x_stride, rows, i, C, COLUMNS)
+            xhats = xhats + ((x - mean[:, None]) * rstd[:, None],)  # beyond C it is not 0, but dy is
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        total_xhat = tl.zeros((ROWS, COLUMNS), tl.float32)
+        next_dws, next_dbs = (), ()
+        for i in tl.static_range(tiles):
+            g = dys[i]
+            next_dws = next_dws + (dws[i] + g * xhats[i],)
+            next_dbs = next_dbs + (dbs[i] + g,)
+            if W is not None:
+                g *= ws[i]
+            total += g
+            total_xhat += g * xhats[i]
+        dws, dbs = next_dws, next_dbs
+        along_mean = tl.sum(total, 1) / C
+        along_xhat = tl.sum(total_xhat, 1) / C
+        for i in tl.static_range(tiles):
+            g = dys[i]
+            if W is not None:
+                g *= ws[i]
+            dx = (g - along_mean[:, None] - xhats[i] * along_xhat[:, None]) * rstd[:, None]
+            if DSUMMED is not None:
+                dx += _load(DSUMMED, row, dsummed_stride, rows, i, C, COLUMNS)
+            _store(DX, dx, row, rows, i, C, COLUMNS)
+            if DRESIDUAL is not None:
+                _store(DRESIDUAL, dx, row, rows, i, C, COLUMNS)
+    for i in tl.static_range(tiles):
+        col = i * COLUMNS + tl.arange(0, COLUMNS)
         if DW is not None:
-            dw += tl.sum(dy * xhat, 0)
+            tl.store(DW + program * C + col, tl.sum(dws[i], 0), mask=col < C)
         if DB is not None:
-            db += tl.sum(dy, 0)
-        g = dy
-        if W is not None:
-            g = dy * w
-        along_mean = tl.sum(g, 1) / C
-        along_xhat = tl.sum(g * xhat, 1) / C
-        dx = (g - along_mean[:, None] - xhat * along_xhat[:, None]) * rstd[:, None]
-        if DSUMMED is not None:
-            at = row[:, None] * dsummed_stride + col[None, :]
-            dx += tl.load(DSUMMED + at, mask=inside, other=0).to(tl.float32)
-        here = row[:, None] * C + col[None, :]
-        tl.store(DX + here, round_to(dx, DX.dtype.element_ty), mask=inside)
-        if DRESIDUAL is not None:
-            tl.store(DRESIDUAL + here, round_to(dx, DRESIDUAL.dtype.element_ty), mask=inside)
+            tl.store(DB + program * C + col, tl.sum(dbs[i], 0), mask=col < C)
+
+
+@jit
+def _sum_kernel(
+    PARTS,  # (n, programs, C) in, fp32
+    DW,  # (C,) out: the sum of the first, or None
+    DB,  # (C,) out: the sum of the last, or None
+    programs,
+    C,
+    COLUMNS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """One launch for both sums and for rounding them, where PyTorch would need four."""
+    col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    which = tl.program_id(1)
+    total = tl.zeros((PROGRAMS, COLUMNS), tl.float32)
+    for first in range(0, programs, PROGRAMS):
+        program = first + tl.arange(0, PROGRAMS)
+        at = (which * programs + program[:, None]) * C + col[None, :]
+        total += tl.load(PARTS + at, mask=(program < programs)[:, None] & (col < C)[None, :], other=0)
+    found = tl.sum(total, 0)
     if DW is not None:
-        tl.store(DW + program * C + col, dw, mask=col < C)
+        tl.store(DW + col, round_to(found, DW.dtype.element_ty), mask=(col < C) & (which == 0))
     if DB is not None:
-        tl.store(DB + program * C + col, db, mask=col < C)
+        last = tl.num_programs(1) - 1
+        tl.store(DB + col, round_to(found, DB.dtype.element_ty), mask=(col < C) & (which == last))
 
 
-# BLOCK_C, the power of two that holds a row -> (rows a tile, warps) forward, (rows a tile, warps, programs a
-# multiprocessor) backward. Not yet tuned on any GPU: chosen for at least 24 KiB in flight a multiprocessor
-# and few warps a program, which waits for its slowest; no tensor core is involved, so all start alike.
+# Widest row -> (rows a program, warps, columns a tile) forward, and the same with programs a multiprocessor
+# backward. A row is cut into tiles of columns, not padded to a power of two: 768 is three of 256. A tile of
+# 256 columns is 16 bytes for each lane of a warp in half precision, so that a warp has a row to itself and
+# its sums need no shared memory. Not yet tuned on any GPU: chosen for at least 48 KiB in flight a
+# multiprocessor and no spills; no tensor core is involved, so all start alike.
 _TILES = {
-    512: ((4, 4), (4, 4, 4)),
-    1024: ((4, 4), (1, 4, 6)),
-    2048: ((2, 4), (1, 4, 4)),
-    4096: ((1, 4), (1, 8, 2)),
-    8192: ((1, 8), (1, 16, 1)),
+    512: ((4, 4, 256), (4, 4, 256, 4)),
+    1024: ((4, 4, 256), (4, 4, 256, 3)),
+    2048: ((4, 4, 256), (2, 4, 512, 2)),
+    4096: ((1, 4, 1024), (1, 4, 1024, 2)),
+    8192: ((1, 8, 2048), (1, 8, 2048, 1)),
 }
 TILES = {
-    INTERPRETER: {block: ((2, 4), (2, 4, 1)) for block in _TILES},
+    INTERPRETER: {widest: ((2, 4, 256), (2, 4, 256, 1)) for widest in _TILES},
     80: _TILES,  # not yet tuned
     89: _TILES,  # not yet tuned
     90: _TILES,  # not yet tuned
@@ -194,8 +274,9 @@ def _dense(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
 
-def _block(C: int) -> int:
-    return max(512, 1 << (C - 1).bit_length())
+def _width(C: int) -> int:
+    """The key of C columns in a table of tiles."""
+    return next(widest for widest in _TILES if widest >= C)
 
 
 def _forward(
@@ -210,13 +291,13 @@ def _forward(
     normed, summed, mean, rstd = _forward_like(input, residual, weight, bias, eps, dtype)
     x, r = _rows(input), None if residual is None else _rows(residual)
     rows, C = x.shape
-    tile, warps = TILES[architecture(x)][_block(C)][0]
+    tile, warps, columns = TILES[architecture(x)][_width(C)][0]
     if rows:
         launch(
             _forward_kernel, (-(-rows // tile),),
             x, r, _dense(weight), _dense(bias), normed, None if r is None else summed, mean, rstd,
             rows, x.stride(0), 0 if r is None else r.stride(0), eps,
-            C=C, BLOCK_C=_block(C), ROWS=tile, num_warps=warps,
+            C=C, COLUMNS=columns, ROWS=tile, num_warps=warps,
         )  # fmt: skip
     return normed, summed, mean, rstd
 
@@ -226,31 +307,37 @@ def _backward(
     dsummed: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
-    bias: bool,
+    bias_dtype: torch.dtype | None,
     mean: Tensor,
     rstd: Tensor,
     input_dtype: torch.dtype,
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dinput, dresidual (empty when dinput serves for both), dweight and dbias (fp32, or empty)."""
-    dinput, dresidual, _, _ = _backward_like(
-        dnormed, dsummed, x, weight, bias, mean, rstd, input_dtype, residual_dtype
+    """-> dinput, dresidual (empty when dinput serves for both), dweight and dbias (empty without one)."""
+    dinput, dresidual, dweight, dbias = _backward_like(
+        dnormed, dsummed, x, weight, bias_dtype, mean, rstd, input_dtype, residual_dtype
     )
     dy, x = _rows(dnormed), _rows(x)
     ds = None if dsummed is None else _rows(dsummed)
     rows, C = x.shape
-    tile, warps, programs = TILES[architecture(x)][_block(C)][1]
+    tile, warps, columns, programs = TILES[architecture(x)][_width(C)][1]
     programs = max(1, min(programs * multiprocessors(x), -(-rows // tile)))
-    dw = x.new_empty(programs, 0 if weight is None else C, dtype=torch.float32)
-    db = x.new_empty(programs, C if bias else 0, dtype=torch.float32)
+    wanted = [out if out.numel() else None for out in (dweight, dbias)]
+    parts = x.new_empty(sum(out is not None for out in wanted), programs, C, dtype=torch.float32)
     launch(
         _backward_kernel, (programs,),
         dy, ds, x, _dense(weight), mean, rstd, dinput,
-        dresidual if dresidual.numel() else None, dw if dw.numel() else None, db if db.numel() else None,
+        dresidual if dresidual.numel() else None,
+        None if wanted[0] is None else parts[0], None if wanted[1] is None else parts[-1],
         rows, dy.stride(0), 0 if ds is None else ds.stride(0), x.stride(0),
-        C=C, BLOCK_C=_block(C), ROWS=tile, num_warps=warps,
+        C=C, COLUMNS=columns, ROWS=tile, num_warps=warps,
     )  # fmt: skip
-    return dinput, dresidual, dw.sum(0), db.sum(0)
+    if parts.numel():
+        launch(
+            _sum_kernel, (-(-C // SUM_COLUMNS), len(parts)),
+            parts, *wanted, programs, C, COLUMNS=SUM_COLUMNS, PROGRAMS=128, num_warps=8,
+        )  # fmt: skip
+    return dinput, dresidual, dweight, dbias
 
 
 def _forward_like(input, residual, weight, bias, eps, dtype):
@@ -262,15 +349,16 @@ def _forward_like(input, residual, weight, bias, eps, dtype):
     return input.new_empty(input.shape, dtype=dtype), summed, mean, rstd
 
 
-def _backward_like(dnormed, dsummed, x, weight, bias, mean, rstd, input_dtype, residual_dtype):
+def _backward_like(dnormed, dsummed, x, weight, bias_dtype, mean, rstd, input_dtype, residual_dtype):
     dinput = x.new_empty(x.shape, dtype=input_dtype)
     dresidual = x.new_empty(0 if input_dtype == residual_dtype else x.shape, dtype=residual_dtype)
     C = x.shape[-1]
-    dweight = x.new_empty(0 if weight is None else C, dtype=torch.float32)
-    return dinput, dresidual, dweight, x.new_empty(C if bias else 0, dtype=torch.float32)
+    dweight = x.new_empty(0) if weight is None else x.new_empty(C, dtype=weight.dtype)
+    dbias = x.new_empty(0) if bias_dtype is None else x.new_empty(C, dtype=bias_dtype)
+    return dinput, dresidual, dweight, dbias
 
 
-_forward_op = torch.library.custom_op("tritongpt::layer_norm", _forward, mutates_args=())
+_forward_op = torch.library.custom_op("tritongpt::layer_norm_forward", _forward, mutates_args=())
 _backward_op = torch.library.custom_op("tritongpt::layer_norm_backward", _backward, mutates_args=())
 _forward_op.register_fake(_forward_like)
 _backward_op.register_fake(_backward_like)
@@ -280,18 +368,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     input, residual, weight, bias, _, _ = inputs
     _, summed, mean, rstd = output
     ctx.save_for_backward(input if residual is None else summed, weight, mean, rstd)
-    ctx.dtypes = [None if t is None else t.dtype for t in (input, residual, weight, bias)]
+    ctx.dtypes = [None if t is None else t.dtype for t in (input, residual, bias)]
     ctx.set_materialize_grads(False)  # the last sum of a network has no gradient of its own: don't read zeros
 
 
 def _call(ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     x, weight, mean, rstd = ctx.saved_tensors
-    input_dtype, residual_dtype, weight_dtype, bias_dtype = ctx.dtypes
-    has_residual, has_bias = residual_dtype is not None, bias_dtype is not None
+    input_dtype, residual_dtype, bias_dtype = ctx.dtypes
+    has_residual = residual_dtype is not None
     if dnormed is None:
         dnormed = torch.zeros_like(x)
     dinput, dresidual, dweight, dbias = _backward_op(
-        dnormed, dsummed if has_residual else None, x, weight, has_bias, mean, rstd,
+        dnormed, dsummed if has_residual else None, x, weight, bias_dtype, mean, rstd,
         input_dtype, residual_dtype if has_residual else input_dtype,
     )  # fmt: skip
     if has_residual and residual_dtype == input_dtype:
@@ -299,8 +387,8 @@ def _call(ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None, *_: Any) -> 
     return (
         dinput,
         dresidual if has_residual else None,
-        None if weight is None else dweight.to(weight_dtype),
-        dbias.to(bias_dtype) if has_bias else None,
+        None if weight is None else dweight,
+        None if bias_dtype is None else dbias,
         None,
         None,
     )
@@ -409,7 +497,8 @@ def _launchers(input, residual=None, weight=None, bias=None, eps=1e-5, normalize
     normed, summed, mean, rstd = _forward(input, residual, weight, bias, eps, input.dtype)
     x, ds = (input, None) if residual is None else (summed, summed)
     residual_dtype = input.dtype if residual is None else residual.dtype
-    _backward(normed, ds, x, weight, bias is not None, mean, rstd, input.dtype, residual_dtype)
+    bias_dtype = None if bias is None else bias.dtype
+    _backward(normed, ds, x, weight, bias_dtype, mean, rstd, input.dtype, residual_dtype)
 
 
 _SAMPLES = (

@@ -19,6 +19,7 @@ Few large chunks: each reads and writes the whole fp32 weight gradient. The argu
 Cross-Entropy, https://arxiv.org/abs/2411.09009.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,7 +85,9 @@ class _Chunks:
         self.rows = min(N, chunk_size or chunk_rows(N, V, dtype.itemsize))
         self.logits = input.new_empty(self.rows, -(-V // ALIGN) * ALIGN, dtype=dtype)[:, :V]
         self.dinput = input.new_empty(input.shape if d_input else 0)
-        self.dweight = weight.new_zeros(weight.shape if d_weight else 0, dtype=torch.float32)
+        # The first chunk's product is written over what is there: only a batch of no rows needs zeros.
+        allocate = weight.new_empty if N else weight.new_zeros
+        self.dweight = allocate(weight.shape if d_weight else 0, dtype=torch.float32)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows of the chunk, its logits): in the same memory for all chunks, the caller's to overwrite."""
@@ -96,13 +99,39 @@ class _Chunks:
     def take(self, part: slice, gradient: Tensor) -> None:
         """Adds what the gradient of a chunk's logits gives to the gradients of input and weight."""
         if self.dinput.numel():
-            self.dinput[part] = torch.mm(gradient, self.weight)
+            dinput = self.dinput[part]
+            if dinput.dtype == gradient.dtype:
+                torch.mm(gradient, self.weight, out=dinput)
+            else:
+                dinput.copy_(torch.mm(gradient, self.weight))
         if self.dweight.numel():
             x = self.input[part].to(gradient.dtype)
-            if gradient.is_cuda and gradient.dtype != torch.float32:
-                torch.addmm(self.dweight, gradient.t(), x, out_dtype=torch.float32, out=self.dweight)
-            else:
-                self.dweight.addmm_(gradient.t().float(), x.float())
+            _add_product(self.dweight, gradient.t(), x, first=part.start == 0)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """Adds a @ b to `total`, in fp32; the `first` product is written over what is there."""
+    if a.dtype == torch.float32 or not (a.is_cuda and _mixes_precisions(a.device)):
+        total.addmm_(a.float(), b.float(), beta=0 if first else 1)
+    elif first:
+        torch.mm(a, b, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+@functools.cache
+def _mixes_precisions(device: torch.device) -> bool:
+    """Whether this PyTorch adds a product of half precision to a fp32 matrix in place, as from 2.10 on.
+
+    Its checks come before any work on the device (https://github.com/pytorch/pytorch/pull/167931).
+    """
+    half, single = (torch.zeros(16, 16, dtype=d, device=device) for d in (torch.bfloat16, torch.float32))
+    try:
+        torch.mm(half, half, out_dtype=torch.float32, out=single)
+        torch.addmm(single, half, half, out_dtype=torch.float32, out=single)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _sum(
@@ -206,10 +235,16 @@ def _call_sum(ctx: Any, dtotal: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     dinput, dweight = ctx.saved_tensors
     d_input, d_weight = ctx.wanted
     return (
-        (dinput.float() * dtotal).to(dinput.dtype) if d_input else None,
-        (dweight * dtotal).to(ctx.weight_dtype) if d_weight else None,
+        _scaled(dinput, dtotal, dinput.dtype) if d_input else None,
+        _scaled(dweight, dtotal, ctx.weight_dtype) if d_weight else None,
         *(None,) * 7,
     )
+
+
+def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * factor, a fp32 number, computed in fp32 and rounded to `dtype` in one pass over memory."""
+    # With one dimension the factor takes part in the promotion of dtypes; with none it would be rounded.
+    return torch.mul(x, factor.reshape(1), out=torch.empty_like(x, dtype=dtype))
 
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -24,6 +24,7 @@ from bench import kernels as suite
 from bench import sweep as tuner
 from gpt.model import GPT, GPTConfig
 from kernels.op import record
+from tests.kernel_cases import judge, make, run, upstream
 from train.distributed import Ranks
 
 ROOT = Path(__file__).parents[1]
@@ -129,12 +130,13 @@ def test_a_run_that_was_cut_short_goes_on_where_it_stopped(bench_command, tmp_pa
 
 
 def test_every_operation_has_shapes_that_it_accepts():
-    assert suite.SHAPES.keys() == suite.SMALL.keys() == OPS.keys()
+    every = suite._OPS
+    assert suite.SHAPES.keys() == suite.SMALL.keys() == every.keys() and every.keys() > OPS.keys()
     for name, samples in suite.SHAPES.items():
         for sample in samples:
-            call = OPS[name].make(dtype=torch.bfloat16, device="meta", **sample)
-            cost = OPS[name].cost(**call)
-            assert (cost.backward_bytes if OPS[name].differentiable else cost.forward_bytes) > 0
+            call = every[name].make(dtype=torch.bfloat16, device="meta", **sample)
+            cost = every[name].cost(**call)
+            assert (cost.backward_bytes if every[name].differentiable else cost.forward_bytes) > 0
 
 
 def test_the_suite_runs_from_a_bare_checkout_and_says_what_is_missing(tmp_path):
@@ -187,9 +189,10 @@ def test_throughput_makes_the_steps_of_training(monkeypatch):
 )
 def test_a_sweep_launches_each_candidate_and_leaves_the_table_as_it_was(name, monkeypatch):
     """On tensors without data, as an H100 would be given them."""
-    op, sample = OPS[name], OPS[name].shipped[0]
+    op, sample = OPS[name], OPS[name].shipped[name == "cross_entropy"]
     call = op.make(**{"dtype": torch.bfloat16, "device": "meta"} | sample)
     monkeypatch.setattr(tuner, "arguments", lambda *_: call)
+    monkeypatch.setattr(tuner, "_wrong", lambda *_: None)  # there are no values to judge
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(timing, "interleaved", lambda calls, *_: {n: c() for n, c in calls.items()})
     with record(assume=90) as launches:
@@ -212,6 +215,44 @@ def test_a_sweep_launches_each_candidate_and_leaves_the_table_as_it_was(name, mo
             assert str(here) == str(in_pool[kernels_a_call:]), "another thing is timed than was compiled"
             used = {(warps, stages) for warps, stages, _ in here}
             assert len(used) > 2, "every candidate was launched with the same settings"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's tiles")
+@pytest.mark.parametrize("fault", ["LOG2E", "LN2", None])
+def test_a_tile_that_computes_something_else_is_not_timed(fault, monkeypatch):
+    """The in-place kernel and the one of the functional backward are both judged, against fp64."""
+    file = sys.modules["kernels.cross_entropy"]
+    monkeypatch.setattr(tuner, "DEVICE", "cpu")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    if fault:
+        bad = getattr(file, fault)
+        monkeypatch.setattr(bad, "value", bad.value * 1.02)
+    reason = tuner.attempt("cross_entropy", {"N": 3, "V": 5003}, 0, (4096, 1, 1))
+    assert (reason is None) == (fault is None), reason
+    assert fault is None or reason.startswith("wrong: ")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", [suite.gelu.OP], ids=lambda op: op.name)
+def test_candidates_are_right(op, dtype, device, poisoned):
+    for sample in op.samples:
+        call = make(op, dtype, device, sample)
+        gradients = upstream(op, call)
+        judge(op, run(op.implementations["triton"], call, gradients), call, gradients)
+
+
+def test_chunks_of_the_loss_are_swept_by_their_rows(monkeypatch):
+    """Each candidate launches the loss kernel once a chunk."""
+    op, sample = OPS["linear_cross_entropy"], {"N": 32768, "C": 8, "V": 50304}
+    call = op.make(dtype=torch.bfloat16, device="meta", **sample)
+    with record(assume=90) as launches:
+        (slot,) = tuner.slots(op, call)
+        for (rows,) in slot.candidates:
+            launches.clear()
+            slot.set((rows,))
+            slot.launch(**call)
+            assert len(launches) == 32768 // rows
+    slot.set((8192,))
 
 
 def test_a_candidate_that_kills_or_holds_its_process_takes_no_other_with_it(monkeypatch):

@@ -129,8 +129,8 @@ def test_arguments_are_left_alone(op: Op, sample: dict[str, Any], device: str) -
 
 
 KERNELS = {  # operation -> what it launches forward, then backward
-    "layer_norm": (["_forward_kernel"], ["_backward_kernel"]),
-    "add_layer_norm": (["_forward_kernel"], ["_backward_kernel"]),
+    "layer_norm": (["_forward_kernel"], ["_backward_kernel", "_sum_kernel"]),
+    "add_layer_norm": (["_forward_kernel"], ["_backward_kernel", "_sum_kernel"]),
     "causal_attention": (["_forward_kernel"], ["_dq_kernel", "_dkdv_kernel"]),
     "cross_entropy": (["_loss_kernel"], ["_gradient_kernel"]),
     "linear_cross_entropy": (["_loss_kernel"] * 3, []),  # three chunks, gradients in forward

@@ -166,6 +166,38 @@ def test_strided_logits_and_targets(device: str, poisoned: None) -> None:
     judge(op, found, call, gradients)
 
 
+@pytest.mark.parametrize("V", [1, 3, 7, 8, 9, 15, 17, 24, 39, 70])
+def test_rows_that_start_at_any_two_bytes(V: int, device: str, poisoned: None) -> None:
+    """Up to 14 bytes before a row's first 16-byte boundary and after its last are read by themselves."""
+    torch.manual_seed(0)
+    logits = torch.randn(9, V, device=device).half()
+    target = torch.randint(V, (9,), device=device)
+    target[4] = -1
+    call = {"input": logits, "target": target, "ignore_index": -1, "reduction": "sum"}
+    gradients = (torch.full((), 2.5, device=device, dtype=torch.float64),)
+    judge(BY_NAME["cross_entropy"], run(kernels.cross_entropy, call, gradients), call, gradients)
+    expected = torch.softmax(logits.double(), 1) - F.one_hot(target.clamp(0), V)
+    expected[4] = 0
+    logits[4] = torch.nan  # whatever an ignored row holds, its gradient is 0
+    assert (run(kernels.cross_entropy, call, gradients)["dinput"][4] == 0).all()
+    cross_entropy_file.loss_and_gradient_(logits, target, -1, 0.0, gradient=True)
+    assert distance(logits, expected) < 1e-3
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_products_are_added_to_what_is_there_but_the_first(first: bool, device: str) -> None:
+    """What is there before the first may be NaN. In half precision too, and where PyTorch cannot mix."""
+    torch.manual_seed(0)
+    file = sys.modules["kernels.linear_cross_entropy"]
+    a, b = (torch.randn(2 * shape[0], shape[1], device=device)[::2] for shape in ((24, 16), (16, 40)))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        a, b = a.to(dtype), b.to(dtype)
+        before = torch.full((24, 40), torch.nan if first else 7.0, device=device)
+        file._add_product(before, a, b, first)
+        exact = a.double() @ b.double() + (0 if first else 7)
+        assert distance(before, exact) < 1e-4
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("V", [65, 5000])
 def test_infinite_logits(V: int, device: str, poisoned: None) -> None:
@@ -312,9 +344,9 @@ def test_norm_without_bias_has_none(device: str) -> None:
     x, w = torch.randn(3, 59, device=device), torch.randn(59, device=device)
     zero = torch.zeros(59, device=device)
     assert torch.equal(kernels.layer_norm(x, (59,), w), kernels.layer_norm(x, (59,), w, zero))
-    forward = torch.ops.tritongpt.layer_norm(x, None, w, None, 1e-5, x.dtype)
+    forward = torch.ops.tritongpt.layer_norm_forward(x, None, w, None, 1e-5, x.dtype)
     *_, dbias = torch.ops.tritongpt.layer_norm_backward(
-        forward[0], None, x, w, False, *forward[2:], x.dtype, x.dtype
+        forward[0], None, x, w, None, *forward[2:], x.dtype, x.dtype
     )
     assert dbias.numel() == 0
 
