@@ -189,6 +189,16 @@ def test_a_profile_of_steps_that_are_not_made_is_refused(workplace, monkeypatch,
         assert code == 1 and words in err
 
 
+def test_the_first_pass_leaves_no_gradient_and_draws_nothing():
+    model = loop.GPT(
+        loop.replace(TrainConfig().model, n_layer=1, n_head=1, n_embd=8, vocab_size=9, dropout=0.5)
+    )
+    before = torch.get_rng_state()
+    assert loop.distributed.first_pass(model, 2, 4, Ranks(0, 1, "cpu", None), nullcontext()) > 0
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.gpu
 def test_memory_ends_before_the_gpu_does_while_sizes_are_tried():
     ranks = Ranks(0, 1, "cuda:0", None)
