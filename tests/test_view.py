@@ -341,10 +341,9 @@ def test_wandb_gets_nanogpts_keys_at_evaluations(workplace, monkeypatch):
     assert [{k: v for k, v in values.items() if k != "mfu"} for values in wandb.logged] == records
 
 
-def test_wandb_without_a_key_and_a_terminal_logs_offline_and_says_how_to_sync(workplace, monkeypatch, capsys):
+def test_wandb_without_a_key_and_anybody_to_ask_logs_offline_and_says_how_to_sync(workplace, monkeypatch, capsys):
     wandb = StandIn("No API key configured. Use `wandb login` to log in.")
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
     run("--wandb_log=True")
     assert wandb.started[0]["mode"] == "offline" and len(wandb.logged) == 3
     said = capsys.readouterr().out
