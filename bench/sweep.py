@@ -1,9 +1,10 @@
 """python -m bench.sweep [NAME ...]: tries tile sizes on this GPU and prints what each costs, the best first.
 
-For every entry of the tables in `kernels/` that the shipped samples reach, a pool of processes compiles each
-candidate, runs it once and holds the operation to fp64, so that one which crashes takes nothing with it and one
-that is wrong is not timed; the others take turns in this process while the other entries stay as they are. Nothing is written: the winner is put into the table by
-hand, with the GPU it was found on, and the tests decide whether it is right.
+For every entry of the tables in `kernels/` that the shipped samples reach, a pool of processes compiles
+each candidate, runs it once and holds the operation to fp64, so that one which crashes takes nothing with
+it and one that is wrong is not timed; the others take turns in this process while the other entries stay as
+they are. Nothing is written: the winner is put into the table by hand, with the GPU it was found on, and
+the tests decide whether it is right.
 """
 
 import argparse
