@@ -81,6 +81,8 @@ class Build:
                 continue
             if isinstance(value, Tensor):
                 signature[name] = TRITON_TYPES[value.dtype]
+            elif hasattr(value, "block_shape"):  # a tensor descriptor
+                signature[name] = f"tensordesc<{TRITON_TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:
