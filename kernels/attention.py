@@ -108,7 +108,7 @@ def _finished(x):
     """x, and the product it comes from is waited for here.
 
     Triton leaves the products of two accumulators in flight into the next turn of a loop; ptxas cannot follow
-    (C7515) and on sm_90 waits after every single wgmma instruction. An empty instruction that reads x ends it.
+    (its C7515) and on sm_90 waits after every wgmma instruction. An empty one that reads x ends that.
     """
     if not INTERPRETED:
         x = tl.inline_asm_elementwise("", "=f,0", [x], dtype=tl.float32, is_pure=True, pack=1)

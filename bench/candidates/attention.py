@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (a Triton kernel's arguments have no Python types)
-"""What may replace the kernels of `kernels/attention.py`: a GPU chooses, with `python -m bench.sweep attention`.
+"""What may replace the kernels of kernels/attention.py: `python -m bench.sweep attention` chooses, on a GPU.
 
 The winner moves there, the others are deleted. The mathematics, the layouts and the names are those of that
 file; dropout is left out until one has won.
@@ -10,15 +10,15 @@ descriptors, tiles come through the tensor memory accelerator of sm_90.
 
 Backward:
 
-- `two_kernels` is what is shipped, 7 products, with descriptors.
-- `head_owned`: a program owns a whole head, 5 products. It walks the blocks of keys and, for each, the queries
-  from the diagonal on; dk and dv stay in registers. The dq of a head does not fit: with fp32 beside dk, dv and
-  two tiles of scores it would need T x D x 4 bytes, 256 KiB at T=1024 and D=64, of registers or shared memory
-  that has 227. So it is summed in memory that is the program's own and is used again for its next head: 35 to
-  69 MB at T=1024 on 132 multiprocessors, about what the L2 cache holds. The first block of keys stores, the next
-  add (an addition that returns nothing does not wait), and the block on the diagonal, the last to reach
-  its queries, writes the result. Every address has one program that adds in the order of the keys, with a
-  barrier after each block: the same bits every run.
+- `two_kernels` is what is shipped, 7 products, with descriptors or with other tiles.
+- `head_owned`: a program owns a whole head, 5 products. It walks the blocks of keys and, for each, the
+  queries from the diagonal on; dk and dv stay in registers. The dq of a head does not: at T=1024 and D=64 its
+  256 KiB are more than a multiprocessor's shared memory, and the registers are taken. So dq is summed in
+  memory that is the program's own and is used again for its next head: 35 MB at T=1024 with one program on
+  each of 132 multiprocessors, which the L2 cache holds. The first block of keys stores, the next add (an
+  addition that returns nothing does not wait), and the block on the diagonal, the last to reach its queries,
+  writes the result. To every address one program adds, in the order of the keys, with a barrier after each
+  block: the same bits every run.
 - `atomic`: a program owns a block of keys, 5 products, and adds dq to fp32 zeros with atomics, in whatever
   order programs run: not the same bits every run. Zeros before and a conversion after cost a pass each.
 """
@@ -186,11 +186,7 @@ def _convert_kernel(
 @jit
 def _rows_of(X, m, first, T, MASK: tl.constexpr):
     """X[first + m], fp32, zero from T on."""
-    if MASK:
-        x = tl.load(X + first + m, mask=m < T - first, other=0)
-    else:
-        x = tl.load(X + first + m)
-    return x
+    return tl.load(X + first + m, mask=m < T - first, other=0) if MASK else tl.load(X + first + m)
 
 
 @jit
@@ -610,7 +606,7 @@ class Candidate(NamedTuple):
         sizes = " + ".join(f"{t.m}x{t.n} {t.warps}w {t.stages}s" for t in pairs)
         return f"{self.name}{', descriptors' if self.descriptors else ''}: {sizes}"
 
-    def __call__(self, *tensors: Any) -> Any:
+    def run(self, *tensors: Any) -> Any:
         return self.function(*tensors, tile=self.tile, descriptors=self.descriptors)
 
 
@@ -678,7 +674,7 @@ CANDIDATES: dict[tuple[str, int, int], tuple[tuple[str, bool, tuple[Any, ...]], 
     ),
     ("forward", 80, 64): (
         ("forward", False, _tiles(
-            (128, 64, 4, 3), (128, 64, 4, 2), (128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3),
+            (128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3),
         )),
     ),
     ("backward", 80, 64): (
