@@ -3,11 +3,13 @@
     python -m bench.aot                                 a line a kernel: registers, spills, shared memory, ...
     python -m bench.aot --check                         and exit code 1 where a rule below is broken
     python -m bench.aot --only sm_90 --only _dq_kernel
+    python -m bench.aot --candidates                    what bench/candidates has, in place of what is shipped
 
 What to compile is not listed here: each operation's launchers run on meta tensors, and `kernels.op.record`
 notes what they would have launched. The rules: it compiles; no spill inside a loop on sm_80 and sm_90;
 shared and tensor memory within the architecture's limit; no body that is a lone trap; a tensor-core
-instruction for every piece of every half-precision product, of the architecture's best kind; 16-byte loads.
+instruction for every piece of every half-precision product, of the architecture's best kind, and no wait
+after each of them; 16-byte loads.
 
 Counted in the SASS that ptxas gives: LDL and STL are spills, HMMA, HGMMA (wgmma) and UTCHMMA (tcgen05)
 tensor cores.
@@ -23,6 +25,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -81,6 +84,8 @@ class Build:
                 continue
             if isinstance(value, Tensor):
                 signature[name] = TRITON_TYPES[value.dtype]
+            elif hasattr(value, "block_shape"):  # a tensor descriptor
+                signature[name] = f"tensordesc<{TRITON_TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:
@@ -114,9 +119,31 @@ class Figures:
     instructions: int
     tensor_core: dict[str, int]  # instruction -> count
     expected: int  # of them, at the least
+    one_by_one: (
+        bool  # ptxas waits after every wgmma instruction (its C7515 and the like), not after a product
+    )
     wide_loads: int  # of 16 bytes a thread, or by the tensor memory accelerator
     blocks: int  # resident on a multiprocessor
     occupancy: float  # of its warps
+
+
+def candidates() -> list[Build]:
+    """Those of bench/candidates, which wait for a GPU to choose."""
+    from bench.candidates import attention
+
+    found: dict[str, Build] = {}
+    for architecture in GPUS:
+        qkv = torch.empty(8, 1024, 3, 12, 64, dtype=torch.bfloat16, device="meta")
+        dout, lse = qkv[:, :, 0].contiguous(), torch.empty(8, 12, 1024, device="meta")
+        with record(assume=architecture) as launches:
+            for candidate in attention.forwards(qkv)[1:]:
+                candidate.run(qkv, None, 0.0, 1.0)
+            for candidate in attention.backwards(qkv)[1:]:
+                candidate.run(dout, qkv, dout, lse, None, 0.0, 1.0)
+        for launch in launches:
+            build = Build(architecture, launch)
+            found[build.key] = build
+    return list(found.values())
 
 
 def builds() -> list[Build]:
@@ -208,10 +235,18 @@ def _figures(
         instructions=sum(name != "NOP" for name, _ in names),
         tensor_core=tensor_core,
         expected=_expected(build, compiled.asm["ttir"]),
+        one_by_one=_one_by_one([name for name, _ in names]),
         wide_loads=wide,
         blocks=blocks,
         occupancy=blocks * warps / gpu.warps,
     )
+
+
+def _one_by_one(names: list[str]) -> bool:
+    """Whether no wgmma instruction follows another without a wait between them."""
+    order = [n for n in names if n.startswith(("HGMMA", "WARPGROUP.DEPBAR"))]
+    products = [n.startswith("HGMMA") for n in order]
+    return any(products) and not any(a and b for a, b in pairwise(products))
 
 
 def _expected(build: Build, ttir: str) -> int:
@@ -241,6 +276,7 @@ def faults(build: Build, figures: Figures) -> list[str]:
         f"{figures.tensor_core} where {figures.expected} {best} are expected": (
             figures.tensor_core.get(best, 0) < figures.expected
         ),
+        "wgmma instructions one by one": figures.one_by_one,
         "no load of 16 bytes": figures.wide_loads == 0,
         "not one block fits": figures.blocks == 0,
     }
@@ -261,13 +297,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit code 1 where a rule is broken")
     parser.add_argument("--only", action="append", default=[], help="lines that contain this, e.g. sm_90")
+    parser.add_argument("--candidates", action="store_true", help="those of bench/candidates")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     options = parser.parse_args()
     if triton is None or INTERPRETED:
         print("bench.aot needs Triton, and TRITON_INTERPRET unset", file=sys.stderr)
         return 2
     start = time.perf_counter()
-    _BUILDS[:] = [b for b in builds() if all(part in str(b) for part in options.only)]
+    found = candidates() if options.candidates else builds()
+    _BUILDS[:] = [b for b in found if all(part in str(b) for part in options.only)]
     broken = 0
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("fork")) as pool:
         for build, figures in zip(_BUILDS, pool.map(_attempt, range(len(_BUILDS)))):

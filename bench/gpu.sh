@@ -9,13 +9,14 @@
 #   sanitizer    compute-sanitizer's memcheck and racecheck over small shapes, where it is installed
 # In calls of their own:
 #   sweep        python -m bench.sweep: tile sizes, for the tables that say "not yet tuned"
+#   attention    python -m bench.sweep attention: candidates for attention against what is shipped and SDPA
 #   headline     the 124M beside nanoGPT for half a minute each
 #   batches      throughput by micro-batch, 8 to 128
 #   large        throughput of 350M, 774M and 1.5B; prefill and decode
 #
 # Needs python with torch, triton, numpy and, for the tests, pytest; no network. PYTHON=... chooses it. Parts share
 # one log and write their JSON into DIR (bench/results by default), named by GPU and commit; where the checkout has no
-# .git, --commit says which. A part that is finished is not run again, and kernels and sweep go on where they stopped:
+# .git, --commit says which. A part that is finished is not run again, and kernels, sweep and attention go on:
 # a call that was cut short is finished by repeating it.
 set -u
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-8}
@@ -29,8 +30,8 @@ for argument in "$@"; do
         --out=*) out=$(realpath -m "${argument#*=}") ;;
         --nanogpt=*) nanogpt=(--nanogpt "$(realpath -m "${argument#*=}")") ;;
         --commit=*) export TRITONGPT_COMMIT=${argument#*=} ;;
-        limits | tests | sanitizer | kernels | throughput | sweep | headline | batches | large) parts+=("$argument") ;;
-        *) echo "error: '$argument' is none of --out=DIR, --nanogpt=PATH, --commit=HASH, limits, tests, throughput, kernels, sanitizer, sweep, headline, batches, large" >&2; exit 2 ;;
+        limits | tests | sanitizer | kernels | throughput | sweep | attention | headline | batches | large) parts+=("$argument") ;;
+        *) echo "error: '$argument' is none of --out=DIR, --nanogpt=PATH, --commit=HASH, limits, tests, throughput, kernels, sanitizer, sweep, attention, headline, batches, large" >&2; exit 2 ;;
     esac
 done
 [ ${#parts[@]} -gt 0 ] || parts=(limits tests throughput kernels sanitizer)
@@ -95,6 +96,7 @@ for part in "${parts[@]}"; do
                     --error-exitcode 9 --target-processes application-only "${pytest[@]}" "${small[@]}"
             done ;;
         sweep) run sweep 530 "$python" -m bench.sweep --out "$prefix-sweep.json" ;;
+        attention) run attention 530 "$python" -m bench.sweep attention --out "$prefix-attention.json" ;;
         headline) run headline 300 "$python" -m bench.throughput --batch_size 64 --seconds 30 \
             ${nanogpt[@]+"${nanogpt[@]}"} --out "$prefix-headline.json" ;;
         batches) run batches 530 "$python" -m bench.throughput --seconds 10 ${nanogpt[@]+"${nanogpt[@]}"} \

@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.op import (
+    INTERPRETED,
     INTERPRETER,
     Cost,
     Op,
@@ -100,6 +101,18 @@ def _keep(seed, m, n, head, dropout_p):
     zero = (m + n) * 0
     random, _, _, _ = tl.philox(seed, m + zero, n + zero, head + zero, zero, n_rounds=7)
     return tl.where(tl.uint_to_uniform_float(random) >= dropout_p, 1 / (1 - dropout_p), 0.0)
+
+
+@jit
+def _finished(x):
+    """x, and the product it comes from is waited for here.
+
+    Triton leaves the products of two accumulators in flight into the next turn of a loop; ptxas cannot follow
+    (its C7515) and on sm_90 waits after every wgmma instruction. An empty one that reads x ends that.
+    """
+    if not INTERPRETED:
+        x = tl.inline_asm_elementwise("", "=f,0", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return x
 
 
 @jit
@@ -283,7 +296,7 @@ def _dkdv_step(
         dv = dot(round_to(p, do.dtype), do, dv)
         dp = dot(v, tl.trans(do))
     ds = p * (dp - delta[None, :])
-    dk = dot(round_to(ds, q.dtype), q, dk)
+    dk = _finished(dot(round_to(ds, q.dtype), q, dk))
     return dk, dv
 
 

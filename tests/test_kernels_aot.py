@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench.aot import Build, Figures, _instructions, faults
+from bench.aot import Build, Figures, _instructions, _one_by_one, faults
 from kernels.op import Launch
 
 
@@ -33,6 +33,7 @@ GOOD = Figures(
     instructions=500,
     tensor_core={"HMMA": 8, "HGMMA": 8, "UTCHMMA": 8},
     expected=8,
+    one_by_one=False,
     wide_loads=2,
     blocks=2,
     occupancy=0.25,
@@ -49,6 +50,7 @@ GOOD = Figures(
         (100, {"tensor_memory": 513}, "513 columns of tensor memory"),
         (100, {"instructions": 4}, "a body of 4 instructions"),
         (80, {"wide_loads": 0}, "no load of 16 bytes"),
+        (90, {"one_by_one": True}, "one by one"),
         (80, {"blocks": 0}, "not one block fits"),
     ],
 )
@@ -57,6 +59,13 @@ def test_rules(architecture: int, change: dict[str, object], sentence: str) -> N
     assert not faults(build, GOOD)
     (fault,) = faults(build, replace(GOOD, **change))
     assert sentence in fault
+
+
+def test_waits_after_every_product_are_found() -> None:
+    product, wait = "HGMMA.64x64x16.F32.BF16", "WARPGROUP.DEPBAR.LE"
+    assert _one_by_one([product, "MOV", wait, product, wait])
+    assert not _one_by_one([product, wait, product, "MOV", product, wait])
+    assert not _one_by_one(["HMMA.16816.F32.BF16", "HMMA.16816.F32.BF16"])
 
 
 def test_loops_are_found_in_sass() -> None:
