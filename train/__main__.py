@@ -22,7 +22,7 @@ from gpt.model import GPT
 from gpt.sample import SampleConfig, generate
 from gpt.tokenizer import Tokenizer
 from train import checkpoint, distributed
-from train.config import TrainConfig, parse, resolve
+from train.config import TrainConfig, config_file, parse, resolve, save_config
 from train.data import TokenFile, describe, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import Metrics
@@ -37,7 +37,10 @@ def main() -> None:
     config, given = parse(sys.argv[1:])
     try:
         ranks = distributed.start(config.backend, config.device, config.timeout)
-        train(config, ranks, given, StopRequest())
+        if not config.print_config:
+            train(config, ranks, given, StopRequest())
+        elif ranks.is_main:
+            print(config_file(resolve(config, ranks)), end="")
     except RuntimeError as error:
         if not distributed.lost_rank(error):
             raise
@@ -99,6 +102,8 @@ def train(
     was_evaluated = resumed.get("evaluated", "position" in resumed)
     metrics = Metrics(config, ranks, model, step, was_evaluated, resumed.get("skipped", 0))
     metrics.start(len(train_file), resumed.get("config", {}))
+    if ranks.is_main and not config.eval_only:
+        save_config(config, out_dir)
     saver = checkpoint.Saver(out_dir, config.keep_last)
     shows_sample = config.eval_sample > 0 and (ranks.is_main or config.strategy == "fsdp")
     example = tokenizer.from_dict(tokens) if shows_sample else None
