@@ -6,13 +6,19 @@ A config file is Python that assigns to the names of the flags, as nanoGPT's are
 
 import ast
 import difflib
+import inspect
+import math
 import os
+import re
+import shutil
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 Config = TypeVar("Config")
 
@@ -20,7 +26,8 @@ Config = TypeVar("Config")
 def parse(config_class: type[Config], args: Sequence[str], prog: str, presets: Path | None = None) -> Config:
     """Reads `[config.py ...] [--key=value ...]`, later ones winning. Bad flags: prints why and exits with 2.
 
-    A config file is found by its path or, in the folder `presets`, by its name.
+    A config file is found by its path or, in the folder `presets`, by its name. `--key` alone says True.
+    `--help` prints `help_text` and exits with 0.
     """
     return parse_given(config_class, args, prog, presets)[0]
 
@@ -29,36 +36,128 @@ def parse_given(
     config_class: type[Config], args: Sequence[str], prog: str, presets: Path | None = None
 ) -> tuple[Config, dict[str, list[str]]]:
     """`parse`, and of each flag that was set, by a file or on the command line, its values in order."""
+    if {"-h", "--help"}.intersection(args):
+        print(help_text(config_class, prog, presets))
+        sys.exit(0)
     try:
         import tyro
     except ImportError:
         raise ValueError("the command line needs the package tyro: pip install tyro") from None
 
-    known, scope = flag_names(config_class), _defaults(config_class)
+    described = {flag.name: flag for flag in describe(config_class)}
+    known, scope = list(described), _defaults(config_class)
     flags: list[str] = []
-    for i, arg in enumerate(args):
-        is_value = i > 0 and args[i - 1].startswith("-") and "=" not in args[i - 1]  # of `--key value`
-        if arg.startswith("-") or is_value:
-            flags.append(arg)
-        else:
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        flag = described.get(arg.removeprefix("--").replace("-", "_"))
+        if not arg.startswith("-"):
             flags += _flags_of_file(_find(arg, presets), known, scope)
+        elif "=" in arg:
+            flags.append(arg)
+        elif flag and flag.is_switch and "".join(rest[:1]).lower() not in ("true", "false", "auto"):
+            flags.append(f"{arg}=True")
+        else:  # `--key value`
+            flags += [arg, *rest[:1]]
+            rest = rest[1:]
     options = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
     config = tyro.cli(config_class, args=flags, prog=prog, config=options, use_underscores=True)
     given: dict[str, list[str]] = {}
-    for flag, after in zip(flags, [*flags[1:], ""]):
-        name, equals, value = flag.partition("=")
+    for word, after in zip(flags, [*flags[1:], ""]):
+        name, equals, value = word.partition("=")
         if (name := name.removeprefix("--").replace("-", "_")) in known:
             given.setdefault(name, []).append(value if equals else after)
     return config, given
 
 
+class Flag(NamedTuple):
+    name: str
+    group: str  # the heading that it stands under
+    help: str
+    default: Any  # MISSING where a value must be given
+    is_switch: bool  # takes True and False, and alone means True
+
+
+def describe(config_class: type, group: str = "flags") -> list[Flag]:
+    """The flags of a dataclass, those of the dataclasses nested in it included.
+
+    What they are for is the comment behind each field; a comment on a line of its own is the heading of the
+    fields below it.
+    """
+    headings: dict[str, str] = {}
+    helps: dict[str, str] = {}
+    heading = name = ""
+    for line in inspect.getsource(config_class).splitlines():
+        if match := re.match("    # (.*)", line):
+            heading, name = match[1], ""
+        elif match := re.match(r"    (\w+): ", line):
+            name = match[1]
+            headings[name] = heading
+        elif line.startswith(("    def ", "    @")):
+            break
+        if name not in helps and (
+            match := re.search("  # (.*)", line)
+        ):  # in the next line, where it was long
+            helps[name] = match[1]
+    found = []
+    for field in fields(config_class):
+        group = headings[field.name] or group
+        if is_dataclass(field.type) and isinstance(field.type, type):
+            values = vars(field.default_factory())  # type: ignore[misc, operator]
+            found += [flag._replace(default=values[flag.name]) for flag in describe(field.type, group)]
+            continue
+        is_switch = bool in (field.type, *get_args(field.type))
+        found.append(Flag(field.name, group, helps.get(field.name, ""), field.default, is_switch))
+    return found
+
+
 def flag_names(config_class: type) -> list[str]:
     """The flat list of flags of a dataclass, those of the dataclasses nested in it included."""
-    names = []
-    for field in fields(config_class):
-        nested = is_dataclass(field.type) and isinstance(field.type, type)
-        names += flag_names(field.type) if nested else [field.name]  # type: ignore[arg-type]
-    return names
+    return [flag.name for flag in describe(config_class)]
+
+
+def help_text(config_class: type, prog: str, presets: Path | None = None) -> str:
+    """What --help prints, as wide as the terminal, from 60 to 120 columns."""
+    width = min(max(shutil.get_terminal_size().columns, 60), 120)
+    files = " [PRESET or FILE.py ...]" if presets else ""
+    lines = [f"usage: {prog}{files} [--flag=value ...]", ""]
+    for paragraph in inspect.cleandoc(config_class.__doc__ or "").split("\n\n"):
+        lines += [*textwrap.wrap(paragraph, width), ""]
+    if presets:
+        lines += ["presets"]
+        for path in sorted(presets.glob("*.py")):
+            first = path.read_text().partition("\n")[0].removeprefix("# ").partition(". ")[0].rstrip(".:")
+            lines += _row(path.stem, first, width)
+        lines += [""]
+    for group, flags in groupby(describe(config_class), lambda flag: flag.group):
+        lines += [f"{group}, with defaults" if group == "flags" else group]
+        for flag in flags:
+            required = flag.default is MISSING
+            shown = "..." if required else repr(flag.default) if flag.default in ("", "\n") else flag.default
+            lines += _row(f"--{flag.name}={shown}", flag.help + required * " (required)", width)
+        lines += [""]
+    return "\n".join(lines[:-1])
+
+
+def config_text(config_class: type, values: Mapping[str, Any]) -> str:
+    """`values` as a config file, under the headings of --help. `parse` reads the same values from it."""
+    lines = []
+    for group, flags in groupby(describe(config_class), lambda flag: flag.group):
+        kept = [(flag.name, values[flag.name]) for flag in flags if flag.name in values]
+        lines += ["", f"# {group}", *(f"{name} = {_literal(value)}" for name, value in kept)]
+    return "\n".join(lines[1:]) + "\n"
+
+
+def _literal(value: Any) -> str:
+    return f'float("{value}")' if isinstance(value, float) and not math.isfinite(value) else repr(value)
+
+
+def _row(left: str, text: str, width: int, column: int = 34) -> list[str]:
+    """Two columns; what is too long for the first has a line of its own."""
+    right = textwrap.wrap(text, width - column, break_on_hyphens=False) or [""]
+    fits = len(left) <= column - 4
+    first = [f"  {left:<{column - 2}}{right[0]}".rstrip()] if fits else [f"  {left}", " " * column + right[0]]
+    return first + [" " * column + line for line in right[1:]]
 
 
 def run(main: Callable[[], None]) -> None:

@@ -18,23 +18,31 @@ SEPARATOR = "---------------"
 
 @dataclass
 class SampleConfig:
-    """Sample from a trained model."""
+    """Sample from a trained model.
 
-    init_from: str = (
-        "resume"  # resume (the checkpoint in out_dir), a ckpt.pt, gpt2, ..., gpt2-xl, a folder of theirs
-    )
+    Flags are shown with their defaults; --interactive alone means True.
+    """
+
+    # model
+    init_from: str = "resume"  # resume (the checkpoint in out_dir), a ckpt.pt, gpt2, ..., a folder of theirs
     out_dir: str = "out"  # where the checkpoint is
+
+    # prompts and samples
     start: str = "\n"  # the prompt, or FILE:path to read it from a file
     prompts: str = ""  # a file of prompts, one a line, to be continued together instead of start
     interactive: bool = False  # ask for prompts, and continue each once
     num_samples: int = 10  # samples of each prompt
     max_new_tokens: int = 500  # tokens in each
     stop: str = ""  # end a sample before this text
+
+    # how a token is drawn
     temperature: float = 0.8  # 1 as the model has it, less is less random, 0 takes the likeliest token
     top_k: int = 200  # sample among the k likeliest tokens
     top_p: float = 1.0  # sample among the fewest likeliest tokens whose probabilities reach p together
-    batch_size: int = 32  # samples drawn at once
     seed: int = 1337  # of the random draws
+
+    # machine
+    batch_size: int = 32  # samples drawn at once
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:1, ...
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     compile: bool = False  # torch.compile the model

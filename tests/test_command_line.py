@@ -1,8 +1,11 @@
 """Flags, config files, presets, sampling and preparation as a user types them, and every mistake."""
 
 import pickle
+import re
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +15,8 @@ from gpt import cli, sample, tokenizer
 from gpt import generate as generation
 from tests.runs import TINY, run
 from train import __main__ as loop
-from train.config import PRESETS, TrainConfig, parse
+from train import distributed, evaluate
+from train.config import PRESETS, TrainConfig, config_file, parse
 from train.prepare import __main__ as prepare
 from train.prepare import corpora
 
@@ -82,12 +86,102 @@ def test_every_preset_parses_by_name_and_assigns_only_flags(preset, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_help_explains_every_flag_with_its_default(monkeypatch, capsys):
-    code, out, _ = command(loop.main, monkeypatch, capsys, "--help")
+COMMANDS = {
+    "train": (loop.main, TrainConfig),
+    "sample": (sample.main, sample.SampleConfig),
+    "evaluate": (evaluate.main, evaluate.EvaluateConfig),
+    "prepare text": (prepare.main, prepare.PrepareConfig),
+    "prepare tokenizer": (prepare.main, prepare.TokenizerConfig),
+    "prepare plays_char": (prepare.main, prepare.CorpusConfig),
+}
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_flag_with_its_default_within_the_screen(monkeypatch, capsys, name, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    main, config_class = COMMANDS[name]
+    code, out, _ = command(main, monkeypatch, capsys, *name.split()[1:], "--help")
     assert code == 0
-    for name, value in TrainConfig().flat().items():
-        assert f"--{name} " in out, name
-        assert f"default: {value}" in " ".join(out.replace("│", " ").split()), name
+    assert max(map(len, out.splitlines())) <= columns
+    words = " ".join(out.split())
+    for flag in cli.describe(config_class):
+        default = "..." if flag.default is MISSING else flag.default
+        default = repr(default) if default in ("", "\n") else default
+        assert len(flag.help) > 5 and f"--{flag.name}={default} {flag.help}" in words, flag
+    if config_class is TrainConfig:
+        flat = TrainConfig().flat()
+        assert {flag.name: flag.default for flag in cli.describe(TrainConfig)} == flat
+        choices = [value for f in fields(TrainConfig) for value in get_args(f.type) if isinstance(value, str)]
+        assert len(choices) >= 6 and all(re.search(rf"\b{value}\b", words) for value in choices)
+
+
+def test_help_groups_flags_and_lists_the_presets_with_what_they_are_for(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    _, out, _ = command(loop.main, monkeypatch, capsys, "quickstart", "--help")
+    sections = {s.split("\n")[0]: s for s in out.split("\n\n")}
+    for group, flag in (
+        ("data", "dataset"),
+        ("model", "n_layer"),
+        ("model", "kernels"),
+        ("machine", "dtype"),
+    ):
+        assert f"\n  --{flag}=" in sections[group]
+    assert all(re.search(rf"\n  {p.stem}  +\S.{{20}}", sections["presets"]) for p in PRESETS.glob("*.py"))
+    assert "reading and tokenizing" not in out and "two minutes on two cores" in sections["presets"]
+
+
+def test_a_switch_alone_means_true(workplace, monkeypatch, capsys):
+    Path("mine.py").write_text("n_layer = 3")
+    config, given = parse(["--eval_only", "--compile", "mine.py", "--wandb_log", "False", "--decay_lr=False"])
+    assert (config.eval_only, config.compile, config.wandb_log, config.decay_lr) == (True, True, False, False)
+    assert config.model.n_layer == 3 and set(given) >= {"eval_only", "compile", "wandb_log", "n_layer"}
+    assert parse(["--compile", "auto"])[0].compile == "auto"
+    assert parse(["--bias"])[0].model.bias is True
+    code, _, err = command(loop.main, monkeypatch, capsys, "--eval_only", "true")
+    assert code == 2 and "true" in err
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['it\'s "so"', "a=b c", "", " \t", "line\nline", "None", "True", "auto", "-x", "--n_layer=3", "ü\\"],
+)
+def test_a_configuration_comes_back_from_its_file(tmp_path, text):
+    flags = [f"--out_dir={text}", f"--wandb_run_name={text}", "--grad_clip=inf", "--min_lr=1e-07", "--bias"]
+    for more in ([], ["--compile=False", "--vocab_size=300", "--optimizer=muon"]):
+        config, _ = parse([*flags, *more])
+        assert config.wandb_run_name == text
+        (tmp_path / "mine.py").write_text(config_file(config))
+        assert parse([str(tmp_path / "mine.py")])[0] == config
+
+
+def test_print_config_is_a_config_file_and_trains_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # without data
+    flags = ["quickstart", "--n_layer=3", "--dataset=it's", "--device=cpu"]
+    code, out, err = command(loop.main, monkeypatch, capsys, *flags, "--print_config")
+    assert code == 0 and err == "" and not list(tmp_path.iterdir())
+    Path("mine.py").write_text(out)
+    found, asked = parse(["mine.py"])[0].flat(), parse(flags)[0].flat()
+    resolved = {"dtype": "float32", "compile": False, "kernels": "torch"}
+    assert found == asked | resolved
+    assert [line for line in out.splitlines() if line.startswith("# ")][1:3] == [
+        "# run and output",
+        "# evaluation and checkpoints",
+    ]
+    assert len(re.findall(r"^\w+ = ", out, re.M)) == len(asked) - 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_config_file_beside_the_checkpoint_gives_the_same_run(workplace, optimizer):
+    first = run("--dropout=0.2", f"--optimizer={optimizer}", out_dir="it's")
+    config, given = parse(["it's/config.py", "--out_dir=again"])
+    loop.train(config, distributed.start("auto", config.device), given)
+    again = torch.load("again/ckpt.pt", weights_only=True)
+    assert all(torch.equal(weight, again["model"][name]) for name, weight in first["model"].items())
+    assert first["config"] | {"out_dir": "again"} == again["config"]
+    texts = [Path(d, "config.py").read_text() for d in ("it's", "again")]
+    assert texts[0].replace('out_dir = "it\'s"', "out_dir = 'again'") == texts[1]
+    assert config.model.vocab_size == 21
 
 
 @pytest.mark.parametrize(

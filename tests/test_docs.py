@@ -490,7 +490,15 @@ def known_flags():
     from train.plot import PlotConfig
     from train.prepare.__main__ import PrepareConfig, TokenizerConfig
 
-    own = (TrainConfig, SampleConfig, PrepareConfig, TokenizerConfig, ConvertConfig, EvaluateConfig, PlotConfig)
+    own = (
+        TrainConfig,
+        SampleConfig,
+        PrepareConfig,
+        TokenizerConfig,
+        ConvertConfig,
+        EvaluateConfig,
+        PlotConfig,
+    )
     flags = {f"--{name}" for config in (*own, NanoGPTConfig) for name in flag_names(config)}
     for path in (ROOT / "bench").glob("*.py"):
         flags |= set(re.findall(r'add_argument\(\s*"(--\w+)"', path.read_text()))

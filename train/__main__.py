@@ -22,7 +22,7 @@ from gpt.model import GPT
 from gpt.sample import SampleConfig, generate
 from gpt.tokenizer import Tokenizer
 from train import checkpoint, distributed, fit
-from train.config import TrainConfig, asked_batch_size, parse, resolve
+from train.config import TrainConfig, asked_batch_size, config_file, parse, resolve, save_config
 from train.data import TokenFile, describe, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import Metrics
@@ -39,8 +39,12 @@ def main() -> None:
     config, given = parse(sys.argv[1:])
     try:
         ranks = distributed.start(config.backend, config.device, config.timeout)
-        with open_view() as view:
-            train(config, ranks, given, StopRequest(), view)
+        if config.print_config:
+            if ranks.is_main:
+                print(config_file(resolve(config, ranks), asked_batch_size(given)), end="")
+        else:
+            with open_view() as view:
+                train(config, ranks, given, StopRequest(), view)
     except (RuntimeError, MemoryError) as error:
         if fit.out_of_memory(error):
             raise ValueError(fit.explain(error, config)) from error
@@ -108,6 +112,8 @@ def train(
     was_evaluated = resumed.get("evaluated", "position" in resumed)
     metrics = Metrics(config, ranks, model, view or Lines(), resumed, was_evaluated)
     metrics.start(len(train_file), len(eval_files["val"]))
+    if ranks.is_main and not config.eval_only:
+        save_config(config, out_dir)
     if found:
         metrics.print(found)
     if not config.eval_only:
@@ -148,7 +154,7 @@ def train(
         lr = learning_rate(step, config)
         last = step >= config.max_iters or config.eval_only
         if (step % config.eval_interval == 0 and step != evaluated) or last:
-            with metrics.paused():
+            with metrics.paused("evaluating"):
                 losses = evaluate(model, eval_files, config, ranks, precision)
                 metrics.evaluation(step, losses, lr)
                 if example is not None:

@@ -20,58 +20,68 @@ PRESETS = Path(__file__).parent / "configs"
 
 @dataclass
 class TrainConfig:
-    """Train a GPT. Config files (presets by name) come first, flags win over them."""
+    """Train a GPT.
 
-    out_dir: str = "out"  # where ckpt.pt and metrics.jsonl go
-    eval_interval: int = 2000  # steps between evaluations; a checkpoint follows each
+    Presets, config files and flags are read in order, and later ones win. A config file assigns to the names
+    of flags, as in n_layer = 6. Flags are shown with their defaults; --eval_only alone means True. A step is
+    one update of the weights.
+    """
+
+    # run and output
+    out_dir: str = "out"  # where ckpt.pt, config.py and metrics.jsonl go
+    init_from: str = "scratch"  # scratch, resume, auto (resume if there is a checkpoint), gpt2*, or a ckpt.pt
+    seed: int = 1337  # of weights, dropout and data order
     log_interval: int = 1  # steps between printed lines
-    eval_iters: int = 200  # micro-batches of each split in an evaluation, shared by all ranks
-    eval_only: bool = False  # evaluate once and stop
-    eval_sample: int = 0  # tokens sampled and printed at each evaluation; 0 is off
-    always_save_checkpoint: bool = (
-        True  # False: sample from best.pt, the lowest validation loss, not from ckpt.pt, the latest
-    )
-    init_from: str = (
-        "scratch"  # scratch, resume, auto (resume if there is a checkpoint), gpt2*, path of a ckpt.pt
-    )
-
+    print_config: bool = False  # print every setting as a config file, with what auto is here, and end
     profile: str = ""  # START:STOP: a trace of those steps in out_dir, and a list of what costs most
-
-    keep_last: int = 2  # checkpoints kept as ckpt-STEP.pt: what resume falls back to if ckpt.pt is damaged
-
     wandb_log: bool = False  # log to Weights & Biases as well (extra [wandb])
     wandb_project: str = "owt"  # its project
     wandb_run_name: str = "gpt2"  # its run
 
+    # evaluation and checkpoints
+    eval_interval: int = 2000  # steps between evaluations; a checkpoint follows each
+    eval_iters: int = 200  # micro-batches of each split in an evaluation, shared by all ranks
+    eval_only: bool = False  # evaluate once and stop
+    eval_sample: int = 0  # tokens sampled and printed at each evaluation; 0 is off
+    always_save_checkpoint: bool = True  # False: sample from best.pt, the lowest validation loss, not ckpt.pt
+    keep_last: int = 2  # checkpoints kept as ckpt-STEP.pt: what resume falls back to if ckpt.pt is damaged
+
+    # data
     dataset: str = "openwebtext"  # folder in data/ with train.bin and val.bin, or shards of them
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all ranks
-    batch_size: int | Literal["auto"] = (
-        12  # sequences in a micro-batch; auto: as many as fit, in as many micro-batches as keep the step
-    )
-    seed: int = 1337  # of weights, dropout and data order
+    batch_size: int | Literal["auto"] = 12  # sequences of block_size tokens in a micro-batch; auto: what fits
 
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, and AdamW the rest
-    learning_rate: float = 6e-4  # at its highest
-    max_iters: int = 600000  # steps in the run
+    # model
+    model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False, vocab_size=None))
+
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # adamw, or muon for the matrices of the blocks
     weight_decay: float = 1e-1  # of matrices and embeddings
-    beta1: float = 0.9  # AdamW: memory of the gradient's mean
+    beta1: float = 0.9  # AdamW: memory of the gradient's mean, about 1 / (1 - beta1) steps
     beta2: float = 0.95  # AdamW: memory of its square
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0 is off
-    decay_lr: bool = True  # False keeps learning_rate as it is
-    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm up, stay, then go down linearly
+
+    # schedule
+    max_iters: int = 600000  # steps in the run
+    learning_rate: float = 6e-4  # at its highest, after the warm-up
+    schedule: Literal["cosine", "wsd"] = (
+        "cosine"  # after the warm-up: cosine, or wsd: stay, then go down linearly
+    )
     warmup_iters: int = 2000  # steps of warm-up
     lr_decay_iters: int = 600000  # the step at which min_lr is reached
     min_lr: float = 6e-5  # where the decay ends
+    decay_lr: bool = True  # False keeps learning_rate as it is, without warm-up
     wsd_decay_iters: int = 0  # steps of the wsd schedule's descent; 0: a fifth of lr_decay_iters
 
-    strategy: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights, gradients and optimizer over the ranks
-    backend: str = "auto"  # of torch.distributed: auto, nccl, gloo
-    timeout: int = 600  # seconds that a rank waits for another before the run ends with an error
+    # machine
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:1, ...
     dtype: str = "auto"  # auto, float32, bfloat16, float16 (with loss scaling)
     compile: bool | Literal["auto"] = "auto"  # torch.compile the model; auto: on CUDA
-
-    model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False, vocab_size=None))
+    strategy: Literal["ddp", "fsdp"] = (
+        "ddp"  # over ranks: ddp, or fsdp, which shards weights, gradients and optimizer
+    )
+    backend: str = "auto"  # of torch.distributed: auto, nccl, gloo
+    timeout: int = 600  # seconds that a rank waits for another before the run ends with an error
 
     def flat(self) -> dict[str, Any]:
         """Plain values by flag: what is recorded with a checkpoint."""
@@ -142,6 +152,31 @@ def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
         compile=resolve_compile(config.compile, ranks.device),
         model=replace(config.model, kernels=operations.spec),
     )
+
+
+def config_file(config: TrainConfig, asked: int | None = None) -> str:
+    """A resolved configuration as the config file of the same run, on the same kind of machine.
+
+    `asked` stands for a batch_size that is still auto: it says how many sequences a step has.
+    """
+    values = config.flat()
+    values.pop("print_config")
+    values["device"] = config.device.removesuffix(":0")  # "cuda": under torchrun, each rank's own
+    values["backend"] = "auto" if config.backend == "none" else config.backend
+    heading = "# Every setting of a run; python -m train FILE.py makes it again.\n"
+    if config.batch_size == "auto":
+        values["batch_size"] = asked
+        heading += (
+            "# batch_size was auto: with --batch_size=auto as many at once as fit, in the same steps.\n"
+        )
+    return heading + "\n" + cli.config_text(TrainConfig, values)
+
+
+def save_config(config: TrainConfig, folder: Path) -> None:
+    """Writes `config_file` as config.py. Raises OSError."""
+    temporary = folder / "config.py.tmp"
+    temporary.write_text(config_file(config))
+    temporary.replace(folder / "config.py")
 
 
 def _multiple(config: TrainConfig, ranks: Ranks) -> int:

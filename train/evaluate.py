@@ -33,15 +33,23 @@ from train.distributed import Ranks
 
 @dataclass
 class EvaluateConfig:
-    """Evaluate a trained model on tokens, on HellaSwag, or on both."""
+    """Evaluate a trained model on tokens, on HellaSwag, or on both.
 
+    Flags are shown with their defaults. Of tokens: loss in nats, perplexity, bits a byte.
+    """
+
+    # model
     init_from: str = "resume"  # resume (the checkpoint in out_dir), a ckpt.pt, gpt2, ..., a folder of theirs
     out_dir: str = "out"  # where the checkpoint is
+
+    # what to evaluate
     data: str = ""  # a token file, such as data/openwebtext/val.bin
     stride: int = 0  # tokens from one window to the next; 0 is block_size, and the fastest
     hellaswag: str = ""  # a jsonl file of ctx, endings and label; or hub, Hugging Face's validation set
-    batch_size: int = 8  # windows, or examples of HellaSwag, at once on each rank
     result: str = ""  # a file for the JSON, beside printing it
+
+    # machine
+    batch_size: int = 8  # windows, or examples of HellaSwag, at once on each rank
     backend: str = "auto"  # of torch.distributed: auto, nccl, gloo
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:1, ...
     dtype: str = "auto"  # auto, float32, bfloat16, float16

@@ -65,8 +65,7 @@ class Metrics:
         self.skipped, self.in_a_row = torch.tensor([self.skipped_before, 0], device=ranks.device)
         self.mfu: float | None = None
         self.seconds: float | None = None  # a step, smoothed
-        self.pauses = 0
-        self.pause = 0.0  # seconds of the last evaluation, with its sample and checkpoint
+        self.pauses: dict[str, list[float]] = {}  # seconds, by what was done meanwhile
         self.wandb = self.file = None
         if ranks.is_main:
             if config.wandb_log:
@@ -189,15 +188,16 @@ class Metrics:
         return bool(self.in_a_row)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, doing: str) -> Iterator[None]:
         """What runs inside is not counted into the time of a step."""
         self._synchronize()
         paused = time.perf_counter()
-        with self.view.busy("evaluating"):
+        with self.view.busy(doing):
             yield
         self._synchronize()
-        self.pauses, self.pause = self.pauses + 1, time.perf_counter() - paused
-        self.started += self.pause
+        seconds = time.perf_counter() - paused
+        self.pauses.setdefault(doing, []).append(seconds)
+        self.started += seconds
 
     def flush(self) -> None:
         """Puts what was said onto the disk: called before the checkpoint that makes it history."""
@@ -213,12 +213,13 @@ class Metrics:
 
     def _seconds_left(self, done: int) -> float | None:
         """An estimate: what is left goes on as the last steps and the last evaluation did."""
-        compiles = self.config.compile and self.pauses < 2  # the first evaluation is no measure then
-        if self.seconds is None or self.pauses == 0 or compiles:
+        evaluations = self.pauses.get("evaluating", [])
+        measures = evaluations[1:] if self.config.compile else evaluations  # the first compiles
+        if self.seconds is None or not measures:
             return None
         last, interval = self.config.max_iters, self.config.eval_interval
-        evaluations = (last - 1) // interval - (done - 1) // interval + 1
-        return (last - done) * self.seconds + evaluations * self.pause
+        to_come = (last - 1) // interval - (done - 1) // interval + 1
+        return (last - done) * self.seconds + to_come * measures[-1]
 
     def _event(self, name: str, step: int, **fields: Any) -> None:
         now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -31,14 +31,14 @@ class Profile:
 
     def before(self, step: int) -> None:
         if self.ranks.is_main and step in self.steps and self.running is None:
-            with self.metrics.paused():
+            with self.metrics.paused("profiling"):
                 on_gpu = [ProfilerActivity.CUDA] if self.ranks.device_type == "cuda" else []
                 self.running = profile(activities=[ProfilerActivity.CPU, *on_gpu])
                 self.running.start()
 
     def after(self, step: int, is_last: bool) -> None:
         if self.running is not None and (is_last or step + 1 not in self.steps):
-            with self.metrics.paused():
+            with self.metrics.paused("profiling"):
                 self.running.stop()
                 path = self.folder / f"trace-{self.steps[0]}-{step}.json"
                 self.running.export_chrome_trace(str(path))

@@ -39,7 +39,7 @@ CORPORA = (
 class CorpusConfig:
     """Prepare a corpus that is known by name."""
 
-    processes: int = 0  # that encode; 0: one for each core
+    processes: int = 0  # processes that encode; 0: one for each core
 
 
 @dataclass
@@ -51,11 +51,11 @@ class PrepareConfig:
     """
 
     input: str  # a file, a folder or a glob of .txt, .jsonl or .parquet; several with commas between
-    name: str  # of the data set, for --dataset
+    name: str  # name of the data set, for --dataset
     tokenizer: str = "gpt2"  # gpt2, char (an id for each character), or the path of a tokenizer.json
     field: str = "text"  # the column of .jsonl and .parquet that holds the text
-    val_fraction: float = 0.1  # for validation, of the characters or of the documents
-    processes: int = 0  # that encode; 0: one for each core
+    val_fraction: float = 0.1  # share for validation, of the characters or of the documents
+    processes: int = 0  # processes that encode; 0: one for each core
 
 
 @dataclass
@@ -71,7 +71,7 @@ class TokenizerConfig:
 def main() -> None:
     name, args = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     prog = f"python -m train.prepare {name}"
-    if name in ("-h", "--help"):
+    if name in ("-h", "--help") or (name == "inspect" and {"-h", "--help"}.intersection(args)):
         print(__doc__)
     elif name == "inspect":
         if len(args) != 1:
@@ -90,7 +90,7 @@ def main() -> None:
         raise ValueError(
             f"no corpus is called {name!r}: {', '.join(CORPORA)} or text --input=FILES --name=NAME"
         )
-    elif is_complete(folder := Path("data", name)):
+    elif is_complete(folder := Path("data", name)) and not {"-h", "--help"}.intersection(args):
         print(f"{folder} is there already")
     else:
         prepare_by_name(name, args)
