@@ -96,6 +96,7 @@ def test_the_readme_names_what_exists():
     from gpt.sample import SampleConfig
     from train.config import TrainConfig
     from train.evaluate import EvaluateConfig
+    from train.plot import PlotConfig
     from train.prepare.__main__ import PrepareConfig, TokenizerConfig
 
     configs = (
@@ -106,6 +107,7 @@ def test_the_readme_names_what_exists():
         ConvertConfig,
         EvaluateConfig,
         NanoGPTConfig,
+        PlotConfig,
     )
     flags = {n for c in configs for n in flag_names(c)} | {
         "model",  # lm-evaluation-harness
