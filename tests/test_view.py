@@ -58,7 +58,7 @@ def terminal(monkeypatch):
             except OSError:  # the other end is closed
                 return
 
-    reader = threading.Thread(target=drain)
+    reader = threading.Thread(target=drain, daemon=True)
 
     def start(columns):
         monkeypatch.setenv("COLUMNS", str(columns))
