@@ -237,7 +237,7 @@ def test_the_time_left_is_that_of_the_steps_and_of_the_evaluations(workplace):
     model = loop.GPT(config.model.__class__(n_layer=1, n_head=1, n_embd=4, block_size=16, vocab_size=21))
     log = metrics.Metrics(config, distributed.Ranks(0, 1, "cpu", None), model, Lines(), {}, False)
     assert log._seconds_left(40) is None, "nothing is measured yet"
-    log.seconds, log.pause, log.pauses = 2.0, 10.0, 1
+    log.seconds, log.pauses = 2.0, {"evaluating": [10.0], "profiling": [77.0]}
     for done in (1, 30, 31, 89, 90, 91, 99):
         evaluations = sum(step % 30 == 0 for step in range(done, 100)) + 1
         assert log._seconds_left(done) == (100 - done) * 2.0 + evaluations * 10.0, done
