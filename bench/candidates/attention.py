@@ -417,10 +417,9 @@ def _head_kernel(
                     first, stride, dout_stride, dk, dv, scale2, T, D, False, not EVEN,
                 )  # fmt: skip
                 dq = dot(tl.trans(ds), k)
-                if first_n == 0:
-                    tl.store(DQ + first * BLOCK_D + own, dq)
-                else:
-                    tl.atomic_add(DQ + first * BLOCK_D + own, dq, sem="relaxed")
+                # two masks, since Triton 3.6 cannot pipeline a loop with a branch
+                tl.store(DQ + first * BLOCK_D + own, dq, mask=(own >= 0) & (first_n == 0))
+                tl.atomic_add(DQ + first * BLOCK_D + own, dq, mask=(own >= 0) & (first_n > 0), sem="relaxed")
             DK = OUT + (tl.cast(first_n, tl.int64) * 3 + 1) * H * D
             _store(DK, dk * scale, rows, d, 3 * H * D, T - first_n, D)
             _store(DK + H * D, dv, rows, d, 3 * H * D, T - first_n, D)
@@ -668,7 +667,7 @@ CANDIDATES: dict[tuple[str, int, int], tuple[tuple[str, bool, tuple[Any, ...]], 
             _tiles((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3)),
         )),
         ("head_owned", False, _tiles((64, 64, 8, 2))),
-        ("head_owned", True, _tiles((64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 8, 2), (64, 64, 8, 3))),
+        ("head_owned", True, _tiles((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 8, 3))),
         ("atomic", False, _tiles((64, 64, 4, 2), (64, 128, 8, 2))),
         ("atomic", True, _tiles((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3))),
     ),
