@@ -164,6 +164,9 @@ def run(main: Callable[[], None]) -> None:
     """Runs a command; what the user can mend is one sentence on stderr and exit code 1, not a traceback."""
     try:
         main()
+    except BrokenPipeError:  # nobody reads on, as after `| head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it at its end
+        sys.exit(141)
     except (ValueError, OSError) as error:
         if os.environ.get("TRITONGPT_TRACEBACK"):
             raise

@@ -12,7 +12,7 @@ from tests.runs import TINY, run
 from tests.test_command_line import command
 from tests.test_faults import assert_same_run
 from train import __main__ as loop
-from train import evaluate, fit
+from train import checkpoint, evaluate, fit
 from train.config import TrainConfig, asked_batch_size, parse
 from train.distributed import Ranks
 
@@ -150,6 +150,8 @@ def test_out_of_memory_at_any_time_is_a_sentence(workplace, monkeypatch, capsys,
         monkeypatch.setattr(loop, name, failing)
     if when == "training":
         saved = "--init_from=resume goes on from out/ckpt.pt"
+        begin = checkpoint.Saver.save  # in the background: here it is over when the memory ends
+        monkeypatch.setattr(checkpoint.Saver, "save", lambda self, *args: (begin(self, *args), self.wait()))
     code, _, err = command(loop.main, monkeypatch, capsys, *TINY, *flags)
     assert code == 1 and err.startswith("error: out of memory (") and err.count("\n") == 1
     assert (
