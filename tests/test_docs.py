@@ -47,9 +47,9 @@ TRAINING = """
     --eval_interval=1000 --eval_iters=1 --log_interval=1 --warmup_iters=1 --wandb_log=False
 """  # --max_iters: two more with every training of a document
 SMALL = {  # what is run, by module or program
-    "train": Small(TRAINING, r"step \d+: train loss|usage: "),
+    "train": Small(TRAINING, r"step \d+: train loss|usage: |# Every setting"),
     "train.evaluate": Small("--stride=8", r'"loss": \d|"acc_norm": \d'),
-    "train.plot": Small("", r"loss\.png"),
+    "train.plot": Small("", r"(loss|compare)\.png"),
     "train.prepare": Small("", r"[\d,]+ tokens"),
     "gpt.sample": Small("--max_new_tokens=4", r"-{15}|> "),
     "gpt.convert": Small("", r"M parameters, tokenizer"),
@@ -80,7 +80,7 @@ NOT_HERE = {  # programs that are not at hand: the flags of them that are known
     "srun": {"--cpus-per-task", "--kill-on-bad-exit"},
 }  # fmt: skip
 OTHERS = {"--field", "--help"}  # flags in the prose that no table here has
-PLACES = {"/shared/": "shared/", "HOST": "localhost"}
+PLACES = {"/shared/": "shared/", "HOST": "localhost", "20:23": "0:1"}
 TEXT = "".join(
     f"The {a} and the {b} went to sea; the end of it was {a}. Once, THE END; ship and sea.\n"
     for a in "abcdef"
@@ -312,7 +312,7 @@ class Reader:
         output = "".join(log.read_text() for log in logs)
         assert [process.exitcode for process in started] == [0] * len(started), output
         assert re.search(small.prints, output), f"no {small.prints!r} in: {output}"
-        if module == "train" and not {"--help", "eval_gpt2"} & set(flags):
+        if module == "train" and not {"--help", "--print_config", "eval_gpt2"} & set(flags):
             assert f"step {2 * self.trainings}: train loss" in output, (
                 f"it did not train to the end: {output}"
             )
