@@ -230,7 +230,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(workplace):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert Path("out/ckpt.pt").read_bytes() == before
     left = sorted(p.name for p in Path("out").iterdir())
-    assert left == ["best.pt", "ckpt-4.pt", "ckpt.pt", "metrics.jsonl"]
+    assert left == ["best.pt", "ckpt-4.pt", "ckpt.pt", "config.py", "metrics.jsonl"]
 
 
 def test_a_crash_while_saving_leaves_the_previous_checkpoint_whole(workplace, monkeypatch):
