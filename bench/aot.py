@@ -2,6 +2,7 @@
 
     python -m bench.aot                                 a line a kernel: registers, spills, shared memory, ...
     python -m bench.aot --check                         and exit code 1 where a rule below is broken
+    python -m bench.aot --check --quick                 of sm_89 and sm_100 one build of each kernel: minutes less
     python -m bench.aot --only sm_90 --only _dq_kernel
     python -m bench.aot --candidates                    what bench/candidates has, in place of what is shipped
 
@@ -160,6 +161,15 @@ def builds() -> list[Build]:
     return list(found.values())
 
 
+def first_of_each(found: list[Build]) -> list[Build]:
+    """All builds of the architectures whose spills are judged; of the others the first of each kernel."""
+    kept: dict[tuple[Any, ...], Build] = {}
+    for build in found:
+        rest = build.key if build.architecture in SPILL_FREE_LOOPS else build.launch.kernel.__name__
+        kept.setdefault((build.architecture, rest), build)
+    return list(kept.values())
+
+
 def compile_build(build: Build) -> Figures:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -296,6 +306,7 @@ _BUILDS: list[Build] = []  # what the forked workers find: a Triton kernel canno
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit code 1 where a rule is broken")
+    parser.add_argument("--quick", action="store_true", help="one build a kernel where spills are not judged")
     parser.add_argument("--only", action="append", default=[], help="lines that contain this, e.g. sm_90")
     parser.add_argument("--candidates", action="store_true", help="those of bench/candidates")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
@@ -305,6 +316,8 @@ def main() -> int:
         return 2
     start = time.perf_counter()
     found = candidates() if options.candidates else builds()
+    if options.quick:
+        found = first_of_each(found)
     _BUILDS[:] = [b for b in found if all(part in str(b) for part in options.only)]
     broken = 0
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("fork")) as pool:

@@ -1,4 +1,4 @@
-"""Every shipped tile compiles, for every architecture, within the rules of bench.aot."""
+"""Shipped tiles compile within the rules of bench.aot: all for sm_80 and sm_90, one a kernel for the others."""
 
 import os
 import subprocess
@@ -15,7 +15,10 @@ def test_every_tile_compiles_within_the_rules() -> None:
     """In a process of its own: Triton decides on import whether it interprets."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-m", "bench.aot", "--check"], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "bench.aot", "--check", "--quick"],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     broken = "\n".join(line for line in result.stdout.splitlines() if "FAULT" in line)
     assert result.returncode == 0, broken + result.stdout[-200:] + result.stderr

@@ -85,23 +85,23 @@ def test_loss_and_gradients_are_pytorchs_under_autocast_too(spec, dtype, device)
         assert error <= 2 * allowed + small, name
 
 
-def test_a_training_of_200_steps_has_the_losses_of_pytorchs_operations(device):
+def test_a_training_of_40_steps_has_the_losses_of_pytorchs_operations(device):
     """With clipping and AdamW, as in a run; as small as can be, for the interpreter's sake."""
     losses = {}
     for spec in ("torch", "triton"):
         model = build(spec, device, block_size=5, vocab_size=11, n_layer=1, n_head=1, n_embd=16, bias=False)
-        optimizer = model.configure_optimizers(0.1, 3e-3, (0.9, 0.95), device)
+        optimizer = model.configure_optimizers(0.1, 2e-2, (0.9, 0.95), device)
         scaler = torch.amp.GradScaler(device, enabled=False)
         losses[spec] = []
         with record() as launches:
-            for step in range(200):
+            for step in range(40):
                 idx, targets = batch(device, B=1, T=5, V=11, seed=step % 4)
                 loss, _ = update(model, optimizer, scaler, [(idx, targets)], 1, 1.0, nullcontext)
                 losses[spec].append(loss.item())
-        assert len(launches) == (200 * (3 + 3 + 3 + 3 + 1) if spec == "triton" else 0)
+        assert len(launches) == (40 * (3 + 3 + 3 + 3 + 1) if spec == "triton" else 0)
     assert losses["torch"][-1] < 0.5 * losses["torch"][0]
     assert losses["triton"][:20] == pytest.approx(losses["torch"][:20], rel=1e-4)
-    # PyTorch's embedding backward adds in any order on a GPU, and 200 steps make much of little.
+    # PyTorch's embedding backward adds in any order on a GPU, and 40 steps make much of little.
     assert losses["triton"] == pytest.approx(losses["torch"], rel=2e-2 if device == "cuda" else 5e-3)
 
 
