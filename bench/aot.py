@@ -2,7 +2,7 @@
 
     python -m bench.aot                                 a line a kernel: registers, spills, shared memory, ...
     python -m bench.aot --check                         and exit code 1 where a rule below is broken
-    python -m bench.aot --check --quick                 of sm_89 and sm_100 one build of each kernel: minutes less
+    python -m bench.aot --check --quick                 of sm_89 and sm_100 one build a kernel
     python -m bench.aot --only sm_90 --only _dq_kernel
     python -m bench.aot --candidates                    what bench/candidates has, in place of what is shipped
 

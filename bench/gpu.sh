@@ -17,7 +17,8 @@
 # Needs python with torch, triton, numpy and, for the tests, pytest; no network. PYTHON=... chooses it. Parts share
 # one log and write their JSON into DIR (bench/results by default), named by GPU and commit; where the checkout has no
 # .git, --commit says which. A part that is finished is not run again, and kernels, sweep and attention go on:
-# a call that was cut short is finished by repeating it.
+# a call that was cut short is finished by repeating it, with the same DIR. On a machine that is lent for a while, take
+# a DIR that is kept between calls, such as out-gpu/, and pytest-xdist: the tests take 400 to 600 s in one process (estimated).
 set -u
 export PYTHONUNBUFFERED=1 TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-8}
 python=${PYTHON:-python3}
@@ -82,7 +83,7 @@ for part in "${parts[@]}"; do
             has pytest || { echo "== tests: $python has no pytest"; continue; }
             workers=() # compiling keeps the processors busy, not the GPU
             has xdist && workers=(-n 8)
-            run tests 170 env TORCHINDUCTOR_COMPILE_THREADS=1 "${pytest[@]}" ${workers[@]+"${workers[@]}"} \
+            run tests "$(has xdist && echo 170 || echo 400)" env TORCHINDUCTOR_COMPILE_THREADS=1 "${pytest[@]}" ${workers[@]+"${workers[@]}"} \
                 tests/test_kernels.py tests/test_kernels_bugs.py tests/test_kernels_checks.py tests/test_model_kernels.py ;;
         throughput) run throughput 170 "$python" -m bench.throughput --ablate --batch_size 64 --seconds 6 --budget 150 \
             ${nanogpt[@]+"${nanogpt[@]}"} --out "$prefix-throughput.json" ;;

@@ -156,8 +156,8 @@ def activations(config: GPTConfig, batch_size: int) -> dict[str, int]:
     }
 
 
-def memory(config: GPTConfig, batch_size: int) -> dict[str, float]:
-    """Bytes by what they hold, at the end of a forward pass, when there are most."""
+def memory(config: GPTConfig, batch_size: int, gpus: int = 1) -> dict[str, float]:
+    """Bytes on one of the GPUs, by what they hold, at the end of a forward pass, when there are most."""
     with torch.device("meta"):
         model = GPT(config)
     n = sum(p.numel() for p in model.parameters())
@@ -166,6 +166,7 @@ def memory(config: GPTConfig, batch_size: int) -> dict[str, float]:
     held = {
         "weights, fp32": 4 * n,
         "gradients, fp32": 4 * n,
+        "DDP's buckets, fp32": 4 * n if gpus > 1 else 0,  # beside the gradients that are accumulated
         "AdamW, fp32": 8 * n,
         "weights, bf16": 2 * matrices,
         **activations(config, batch_size),
@@ -180,7 +181,7 @@ def largest_micro_batch(config: GPTConfig, sequences: int, gpus: int, available:
     """Of those that share a step's `sequences` out evenly: with the margin that --batch_size=auto leaves."""
 
     def fits(size: int) -> bool:
-        return sum(memory(config, size).values()) <= (1 - fit.MARGIN) * available
+        return sum(memory(config, size, gpus).values()) <= (1 - fit.MARGIN) * available
 
     return fit.largest(fit.micro_batches(sequences, gpus), fits)
 
@@ -393,6 +394,11 @@ def planned(
             raise ValueError(
                 "strategy=fsdp and dtype=float32 are not predicted: only ddp, in 16 bits with fp32 weights"
             )
+        if config.optimizer == "muon" or config.init_from not in ("scratch", "auto", "resume"):
+            raise ValueError(
+                f"optimizer={config.optimizer}, init_from={config.init_from}: only AdamW is predicted, and a "
+                "model of the flags' own shape"
+            )
         if config.gradient_accumulation_steps % options.gpus:
             raise ValueError(
                 f"gradient_accumulation_steps={config.gradient_accumulation_steps} is that of all GPUs "
@@ -498,7 +504,7 @@ def print_step(
 
 
 def print_memory(config: GPTConfig, batch_size: int, sequences: int, gpus: int, limits: Limits) -> None:
-    held = memory(config, batch_size)
+    held = memory(config, batch_size, gpus)
     needed = sum(held.values())
     print(f"\nmemory, predicted: {needed / 1e9:.1f} GB at micro-batch {batch_size}")
     for what, size in held.items():
@@ -516,7 +522,7 @@ def print_memory(config: GPTConfig, batch_size: int, sequences: int, gpus: int, 
     else:
         print(
             f"  largest micro-batch that fits, predicted: {found} x {sequences // found} accumulation steps ="
-            f" {sequences} sequences a step, {sum(memory(config, found).values()) / 1e9:.1f} GB"
+            f" {sequences} sequences a step, {sum(memory(config, found, gpus).values()) / 1e9:.1f} GB"
         )
 
 

@@ -158,6 +158,8 @@ def _wrong(op: Op, sample: dict[str, Any]) -> str | None:
     """Why the operation, and for cross_entropy the one in place, is not right with the tiles that are set."""
     sizes = {k: v for k, v in sample.items() if k != "dtype"}
     for judged in (op, IN_PLACE) if op.name == "cross_entropy" else (op,):
+        if judged is IN_PLACE:
+            sizes.pop("label_smoothing", None)  # it has none
         call = make_call(judged, sample.get("dtype", torch.bfloat16), DEVICE, sizes)
         if reason := wrong(judged, call, {"triton": judged.implementations["triton"]}):
             return reason["triton"]

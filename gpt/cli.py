@@ -65,7 +65,8 @@ def parse_given(
     given: dict[str, list[str]] = {}
     for word, after in zip(flags, [*flags[1:], ""]):
         name, equals, value = word.partition("=")
-        if (name := name.removeprefix("--").replace("-", "_")) in known:
+        name = name.removeprefix("--").replace("-", "_")
+        if word.startswith("-") and name in known:
             given.setdefault(name, []).append(value if equals else after)
     return config, given
 
@@ -109,11 +110,6 @@ def describe(config_class: type, group: str = "flags") -> list[Flag]:
         is_switch = bool in (field.type, *get_args(field.type))
         found.append(Flag(field.name, group, helps.get(field.name, ""), field.default, is_switch))
     return found
-
-
-def flag_names(config_class: type) -> list[str]:
-    """The flat list of flags of a dataclass, those of the dataclasses nested in it included."""
-    return [flag.name for flag in describe(config_class)]
 
 
 def help_text(config_class: type, prog: str, presets: Path | None = None) -> str:

@@ -482,9 +482,9 @@ def test_a_run_is_predicted_by_its_config_and_flags(bench_command, tmp_path):
     [fits] = re.findall(r"largest micro-batch that fits, predicted: (\d+) x (\d+) .* = 48 sequences", out)
     assert fits == ("24", "2") and "  fits into 80 GB less 7%, predicted\n" in out
     model = GPTConfig(1024, 50304, 2, 12, 768, bias=False)
-    held = {n: sum(roofline.memory(model, n).values()) for n in (3, 4, 6, 24)}
+    held = {n: sum(roofline.memory(model, n, 2).values()) for n in (3, 4, 6, 24)}
     parts = re.findall(r"^  (\w.*?)  +([\d.]+) GB$", out, re.MULTILINE)
-    assert [what for what, _ in parts] == list(roofline.memory(model, 6))
+    assert [what for what, _ in parts] == list(roofline.memory(model, 6, 2))
     assert sum(float(size) for _, size in parts) == pytest.approx(held[6] / 1e9, abs=0.05)
     between = (held[4] + held[6]) / 2 / (1 - roofline.fit.MARGIN)
     assert roofline.largest_micro_batch(model, 48, 2, between) == 4
@@ -496,6 +496,7 @@ def test_a_run_is_predicted_by_its_config_and_flags(bench_command, tmp_path):
     for more, words in (
         (["--gpus=3"], "gradient_accumulation_steps=8 is that of all GPUs and does not divide by --gpus 3"),
         (["--strategy=fsdp"], "are not predicted"),
+        (["--optimizer=muon"], "only AdamW is predicted"),
         (["--size=124M"], "leave it out beside"),
     ):
         refused = bench_command("roofline", *flags, *more)

@@ -171,6 +171,27 @@ def test_print_config_is_a_config_file_and_trains_nothing(tmp_path, monkeypatch,
     assert len(re.findall(r"^\w+ = ", out, re.M)) == len(asked) - 1
 
 
+def test_a_printed_config_leaves_a_loaded_model_its_shape_and_a_resumed_run_its_vocabulary(
+    workplace, monkeypatch, capsys
+):
+    run("--max_iters=4", out_dir="first")
+    for source in ("--init_from=first/ckpt.pt", "--init_from=auto", "--init_from=resume"):
+        flags = [*(flag for flag in TINY if not flag.startswith("--n_")), source, "--out_dir=first"]
+        flags = flags if "first/" in source else [*TINY, source, "--out_dir=first"]
+        _, out, _ = command(loop.main, monkeypatch, capsys, *flags, "--print_config")
+        Path("mine.py").write_text(out)
+        code, _, err = command(loop.main, monkeypatch, capsys, "mine.py", "--out_dir=first", "--max_iters=6")
+        assert code == 0, err
+
+
+def test_the_config_file_of_a_resumed_run_begins_where_the_run_began(workplace):
+    run("--max_iters=4")
+    run("--init_from=resume", "--max_iters=6")
+    run("--init_from=resume")
+    config = parse(["out/config.py"])[0]
+    assert config.init_from == "scratch" and config.max_iters == 8
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_config_file_beside_the_checkpoint_gives_the_same_run(workplace, optimizer):
     first = run("--dropout=0.2", f"--optimizer={optimizer}", out_dir="it's")

@@ -482,7 +482,7 @@ def known_flags():
     from torch.distributed.run import get_args_parser
 
     from bench.nanogpt import NanoGPTConfig
-    from gpt.cli import flag_names
+    from gpt.cli import describe
     from gpt.convert import ConvertConfig
     from gpt.sample import SampleConfig
     from train.config import TrainConfig
@@ -499,7 +499,7 @@ def known_flags():
         EvaluateConfig,
         PlotConfig,
     )
-    flags = {f"--{name}" for config in (*own, NanoGPTConfig) for name in flag_names(config)}
+    flags = {f"--{name}" for config in (*own, NanoGPTConfig) for name, *_ in describe(config)}
     for path in (ROOT / "bench").glob("*.py"):
         flags |= set(re.findall(r'add_argument\(\s*"(--\w+)"', path.read_text()))
     return flags | {*get_args_parser()._option_string_actions} | set().union(*NOT_HERE.values()) | OTHERS

@@ -12,7 +12,7 @@ from tests.runs import TINY, run
 from tests.test_command_line import command
 from tests.test_faults import assert_same_run
 from train import __main__ as loop
-from train import checkpoint, evaluate, fit
+from train import checkpoint, evaluate, fit, metrics
 from train.config import TrainConfig, asked_batch_size, parse
 from train.distributed import Ranks
 
@@ -180,6 +180,17 @@ def test_a_profile_is_a_trace_of_those_steps_and_a_list_of_what_costs_most(workp
     assert len(listed) == 12 and shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100.5
     [whole] = map(float, re.findall(r"^([\d.]+) ms a step in operations on cpu", out, re.MULTILINE))
     assert float(listed[0][1]) == pytest.approx(whole * shares[0] / 100, rel=0.02, abs=0.01)
+
+
+def test_a_profile_ends_before_an_evaluation_and_where_the_run_stops_and_begins_once(workplace, capsys):
+    run("--profile=2:7", "--eval_interval=4", out_dir="evaluated")
+    run("--profile=2:7", "--max_iters=4", "--eval_interval=100", out_dir="ended")
+    for folder in ("evaluated", "ended"):
+        assert [path.name for path in Path(folder).glob("trace-*")] == ["trace-2-3.json"]
+    capsys.readouterr()
+    run("--profile=1:3", "--init_from=resume", out_dir="ended")
+    assert "profile=1:3: those steps were made before" in capsys.readouterr().out
+    assert metrics.read(Path("ended/metrics.jsonl"))[-1]["iter"] == 8
 
 
 def test_a_profile_of_steps_that_are_not_made_is_refused(workplace, monkeypatch, capsys):

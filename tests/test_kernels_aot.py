@@ -1,4 +1,4 @@
-"""Shipped tiles compile within the rules of bench.aot: all for sm_80 and sm_90, one a kernel for the others."""
+"""Shipped tiles compile within the rules of bench.aot: all for sm_80 and sm_90, of others one a kernel."""
 
 import os
 import subprocess

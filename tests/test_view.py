@@ -242,7 +242,7 @@ def test_the_time_left_is_that_of_the_steps_and_of_the_evaluations(workplace):
         evaluations = sum(step % 30 == 0 for step in range(done, 100)) + 1
         assert log._seconds_left(done) == (100 - done) * 2.0 + evaluations * 10.0, done
     log.config.compile = True  # the first evaluation was spent on compiling
-    assert log._seconds_left(40) is None
+    assert log._seconds_left(40) == 60 * 2.0
     log.close()
 
 
@@ -253,7 +253,7 @@ def objects(out_dir="out"):
     return [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
 
 
-def test_metrics_only_grow_and_what_was_replaced_is_not_read(workplace):
+def test_metrics_only_grow_and_what_was_replaced_is_not_read(workplace, monkeypatch):
     run("--max_iters=4")
     with open("out/metrics.jsonl", "a") as f:  # steps that a crash has taken from the checkpoint
         f.write('{"iter": 4, "loss": 1.0}\n')
@@ -271,8 +271,12 @@ def test_metrics_only_grow_and_what_was_replaced_is_not_read(workplace):
         ("start", 0, False),
         ("start", 4, True),
     ]
-    run()
-    assert [(r["event"], r["iter"]) for r in objects() if "event" in r] == [("start", 0)], "a new run"
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="allocate"):
+        patch.setattr(distributed, "first_pass", lambda *_: torch.empty(1 << 60, dtype=torch.int8))
+        run()
+    assert metrics.read(Path("out/metrics.jsonl")) == records, "a run that made nothing replaces nothing"
+    run("--max_iters=2")
+    assert [r["iter"] for r in metrics.read(Path("out/metrics.jsonl"))] == [0, 0, 1, 2], "a new run"
 
 
 def test_a_start_tells_what_was_resolved_and_a_stop_why(workplace):

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count, islice, repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,9 @@ def main() -> None:
     try:
         ranks = distributed.start(config.backend, config.device, config.timeout)
         if config.print_config:
+            text = config_file(resolve(config, ranks), given)
             if ranks.is_main:
-                print(config_file(resolve(config, ranks), asked_batch_size(given)), end="")
+                print(text, end="")
         else:
             with open_view() as view:
                 train(config, ranks, given, StopRequest(), view)
@@ -81,6 +83,8 @@ def train(
     config = replace(config, model=model.config)
     step: int = resumed.get("iter_num", 0)
     best_val_loss = float(resumed.get("best_val_loss", torch.inf))
+    before: dict[str, Any] = resumed.get("config", {})
+    began: str = resumed.get("began", before.get("init_from", config.init_from))  # what config.py begins from
     if ranks.differ(step):
         raise ValueError(
             f"the ranks found different checkpoints: all machines must share out_dir={config.out_dir!r}"
@@ -112,8 +116,6 @@ def train(
     was_evaluated = resumed.get("evaluated", "position" in resumed)
     metrics = Metrics(config, ranks, model, view or Lines(), resumed, was_evaluated)
     metrics.start(len(train_file), len(eval_files["val"]))
-    if ranks.is_main and not config.eval_only:
-        save_config(config, out_dir)
     if found:
         metrics.print(found)
     if not config.eval_only:
@@ -123,6 +125,8 @@ def train(
             )
         if config.compile:
             metrics.print(f"compiled, with a first pass, in {seconds:.1f} s, which are in no step's time")
+        if ranks.is_main:
+            save_config(replace(config, init_from=began), out_dir)
     profile = Profile(config, step, ranks, metrics)
     saver = checkpoint.Saver(out_dir, config.keep_last)
     shows_sample = config.eval_sample > 0 and (ranks.is_main or config.strategy == "fsdp")
@@ -133,6 +137,7 @@ def train(
         state = checkpoint.contents(model, optimizer, scaler, config, ranks) | {
             "iter_num": step, "position": position, "evaluated": evaluated, "tokenizer": tokens,
             "data": data, "best_val_loss": best_val_loss, "skipped": metrics.skipped_steps(),
+            "began": began,
         }  # fmt: skip
         if ranks.is_main:
             metrics.flush()
@@ -154,6 +159,7 @@ def train(
         lr = learning_rate(step, config)
         last = step >= config.max_iters or config.eval_only
         if (step % config.eval_interval == 0 and step != evaluated) or last:
+            profile.finish(step)
             with metrics.paused("evaluating"):
                 losses = evaluate(model, eval_files, config, ranks, precision)
                 metrics.evaluation(step, losses, lr)
@@ -179,7 +185,7 @@ def train(
         # Asked before anything waits for a GPU: a rank that is lost is noticed here.
         asked = wants_to_stop()
         metrics.step(step, loss, grad_norm, lr)
-        profile.after(step, is_last=asked)
+        profile.after(step)
         position += config.sequences
         step += 1
         saver.check()
@@ -188,6 +194,7 @@ def train(
             say_where_it_stopped()
             break
     saver.wait()
+    profile.finish(step)
     metrics.close()
 
 
@@ -202,13 +209,15 @@ def prepare(
 
 def trial(size: int, model: GPT, config: TrainConfig, ranks: Ranks, precision: Precision) -> None:
     """Two steps of micro-batches of `size` by this rank alone. At the end memory is as full as in any step:
-    the moments are there, and the gradients of the micro-batch before."""
+    the moments are there, the gradients of the micro-batch before, and DDP's buckets beside them."""
     alone = replace(ranks, world_size=1, backend=None, hosts=None)
+    buckets = torch.empty_like(nn.utils.parameters_to_vector(model.parameters())) if ranks.backend else None
     trained, optimizer, scaler = prepare(model, config, alone)
     idx = torch.zeros(size, model.config.block_size, dtype=torch.int64)
     batch = to_device((idx, idx.clone()), ranks.device)
     for _ in range(2):
         update(trained, optimizer, scaler, repeat(batch, 2), 2, config.grad_clip, precision)
+    del buckets
 
 
 def update(

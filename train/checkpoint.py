@@ -31,7 +31,7 @@ from gpt.pretrained import (
     is_hugging_face,
     read_checkpoint,
 )
-from train.config import TrainConfig
+from train.config import SHAPE, TrainConfig
 from train.distributed import Ranks
 from train.optim import Muon, moments_of
 
@@ -71,9 +71,9 @@ def initial_model(
         )
     if source != "resume" and wanted.block_size < model.config.block_size and "block_size" in given:
         model.crop_block_size(wanted.block_size)
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "activation"):
+    for name in SHAPE:
         asked, has = getattr(wanted, name), getattr(model.config, name)
-        if name in given and asked != has:
+        if name in given and asked not in (None, has):
             raise ValueError(f"{where} has {name}={has}, and {name}={asked} was asked for; leave it out")
     return model, checkpoint if source == "resume" else {}
 

@@ -16,6 +16,7 @@ from gpt.model import GPTConfig
 from train.distributed import Ranks
 
 PRESETS = Path(__file__).parent / "configs"
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "activation")  # a model's own
 
 
 @dataclass
@@ -102,6 +103,9 @@ class TrainConfig:
             raise ValueError(f"dropout={self.model.dropout} must be at least 0 and below 1")
         if self.backend not in ("auto", "nccl", "gloo"):
             raise ValueError(f"backend={self.backend!r} is none of auto, nccl, gloo")
+        steps = self.profiled
+        if steps and steps[0] >= self.max_iters:
+            raise ValueError(f"profile={self.profile}: this run makes the steps 0 to {self.max_iters - 1}")
         if self.batch_size == "auto" and self.strategy == "fsdp":
             raise ValueError(
                 "batch_size=auto tries sizes on each rank alone, which strategy=fsdp cannot: give a number"
@@ -112,6 +116,16 @@ class TrainConfig:
         """batch_size as a number: `train.fit` has put one in place of "auto"."""
         assert self.batch_size != "auto"
         return self.batch_size
+
+    @property
+    def profiled(self) -> range:
+        """The steps of `profile`. Raises ValueError."""
+        start, _, stop = self.profile.partition(":")
+        if self.profile and not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
+            raise ValueError(
+                f"profile={self.profile!r} must be START:STOP, such as 10:13 for the steps 10, 11 and 12"
+            )
+        return range(int(start), int(stop)) if self.profile else range(0)
 
     @property
     def sequences(self) -> int:
@@ -154,18 +168,22 @@ def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     )
 
 
-def config_file(config: TrainConfig, asked: int | None = None) -> str:
+def config_file(config: TrainConfig, given: Mapping[str, Sequence[str]] | None = None) -> str:
     """A resolved configuration as the config file of the same run, on the same kind of machine.
 
-    `asked` stands for a batch_size that is still auto: it says how many sequences a step has.
+    `given`, the values of the flags that were set, where no model is loaded yet: the model that init_from
+    names keeps its own shape, and a batch_size that is auto is the one that says how long a step is.
     """
     values = config.flat()
     values.pop("print_config")
+    if given is not None and config.init_from not in ("scratch", "auto"):
+        for name in set(SHAPE).difference(given):
+            del values[name]
     values["device"] = config.device.removesuffix(":0")  # "cuda": under torchrun, each rank's own
     values["backend"] = "auto" if config.backend == "none" else config.backend
     heading = "# Every setting of a run; python -m train FILE.py makes it again.\n"
     if config.batch_size == "auto":
-        values["batch_size"] = asked
+        values["batch_size"] = asked_batch_size(given or {})
         heading += (
             "# batch_size was auto: with --batch_size=auto as many at once as fit, in the same steps.\n"
         )

@@ -67,11 +67,12 @@ class Metrics:
         self.seconds: float | None = None  # a step, smoothed
         self.pauses: dict[str, list[float]] = {}  # seconds, by what was done meanwhile
         self.wandb = self.file = None
+        self.beginning: dict[str, Any] | None = None  # an event for when something has come of it
         if ranks.is_main:
             if config.wandb_log:
                 self.wandb = _start_wandb(config, self.print)
             if not config.eval_only:  # looking at a run leaves its record alone
-                self.file = _open(Path(config.out_dir, "metrics.jsonl"), goes_on=self.first_step > 0)
+                self.file = _open(Path(config.out_dir, "metrics.jsonl"))
         self.started = time.perf_counter()
 
     def print(self, text: str) -> None:
@@ -90,7 +91,7 @@ class Metrics:
             step * config.max_iters,
         )
         gpu = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else None
-        self._event(
+        self.beginning = _event(
             "start", self.first_step, evaluated=self.evaluated, config=config.flat(), parameters=parameters,
             flops_per_token=flops, tokens_per_step=step, train_tokens=train_tokens, val_tokens=val_tokens,
             ranks=self.ranks.world_size, gpu=gpu, torch=torch.__version__,
@@ -114,11 +115,12 @@ class Metrics:
         changed = [
             f"not as before: {name} was {self.before[name]!r} and is {now[name]!r}"
             for name in sorted(
-                self.before.keys() & now.keys() - {"init_from", "out_dir", "device", "backend"}
+                self.before.keys() & now.keys() - {"init_from", "out_dir", "device", "backend", "profile"}
             )
             if self.before[name] != now[name]
         ]
-        self.view.start(summary, self.first_step, config.max_iters, self.best_val_loss)
+        steps = 0 if config.eval_only else config.max_iters
+        self.view.start(summary, min(self.first_step, steps), steps, self.best_val_loss)
         for line in changed:
             self.print(line)
 
@@ -177,7 +179,7 @@ class Metrics:
     def stop(self, step: int, reason: str, how: str) -> None:
         """The run ends before it is finished; `how` it goes on."""
         if self.ranks.is_main:
-            self._event("stop", step, reason=reason)
+            self._write(_event("stop", step, reason=reason))
             self.view.close()
             self.print(f"{reason} after {step} steps: {how}")
 
@@ -212,29 +214,32 @@ class Metrics:
             self.wandb.finish()
 
     def _seconds_left(self, done: int) -> float | None:
-        """An estimate: what is left goes on as the last steps and the last evaluation did."""
+        """An estimate: the rest goes on as the last steps and, once known, the last evaluation."""
         evaluations = self.pauses.get("evaluating", [])
         measures = evaluations[1:] if self.config.compile else evaluations  # the first compiles
-        if self.seconds is None or not measures:
+        if self.seconds is None:
             return None
         last, interval = self.config.max_iters, self.config.eval_interval
         to_come = (last - 1) // interval - (done - 1) // interval + 1
-        return (last - done) * self.seconds + to_come * measures[-1]
-
-    def _event(self, name: str, step: int, **fields: Any) -> None:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._write({"event": name, "iter": step, "time": now} | fields)
+        return (last - done) * self.seconds + to_come * (measures[-1] if measures else 0.0)
 
     def _write(self, record: dict[str, Any]) -> None:
         """What is not finite becomes null: JSON has no name for it."""
+        beginning, self.beginning = self.beginning, None
         if self.file is not None:
-            plain = json.loads(json.dumps(record), parse_constant=lambda name: None)
-            self.file.write(json.dumps(plain) + "\n")
+            for told in (beginning, record) if beginning else (record,):
+                plain = json.loads(json.dumps(told), parse_constant=lambda name: None)
+                self.file.write(json.dumps(plain) + "\n")
             self.file.flush()
 
     def _synchronize(self) -> None:
         if self.ranks.device.startswith("cuda"):
             torch.cuda.synchronize()
+
+
+def _event(name: str, step: int, **fields: Any) -> dict[str, Any]:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"event": name, "iter": step, "time": now} | fields
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -256,10 +261,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _open(path: Path, goes_on: bool) -> TextIO:
-    """The file to add to: empty for a new run, else without a last line that a crash has cut short."""
-    if not goes_on:
-        return path.open("w")
+def _open(path: Path) -> TextIO:
+    """The file to add to, without a last line that a crash has cut short."""
     file = path.open("a+b")
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)

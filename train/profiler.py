@@ -13,37 +13,40 @@ LISTED = 12  # operations
 
 
 class Profile:
-    """Steps START to STOP - 1 of rank 0, as far as the run makes them; each takes longer than it would.
+    """Steps START to STOP - 1 of rank 0, up to an evaluation or the end; each takes longer than it would.
 
     The trace opens in https://ui.perfetto.dev and chrome://tracing.
     """
 
     def __init__(self, config: TrainConfig, first_step: int, ranks: Ranks, metrics: Metrics):
-        """Raises ValueError where the run makes none of the steps."""
-        start, stop = parse(config.profile) if config.profile else (0, 0)
-        self.steps = range(max(start, first_step), min(stop, config.max_iters))
-        if config.profile and not self.steps:
-            raise ValueError(
-                f"profile={config.profile}: this run makes the steps {first_step} to {config.max_iters - 1}"
-            )
+        steps = config.profiled
+        self.steps = range(max(steps.start, first_step), min(steps.stop, config.max_iters))
         self.folder, self.ranks, self.metrics = Path(config.out_dir), ranks, metrics
         self.running: profile | None = None
+        if steps and not self.steps:
+            metrics.print(f"profile={config.profile}: those steps were made before")
 
     def before(self, step: int) -> None:
-        if self.ranks.is_main and step in self.steps and self.running is None:
+        if self.ranks.is_main and self.steps and step == self.steps[0]:
             with self.metrics.paused("profiling"):
                 on_gpu = [ProfilerActivity.CUDA] if self.ranks.device_type == "cuda" else []
                 self.running = profile(activities=[ProfilerActivity.CPU, *on_gpu])
                 self.running.start()
 
-    def after(self, step: int, is_last: bool) -> None:
-        if self.running is not None and (is_last or step + 1 not in self.steps):
+    def after(self, step: int) -> None:
+        if step + 1 not in self.steps:
+            self.finish(step + 1)
+
+    def finish(self, made: int) -> None:
+        """Before an evaluation too, which is not a step's: `made` steps are made, and no more are traced."""
+        if self.running is not None:
             with self.metrics.paused("profiling"):
                 self.running.stop()
-                path = self.folder / f"trace-{self.steps[0]}-{step}.json"
+                first, last = self.steps[0], made - 1
+                path = self.folder / f"trace-{first}-{last}.json"
                 self.running.export_chrome_trace(str(path))
-                self.metrics.print(f"profile of steps {self.steps[0]} to {step}: {path}")
-                self.metrics.print(self._costliest(self.running, step + 1 - self.steps[0]))
+                self.metrics.print(f"profile of steps {first} to {last}: {path}")
+                self.metrics.print(self._costliest(self.running, made - first))
                 self.running = None
 
     def _costliest(self, profiled: profile, steps: int) -> str:
@@ -61,11 +64,3 @@ class Profile:
             share, ms = microseconds / whole, microseconds / steps / 1000
             lines.append(f"  {share:6.1%} {ms:10.3f} ms {count / steps:7,.0f} times  {name}")
         return "\n".join(lines)
-
-
-def parse(steps: str) -> tuple[int, int]:
-    """START:STOP. Raises ValueError."""
-    start, _, stop = steps.partition(":")
-    if not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
-        raise ValueError(f"profile={steps!r} must be START:STOP, such as 10:13 for the steps 10, 11 and 12")
-    return int(start), int(stop)

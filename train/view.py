@@ -14,12 +14,13 @@ NANOGPT = {"parameters": "number of parameters:", "tokens a step": "tokens per i
 class Lines:
     """Plain lines. Steps and evaluations come as the records of train/metrics.py."""
 
+    estimated = False  # how long the run will take
+
     def print(self, text: str) -> None:
         print(text, flush=True)
 
     def start(self, summary: dict[str, str], done: int, steps: int, best: float) -> None:
         """Of a run of `steps` steps, `done` of them before; `best` is its lowest validation loss so far."""
-        self.estimated = False
         for label, text in summary.items():
             self.print(f"{NANOGPT.get(label, label)} {text}")
 
