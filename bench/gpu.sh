@@ -83,7 +83,7 @@ for part in "${parts[@]}"; do
             has pytest || { echo "== tests: $python has no pytest"; continue; }
             workers=() # compiling keeps the processors busy, not the GPU
             has xdist && workers=(-n 8)
-            run tests "$(has xdist && echo 170 || echo 400)" env TORCHINDUCTOR_COMPILE_THREADS=1 "${pytest[@]}" ${workers[@]+"${workers[@]}"} \
+            run tests 170 env TORCHINDUCTOR_COMPILE_THREADS=1 "${pytest[@]}" ${workers[@]+"${workers[@]}"} \
                 tests/test_kernels.py tests/test_kernels_bugs.py tests/test_kernels_checks.py tests/test_model_kernels.py ;;
         throughput) run throughput 170 "$python" -m bench.throughput --ablate --batch_size 64 --seconds 6 --budget 150 \
             ${nanogpt[@]+"${nanogpt[@]}"} --out "$prefix-throughput.json" ;;

@@ -93,7 +93,7 @@ def _accumulate(x, inside, top, total, plain, SMOOTH: tl.constexpr):
     # One instruction, x * LOG2E - base. The rounding of base does not matter: all terms share it.
     total = total * tl.exp2(top - base) + tl.sum(tl.exp2(x * LOG2E - base[:, None]), 1)
     if SMOOTH:
-        # Subtracted: an addition to what a loop carries fails in Triton's OptimizeThreadLocality, 3.6 and 3.7.
+        # Subtracted, as adding to what a loop carries fails in OptimizeThreadLocality of Triton 3.6 and 3.7.
         plain = plain - tl.sum(tl.where(inside, -x, 0.0), 1)
     return new, total, plain
 

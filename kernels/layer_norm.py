@@ -256,7 +256,7 @@ _TILES = {
     8192: ((1, 8, 2048), (1, 8, 2048, 1)),
 }
 TILES = {
-    INTERPRETER: {widest: ((4, 4, 256), (4, 4, 256, 1)) for widest in _TILES},
+    INTERPRETER: {widest: ((8, 4, 256), (8, 4, 256, 1)) for widest in _TILES},
     80: _TILES,  # not yet tuned
     89: _TILES,  # not yet tuned
     90: _TILES,  # not yet tuned

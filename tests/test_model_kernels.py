@@ -30,7 +30,7 @@ def build(spec, device, **changes):
     return GPT(GPTConfig(**config), device).to(device)
 
 
-def batch(device, B=2, T=13, V=37, seed=1):
+def batch(device, B=2, T=7, V=37, seed=1):
     tokens = torch.randint(0, V, (B, T + 1), generator=torch.Generator().manual_seed(seed)).to(device)
     targets = tokens[:, 1:].clone()
     targets[0, 2] = -1
@@ -85,29 +85,37 @@ def test_loss_and_gradients_are_pytorchs_under_autocast_too(spec, dtype, device)
         assert error <= 2 * allowed + small, name
 
 
-def test_a_training_of_40_steps_has_the_losses_of_pytorchs_operations(device):
+def test_a_training_has_the_losses_of_pytorchs_operations(device):
     """With clipping and AdamW, as in a run; as small as can be, for the interpreter's sake."""
+    steps, learning_rate = (200, 3e-3) if device == "cuda" else (20, 2e-2)
     losses = {}
     for spec in ("torch", "triton"):
         model = build(spec, device, block_size=5, vocab_size=11, n_layer=1, n_head=1, n_embd=16, bias=False)
-        optimizer = model.configure_optimizers(0.1, 2e-2, (0.9, 0.95), device)
+        optimizer = model.configure_optimizers(0.1, learning_rate, (0.9, 0.95), device)
         scaler = torch.amp.GradScaler(device, enabled=False)
         losses[spec] = []
         with record() as launches:
-            for step in range(40):
+            for step in range(steps):
                 idx, targets = batch(device, B=1, T=5, V=11, seed=step % 4)
                 loss, _ = update(model, optimizer, scaler, [(idx, targets)], 1, 1.0, nullcontext)
                 losses[spec].append(loss.item())
-        assert len(launches) == (40 * (3 + 3 + 3 + 3 + 1) if spec == "triton" else 0)
-    assert losses["torch"][-1] < 0.5 * losses["torch"][0]
+        assert len(launches) == (steps * (3 + 3 + 3 + 3 + 1) if spec == "triton" else 0)
+    assert losses["torch"][-1] < 0.85 * losses["torch"][0]
     assert losses["triton"][:20] == pytest.approx(losses["torch"][:20], rel=1e-4)
-    # PyTorch's embedding backward adds in any order on a GPU, and 40 steps make much of little.
+    # PyTorch's embedding backward adds in any order on a GPU, and 200 steps make much of little.
     assert losses["triton"] == pytest.approx(losses["torch"], rel=2e-2 if device == "cuda" else 5e-3)
 
 
 def test_a_run_records_its_kernels_and_evaluates_with_them(workplace, device):
     pytest.importorskip("tyro")  # a GPU machine may have no command line
-    flags = ["--max_iters=2", "--eval_iters=1", "--n_layer=1", "--batch_size=2", "--compile=False"]
+    flags = [
+        "--max_iters=2",
+        "--eval_iters=1",
+        "--n_layer=1",
+        "--batch_size=2",
+        "--block_size=6",
+        "--compile=False",
+    ]
     flags += [f"--device={device}", "--dtype=float32"]
     ours = run("--kernels=triton", *flags, out_dir="triton")
     theirs = run("--kernels=torch", *flags, out_dir="torch")
@@ -138,7 +146,14 @@ def test_accumulation_under_loss_scaling(spec, device):
 
 def test_two_ranks_with_loss_scaling_on_our_kernels_equal_one_on_pytorchs(workplace):
     pytest.importorskip("tyro")
-    flags = ["--dtype=float16", "--max_iters=2", "--eval_iters=1", "--n_layer=1", "--batch_size=2"]
+    flags = [
+        "--dtype=float16",
+        "--max_iters=2",
+        "--eval_iters=1",
+        "--n_layer=1",
+        "--batch_size=2",
+        "--block_size=6",
+    ]
     theirs = run(*flags, "--kernels=torch", out_dir="torch")
     root = Path(__file__).parents[1]
     command = [
@@ -184,11 +199,11 @@ def test_one_graph_without_a_break(spec, device):
 
 
 def test_dropout_runs_in_the_kernel_and_only_in_training(device):
-    model = build("triton", device, dropout=0.5)
+    model = build("triton", device, dropout=0.5, n_layer=1)
     idx, targets = batch(device)
     torch.manual_seed(5)
     first = model(idx, targets)[1]
     torch.manual_seed(5)
     assert model(idx, targets)[1] == first != model(idx, targets)[1]
-    expected = build("torch", device, dropout=0.5).eval()(idx, targets)[1]
+    expected = build("torch", device, dropout=0.5, n_layer=1).eval()(idx, targets)[1]
     torch.testing.assert_close(model.eval()(idx, targets)[1], expected, rtol=1e-5, atol=1e-6)
