@@ -139,6 +139,7 @@ def test_the_command_draws_a_run_and_what_cannot_be_drawn_is_one_sentence(workpl
     write("cut", [], '{"event": "start", "iter": 0, "eval')
     write("begun", [{"event": "start", "iter": 0, "evaluated": False}])
     write("evaluated", [evaluation(0, 3.0)])
+    assert command(monkeypatch, capsys, "--x", "tokens", "out") == "out/loss.png"
     assert command(monkeypatch, capsys, "out", "evaluated", "--x=time") == "compare.png"
     assert Path("compare.png").exists()
     for args, message in (

@@ -6,6 +6,7 @@ Loss, learning rate, gradient norm and throughput. One run goes to OUT_DIR/loss.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,8 +60,14 @@ class Run:
 
 
 def main() -> None:
-    flags = [arg for arg in sys.argv[1:] if arg.startswith("-")]
-    folders = [Path(arg) for arg in sys.argv[1:] if not arg.startswith("-")]
+    flags: list[str] = []
+    folders: list[Path] = []
+    rest = iter(sys.argv[1:])
+    for arg in rest:
+        if not arg.startswith("-"):
+            folders.append(Path(arg))
+        else:  # `--key=value`, or `--key value`
+            flags += [arg] if "=" in arg else [arg, *islice(rest, 1)]
     config = cli.parse(PlotConfig, flags, prog="python -m train.plot OUT_DIR [OUT_DIR ...]")
     if not folders:
         raise ValueError("give the out_dir of a run: python -m train.plot OUT_DIR [OUT_DIR ...] [--x=tokens]")
