@@ -3,8 +3,7 @@
     python -m bench.aot                                 a line a kernel: registers, spills, shared memory, ...
     python -m bench.aot --check                         and exit code 1 where a rule below is broken
     python -m bench.aot --check --quick                 of sm_89 and sm_100 one build a kernel
-    python -m bench.aot --only sm_90 --only _dq_kernel
-    python -m bench.aot --candidates                    what bench/candidates has, in place of what is shipped
+    python -m bench.aot --only sm_90 --only _attention_dq_kernel
 
 What to compile is not listed here: each operation's launchers run on meta tensors, and `kernels.op.record`
 notes what they would have launched. The rules: it compiles; no spill inside a loop on sm_80 and sm_90;
@@ -126,25 +125,6 @@ class Figures:
     wide_loads: int  # of 16 bytes a thread, or by the tensor memory accelerator
     blocks: int  # resident on a multiprocessor
     occupancy: float  # of its warps
-
-
-def candidates() -> list[Build]:
-    """Those of bench/candidates, which wait for a GPU to choose."""
-    from bench.candidates import attention
-
-    found: dict[str, Build] = {}
-    for architecture in GPUS:
-        qkv = torch.empty(8, 1024, 3, 12, 64, dtype=torch.bfloat16, device="meta")
-        dout, lse = qkv[:, :, 0].contiguous(), torch.empty(8, 12, 1024, device="meta")
-        with record(assume=architecture) as launches:
-            for candidate in attention.forwards(qkv)[1:]:
-                candidate.run(qkv, None, 0.0, 1.0)
-            for candidate in attention.backwards(qkv)[1:]:
-                candidate.run(dout, qkv, dout, lse, None, 0.0, 1.0)
-        for launch in launches:
-            build = Build(architecture, launch)
-            found[build.key] = build
-    return list(found.values())
 
 
 def builds() -> list[Build]:
@@ -308,14 +288,13 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit code 1 where a rule is broken")
     parser.add_argument("--quick", action="store_true", help="one build a kernel where spills are not judged")
     parser.add_argument("--only", action="append", default=[], help="lines that contain this, e.g. sm_90")
-    parser.add_argument("--candidates", action="store_true", help="those of bench/candidates")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     options = parser.parse_args()
     if triton is None or INTERPRETED:
         print("bench.aot needs Triton, and TRITON_INTERPRET unset", file=sys.stderr)
         return 2
     start = time.perf_counter()
-    found = candidates() if options.candidates else builds()
+    found = builds()
     if options.quick:
         found = first_of_each(found)
     _BUILDS[:] = [b for b in found if all(part in str(b) for part in options.only)]

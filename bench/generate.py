@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from bench import timing
-from bench.throughput import SIZES, nanogpt_model
+from bench.roofline import SIZES
+from bench.throughput import nanogpt_model
 from gpt.device import autocast, resolve_dtype
 from gpt.model import GPT, GPTConfig
 

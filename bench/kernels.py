@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import timing
-from bench.candidates import gelu
 from kernels import OPS
 from kernels.op import INTERPRETED, Cost, Op, unavailable
 
@@ -45,7 +44,6 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     "add_layer_norm": [{"shape": (65536, 768), "mixed": True}, *NORMS],
     "cross_entropy": [{"N": N, "V": V} for V in (50304, 50257, 128256) for N in (8192, 32768)],
     "loss_and_gradient": [{"N": N, "V": V} for V in (50304, 50257, 128256) for N in (8192, 32768)],
-    gelu.OP.name: [{"N": 65536, "C": 768, "F": 3072}],
     "linear_cross_entropy": [
         {"N": N, "C": C, "V": 50304} for N in (65536, 16384) for C in (768, 1024, 1280, 1600)
     ],
@@ -57,7 +55,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "add_layer_norm": {"shape": (256, 768)},
     "cross_entropy": {"N": 64, "V": 5003},
     "loss_and_gradient": {"N": 64, "V": 5003},
-    gelu.OP.name: {"N": 64, "C": 64, "F": 256},
     "linear_cross_entropy": {"N": 64, "C": 64, "V": 503},
     "causal_attention": {"B": 1, "T": 128, "H": 2, "D": 64},
     "decode_attention": {"B": 2, "H": 2, "T": 128, "D": 64},
@@ -202,7 +199,7 @@ IN_PLACE = replace(
     cost=lambda input, **_: Cost(2 * input.numel() * input.element_size(), 0, 8 * input.numel(), 0),
     differentiable=False,
 )
-_OPS = {op.name: op for op in (*OPS, IN_PLACE, gelu.OP)}
+_OPS = {op.name: op for op in (*OPS, IN_PLACE)}
 PEERS = {
     "layer_norm": _norm_peers,
     "add_layer_norm": _add_norm_peers,

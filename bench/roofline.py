@@ -25,7 +25,6 @@ from torch import Tensor
 
 from bench import timing
 from bench.kernels import peers
-from bench.throughput import SIZES, TOKENS_A_STEP
 from gpt import cli
 from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
@@ -35,6 +34,14 @@ from train import fit
 from train.config import asked_batch_size, parse
 
 Result = dict[str, Any]
+SIZES = {  # layers, heads, width
+    "124M": (12, 12, 768),
+    "350M": (24, 16, 1024),
+    "774M": (36, 20, 1280),
+    "1.5B": (48, 25, 1600),
+    "tiny": (2, 2, 64),
+}
+TOKENS_PER_STEP = 1 << 19
 _OPS = {op.name: op for op in OPS}
 _loss = sys.modules["kernels.linear_cross_entropy"]
 chunk_rows, ALIGN = _loss.chunk_rows, _loss.ALIGN
@@ -414,12 +421,12 @@ def planned(
     vocab_size, block_size = (512, 64) if small else (50304, int(sizes["block_size"] or 1024))
     model = GPTConfig(block_size, vocab_size, layers, heads, width, bias=False, kernels="torch")
     if sizes["batch_size"] == "auto":
-        return model, TOKENS_A_STEP // block_size, None, 0.0
+        return model, TOKENS_PER_STEP // block_size, None, 0.0
     batch_size = int(sizes["batch_size"] or (2 if small else 64))
     if batch_size < 1:
         raise ValueError(f"--batch_size {batch_size} must be at least 1")
     each = batch_size * options.gpus
-    return model, each * max(1, round(TOKENS_A_STEP / (each * block_size))), batch_size, 0.0
+    return model, each * max(1, round(TOKENS_PER_STEP / (each * block_size))), batch_size, 0.0
 
 
 def predict(options: argparse.Namespace, args: list[str]) -> None:

@@ -1,7 +1,5 @@
 """python -m bench.sweep [NAME ...]: tries tile sizes on this GPU and prints what each costs, the best first.
 
-`python -m bench.sweep attention` tries other kernels too: bench/contest.py.
-
 For every entry of the tables in `kernels/` that the shipped samples reach, a pool of processes compiles
 each candidate, runs it once and holds the operation to fp64, so that one which crashes takes nothing with
 it and one that is wrong is not timed; the others take turns in this process while the other entries stay as
@@ -188,7 +186,7 @@ class Pool:
         self.executor = make()
 
     def attempts(
-        self, op: Op, sample: dict[str, Any], position: Any, tiles: list[Any]
+        self, op: Op, sample: dict[str, Any], position: int, tiles: list[Any]
     ) -> dict[Any, str | None]:
         """{tile: None, or why it cannot be}."""
         together, suspects = self._try(op, sample, position, tiles)
@@ -198,7 +196,7 @@ class Pool:
         return together
 
     def _try(
-        self, op: Op, sample: dict[str, Any], position: Any, tiles: list[Any]
+        self, op: Op, sample: dict[str, Any], position: int, tiles: list[Any]
     ) -> tuple[dict[Any, str | None], list[Any]]:
         """(answers, tiles without one)."""
         tried = {tile: self.executor.submit(self.attempt, op.name, sample, position, tile) for tile in tiles}
@@ -240,21 +238,15 @@ def sweep(
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.sweep", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="operations; all by default; or attention: its candidates"
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="operations; all by default")
     parser.add_argument("--seconds", type=float, default=0.05, help="for each candidate")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
-    if unknown := set(options.names) - {op.name for op in OPS} - {"attention"}:
+    if unknown := set(options.names) - {op.name for op in OPS}:
         sys.exit(f"error: no operation is called {', '.join(sorted(unknown))}")
     reason = unavailable(torch.device("cuda"))
     if reason is not None or INTERPRETED:
         sys.exit(f"error: tiles are tried on a GPU: {reason or 'TRITON_INTERPRET is set'}")
-    if options.names == ["attention"]:
-        from bench import contest  # which takes its pool from here
-
-        return contest.run(options.out, options.seconds)
     results = timing.kept(options.out, "sweeps")
     done = [(r["operation"], r["sample"], r["slot"]) for r in results]
     # each process has a GPU context of its own, about half a GB

@@ -25,6 +25,7 @@ import torch
 import torch._dynamo
 
 from bench import timing
+from bench.roofline import SIZES, TOKENS_PER_STEP
 from gpt.device import autocast, resolve_dtype
 from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
@@ -33,15 +34,7 @@ from train import distributed, fit
 from train.__main__ import update
 from train.distributed import Ranks
 
-SIZES = {  # layers, heads, width
-    "124M": (12, 12, 768),
-    "350M": (24, 16, 1024),
-    "774M": (36, 20, 1280),
-    "1.5B": (48, 25, 1600),
-    "tiny": (2, 2, 64),
-}
 ABLATIONS = ("layer_norm", "attention", "cross_entropy")
-TOKENS_A_STEP = 1 << 19
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -212,7 +205,7 @@ def by_batch(
 def _accumulation(batch_size: int, block_size: int, ranks: Ranks) -> int:
     if ranks.device_type != "cuda":
         return 2
-    return max(1, round(TOKENS_A_STEP / (batch_size * block_size * ranks.world_size)))
+    return max(1, round(TOKENS_PER_STEP / (batch_size * block_size * ranks.world_size)))
 
 
 def _batch(config: GPTConfig, batch_size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:

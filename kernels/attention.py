@@ -137,7 +137,7 @@ def _forward_step(
 
 
 @jit
-def _forward_kernel(
+def _attention_forward_kernel(
     QKV,  # (B, T, 3, H, D) in
     OUT,  # (B, T, H, D) out, contiguous
     LSE,  # (B, H, T) out, fp32, base 2
@@ -206,7 +206,7 @@ def _dq_step(
 
 
 @jit
-def _dq_kernel(
+def _attention_dq_kernel(
     QKV,  # (B, T, 3, H, D) in
     OUT,  # (B, T, H, D) in, contiguous
     DOUT,  # (B, T, H, D) in
@@ -301,7 +301,7 @@ def _dkdv_step(
 
 
 @jit
-def _dkdv_kernel(
+def _attention_dkdv_kernel(
     QKV,  # (B, T, 3, H, D) in
     DOUT,  # (B, T, H, D) in
     LSE,  # (B, H, T) in, fp32, base 2
@@ -439,7 +439,7 @@ def _forward(
     blocks = -(-T // tile.m)
     if out.numel():
         launch(
-            _forward_kernel, (B * blocks * H,),
+            _attention_forward_kernel, (B * blocks * H,),
             qkv, out, lse, seed, *qkv.stride()[:4], T, H, blocks, softmax_scale, dropout_p,
             **_constants(qkv, tile),
         )  # fmt: skip
@@ -464,13 +464,13 @@ def _backward(
     if out.numel():
         blocks = -(-T // tile.m)
         launch(
-            _dq_kernel, (B * blocks * H,),
+            _attention_dq_kernel, (B * blocks * H,),
             qkv, out, dout, lse, delta, dqkv, seed, *strides, T, H, blocks, softmax_scale, dropout_p,
             **_constants(qkv, tile),
         )  # fmt: skip
         blocks = -(-T // dkdv_tile.n)
         launch(
-            _dkdv_kernel, (B * blocks * H,),
+            _attention_dkdv_kernel, (B * blocks * H,),
             qkv, dout, lse, delta, dqkv, seed, *strides, T, H, blocks, softmax_scale, dropout_p,
             **_constants(qkv, dkdv_tile), EVEN=T % dkdv_tile.n == 0,
         )  # fmt: skip

@@ -99,7 +99,7 @@ def _load_parameter(P, i: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, 
 
 
 @jit
-def _forward_kernel(
+def _norm_forward_kernel(
     X,  # (rows, C) in
     RESIDUAL,  # (rows, C) in, or None
     W,  # (C,) in, or None
@@ -149,7 +149,7 @@ def _forward_kernel(
 
 
 @jit
-def _backward_kernel(
+def _norm_backward_kernel(
     DY,  # (rows, C) in
     DSUMMED,  # (rows, C) in, or None
     X,  # (rows, C) in: what was normalised
@@ -218,7 +218,7 @@ def _backward_kernel(
 
 
 @jit
-def _sum_kernel(
+def _norm_sum_kernel(
     PARTS,  # (n, programs, C) in, fp32
     DW,  # (C,) out: the sum of the first, or None
     DB,  # (C,) out: the sum of the last, or None
@@ -294,7 +294,7 @@ def _forward(
     tile, warps, columns = TILES[architecture(x)][_width(C)][0]
     if rows:
         launch(
-            _forward_kernel, (-(-rows // tile),),
+            _norm_forward_kernel, (-(-rows // tile),),
             x, r, _dense(weight), _dense(bias), normed, None if r is None else summed, mean, rstd,
             rows, x.stride(0), 0 if r is None else r.stride(0), eps,
             C=C, COLUMNS=columns, ROWS=tile, num_warps=warps,
@@ -325,7 +325,7 @@ def _backward(
     wanted = [out if out.numel() else None for out in (dweight, dbias)]
     parts = x.new_empty(sum(out is not None for out in wanted), programs, C, dtype=torch.float32)
     launch(
-        _backward_kernel, (programs,),
+        _norm_backward_kernel, (programs,),
         dy, ds, x, _dense(weight), mean, rstd, dinput,
         dresidual if dresidual.numel() else None,
         None if wanted[0] is None else parts[0], None if wanted[1] is None else parts[-1],
@@ -334,7 +334,7 @@ def _backward(
     )  # fmt: skip
     if parts.numel():
         launch(
-            _sum_kernel, (-(-C // SUM_COLUMNS), len(parts)),
+            _norm_sum_kernel, (-(-C // SUM_COLUMNS), len(parts)),
             parts, *wanted, programs, C, COLUMNS=SUM_COLUMNS, PROGRAMS=128, num_warps=8,
         )  # fmt: skip
     return dinput, dresidual, dweight, dbias

@@ -129,9 +129,9 @@ def test_arguments_are_left_alone(op: Op, sample: dict[str, Any], device: str) -
 
 
 KERNELS = {  # operation -> what it launches forward, then backward
-    "layer_norm": (["_forward_kernel"], ["_backward_kernel", "_sum_kernel"]),
-    "add_layer_norm": (["_forward_kernel"], ["_backward_kernel", "_sum_kernel"]),
-    "causal_attention": (["_forward_kernel"], ["_dq_kernel", "_dkdv_kernel"]),
+    "layer_norm": (["_norm_forward_kernel"], ["_norm_backward_kernel", "_norm_sum_kernel"]),
+    "add_layer_norm": (["_norm_forward_kernel"], ["_norm_backward_kernel", "_norm_sum_kernel"]),
+    "causal_attention": (["_attention_forward_kernel"], ["_attention_dq_kernel", "_attention_dkdv_kernel"]),
     "cross_entropy": (["_loss_kernel"], ["_gradient_kernel"]),
     "linear_cross_entropy": (["_loss_kernel"] * 3, []),  # three chunks, gradients in forward
     "decode_attention": (["_split_kernel", "_combine_kernel"], []),

@@ -23,7 +23,7 @@ def test_every_tile_compiles_within_the_rules() -> None:
     broken = "\n".join(line for line in result.stdout.splitlines() if "FAULT" in line)
     assert result.returncode == 0, broken + result.stdout[-200:] + result.stderr
     for architecture in ("sm_80", "sm_89", "sm_90", "sm_100"):
-        assert f"{architecture} _dkdv_kernel" in result.stdout
+        assert f"{architecture} _attention_dkdv_kernel" in result.stdout
 
 
 GOOD = Figures(

@@ -18,8 +18,12 @@ from train.metrics import read
 SPECS = ["triton", "triton,attention=torch", "torch,layer_norm=triton", "torch,cross_entropy=triton"]
 # kernel -> launches in one forward and backward of a model of L layers
 LAUNCHES = {
-    "layer_norm": dict.fromkeys(("_forward_kernel", "_backward_kernel", "_sum_kernel"), lambda L: 2 * L + 1),
-    "attention": {"_forward_kernel": lambda L: L, "_dq_kernel": lambda L: L, "_dkdv_kernel": lambda L: L},
+    "layer_norm": dict.fromkeys(
+        ("_norm_forward_kernel", "_norm_backward_kernel", "_norm_sum_kernel"), lambda L: 2 * L + 1
+    ),
+    "attention": dict.fromkeys(
+        ("_attention_forward_kernel", "_attention_dq_kernel", "_attention_dkdv_kernel"), lambda L: L
+    ),
     "cross_entropy": {"_loss_kernel": lambda L: 1},
 }
 
