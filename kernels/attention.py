@@ -45,6 +45,7 @@ from kernels.op import (
     dot,
     jit,
     launch,
+    operator,
     round_to,
     tl,
 )
@@ -482,14 +483,12 @@ def _forward_like(qkv, seed, dropout_p, softmax_scale):
     return qkv.new_empty(B, T, H, D), qkv.new_empty(B, H, T, dtype=torch.float32)
 
 
-_forward_op = torch.library.custom_op("tritongpt::causal_attention", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("tritongpt::causal_attention_backward", _backward, mutates_args=())
-_forward_op.register_fake(_forward_like)
-
-
-@_backward_op.register_fake
-def _(dout, qkv, out, lse, seed, dropout_p, softmax_scale):
+def _backward_like(dout, qkv, out, lse, seed, dropout_p, softmax_scale):
     return qkv.new_empty(qkv.shape)
+
+
+_forward_op = operator("causal_attention", _forward, _forward_like)
+_backward_op = operator("causal_attention_backward", _backward, _backward_like)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

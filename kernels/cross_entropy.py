@@ -36,6 +36,7 @@ from kernels.op import (
     jit,
     launch,
     multiprocessors,
+    operator,
     round_to,
     tl,
 )
@@ -397,18 +398,16 @@ def _backward(
     return dlogits
 
 
-_forward_op = torch.library.custom_op("tritongpt::cross_entropy", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("tritongpt::cross_entropy_backward", _backward, mutates_args=())
-
-
-@_forward_op.register_fake
-def _(logits, target, ignore_index, smoothing):
+def _forward_like(logits, target, ignore_index, smoothing):
     return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
 
 
-@_backward_op.register_fake
-def _(dlosses, logits, target, lse, ignore_index, smoothing):
+def _backward_like(dlosses, logits, target, lse, ignore_index, smoothing):
     return logits.new_empty(logits.shape)
+
+
+_forward_op = operator("cross_entropy", _forward, _forward_like)
+_backward_op = operator("cross_entropy_backward", _backward, _backward_like)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

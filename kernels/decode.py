@@ -36,6 +36,7 @@ from kernels.op import (
     jit,
     launch,
     multiprocessors,
+    operator,
     round_to,
     tl,
 )
@@ -212,8 +213,7 @@ def _forward_like(q, k_cache, v_cache, lengths, softmax_scale):
     return q.new_empty(q.shape)
 
 
-_forward_op = torch.library.custom_op("tritongpt::decode_attention", _forward, mutates_args=())
-_forward_op.register_fake(_forward_like)
+_forward_op = operator("decode_attention", _forward, _forward_like)
 
 
 def decode_attention(

@@ -39,6 +39,7 @@ from kernels.op import (
     jit,
     launch,
     multiprocessors,
+    operator,
     round_to,
     tl,
 )
@@ -358,10 +359,8 @@ def _backward_like(dnormed, dsummed, x, weight, bias_dtype, mean, rstd, input_dt
     return dinput, dresidual, dweight, dbias
 
 
-_forward_op = torch.library.custom_op("tritongpt::layer_norm_forward", _forward, mutates_args=())
-_backward_op = torch.library.custom_op("tritongpt::layer_norm_backward", _backward, mutates_args=())
-_forward_op.register_fake(_forward_like)
-_backward_op.register_fake(_backward_like)
+_forward_op = operator("layer_norm_forward", _forward, _forward_like)
+_backward_op = operator("layer_norm_backward", _backward, _backward_like)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -34,7 +34,7 @@ from kernels.cross_entropy import (
     reduce,
     write_gradient,
 )
-from kernels.op import Cost, Op, autocast_dtype, check_tensors
+from kernels.op import Cost, Op, autocast_dtype, check_tensors, operator
 
 BUDGET = 800 << 20  # bytes of logits at a time: 8192 rows of 50304 in half precision
 ALIGN = 64  # elements: every row of a chunk's logits starts on a 128-byte line
@@ -198,31 +198,28 @@ def _rows_backward(
     return chunks.dinput, chunks.dweight
 
 
-_sum_op = torch.library.custom_op("tritongpt::linear_cross_entropy_sum", _sum, mutates_args=())
-_rows_op = torch.library.custom_op("tritongpt::linear_cross_entropy_rows", _rows, mutates_args=())
-_rows_backward_op = torch.library.custom_op(
-    "tritongpt::linear_cross_entropy_rows_backward", _rows_backward, mutates_args=()
-)
-
-
 def _gradients_like(input, weight, d_input, d_weight):
     dweight = weight.new_empty(weight.shape if d_weight else 0, dtype=torch.float32)
     return input.new_empty(input.shape if d_input else 0), dweight
 
 
-@_sum_op.register_fake
-def _(input, weight, target, ignore_index, smoothing, chunk_size, dtype, d_input, d_weight):
+def _sum_like(input, weight, target, ignore_index, smoothing, chunk_size, dtype, d_input, d_weight):
     return input.new_empty((), dtype=torch.float32), *_gradients_like(input, weight, d_input, d_weight)
 
 
-@_rows_op.register_fake
-def _(input, weight, target, ignore_index, smoothing, chunk_size, dtype, d_input, d_weight):
+def _rows_like(input, weight, target, ignore_index, smoothing, chunk_size, dtype, d_input, d_weight):
     return tuple(input.new_empty(input.shape[0], dtype=torch.float32) for _ in range(2))
 
 
-@_rows_backward_op.register_fake
-def _(dlosses, input, weight, target, lse, ignore, smoothing, chunk_size, dtype, d_input, d_weight):
+def _rows_backward_like(
+    dlosses, input, weight, target, lse, ignore_index, smoothing, chunk_size, dtype, d_input, d_weight
+):
     return _gradients_like(input, weight, d_input, d_weight)
+
+
+_sum_op = operator("linear_cross_entropy_sum", _sum, _sum_like)
+_rows_op = operator("linear_cross_entropy_rows", _rows, _rows_like)
+_rows_backward_op = operator("linear_cross_entropy_rows_backward", _rows_backward, _rows_backward_like)
 
 
 def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -9,6 +9,7 @@ interpreter.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -148,6 +149,37 @@ def architecture(tensor: Tensor) -> int:
 
 def multiprocessors(tensor: Tensor) -> int:
     return 132 if _assumed else _gpu(tensor.device)[1]
+
+
+def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """`function` as the operator `tritongpt::name`, which torch.compile calls as it is.
+
+    `fake` takes the same arguments and returns empty tensors like the results.
+    """
+    # The arguments arrive with the strides that they have without torch.compile.
+    tags = (torch.Tag.needs_exact_strides,)
+    made = torch.library.custom_op(f"tritongpt::{name}", function, mutates_args=(), tags=tags)
+
+    @made.register_fake
+    def _(*args):
+        # A compiler asks for the fake result before anything else.
+        _lower_explicitly(getattr(torch.ops.tritongpt, name).default)
+        return fake(*args)
+
+    return made
+
+
+def _lower_explicitly(overload: Any) -> None:
+    """Tells Inductor, when it is in use, to call the operator as it is.
+
+    Inductor decides so by itself when it first meets the operator in a graph. But up to PyTorch 2.12 it then
+    formats a log message that nobody reads, with the whole history of the arguments as text. Every operator
+    that reads two results of the one before doubles that text, and add_layer_norm is one: 2 layers compile in
+    seconds, 12 never finish. PyTorch 2.13 formats the message only when somebody logs it.
+    """
+    inductor = sys.modules.get("torch._inductor.lowering")
+    if inductor is not None and overload not in inductor.lowerings:
+        inductor.make_fallback(overload)
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
