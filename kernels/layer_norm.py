@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated"
 # (a Triton kernel's arguments have no Python types)
-# ruff: noqa: RUF005
-# (Triton knows no starred tuples)
+# ruff: noqa: RUF005, SIM102
+# (Triton has no starred tuples, and a condition that is known when it compiles stands alone)
 """LayerNorm over the last dimension, alone and fused with the residual add before it.
 
 Forward, with x the input or the sum of input and residual, rounded to the residual's dtype:
@@ -236,12 +236,14 @@ def _norm_sum_kernel(
         program = first + tl.arange(0, PROGRAMS)
         at = (which * programs + program[:, None]) * C + col[None, :]
         total += tl.load(PARTS + at, mask=(program < programs)[:, None] & (col < C)[None, :], other=0)
-    found = tl.sum(total, 0)
+    gradient = tl.sum(total, 0)
+    # Branches, not masks: the interpreter of Triton 3.9 makes an int32 of a scalar condition in a mask.
     if DW is not None:
-        tl.store(DW + col, round_to(found, DW.dtype.element_ty), mask=(col < C) & (which == 0))
+        if which == 0:
+            tl.store(DW + col, round_to(gradient, DW.dtype.element_ty), mask=col < C)
     if DB is not None:
-        last = tl.num_programs(1) - 1
-        tl.store(DB + col, round_to(found, DB.dtype.element_ty), mask=(col < C) & (which == last))
+        if which == tl.num_programs(1) - 1:
+            tl.store(DB + col, round_to(gradient, DB.dtype.element_ty), mask=col < C)
 
 
 # Widest row -> (rows a program, warps, columns a tile) forward, and the same with programs a multiprocessor
