@@ -76,10 +76,12 @@ class Build:
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
         attributes: dict[tuple[int], list[list[Any]]] = {}
-        compile_time = {p.name for p in self.launch.kernel.params if p.is_constexpr}
+        parameters = {p.name: p for p in self.launch.kernel.params}
         for position, name in enumerate(self.launch.kernel.arg_names):
             value = self.launch.arguments[name]
-            if name in compile_time or value is None or (isinstance(value, int) and value == 1):
+            parameter = parameters[name]
+            is_number = isinstance(value, int) and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (is_number and value == 1):
                 signature[name], constants[name] = "constexpr", value
                 continue
             if isinstance(value, Tensor):
@@ -90,7 +92,7 @@ class Build:
                 signature[name] = "fp32"
             else:
                 signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            if isinstance(value, Tensor) or (is_number and value % 16 == 0):
                 attributes[(position,)] = [["tt.divisibility", 16]]
         return signature, constants, attributes
 

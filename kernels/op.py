@@ -22,14 +22,15 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
     jit = triton.jit
 except ImportError:  # PyTorch's own operations, and the checks of ours, work without Triton
-    triton, tl, INTERPRETED = None, SimpleNamespace(constexpr=float), False
+    triton, tl, TensorDescriptor, INTERPRETED = None, SimpleNamespace(constexpr=float), None, False
 
-    def jit(fn):
-        return fn
+    def jit(fn=None, **_):
+        return fn or jit
 
 
 INTERPRETER = 0  # an "architecture" with small tiles, so that small tests cross their borders

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import kernels
 from kernels import OPS
-from kernels.op import Op, record
+from kernels.attention import DESCRIPTOR_TILES
+from kernels.op import Op, architecture, record
 from tests.kernel_cases import (
     CASE_IDS,
     CASES,
@@ -166,6 +167,43 @@ def test_cost_is_that_of_the_tensors(op: Op) -> None:
     if op.differentiable:
         assert cost.backward_bytes >= read
         assert cost.backward_flops >= cost.forward_flops
+
+
+QKV_LAYOUTS: dict[str, tuple[Any, bool]] = {  # how qkv lies in memory, and whether a descriptor can read it
+    "packed": (lambda x: x, True),
+    "in wider rows": (lambda x: torch.cat([x, x], 2)[:, :, :3], True),
+    "16 bytes into its storage": (lambda x: torch.cat([x.new_zeros(8), x.flatten()])[8:].view_as(x), True),
+    "2 bytes into its storage": (lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x), False),
+    "rows apart by 2 bytes more": (lambda x: torch.cat([x, x[..., :1]], -1)[..., :-1], False),
+    "one sequence, seen twice": (lambda x: x[:1].expand_as(x), False),
+}
+
+
+@pytest.mark.parametrize("layout", QKV_LAYOUTS)
+def test_attention_reads_by_descriptor_what_it_can(layout: str, device: str, poisoned: None) -> None:
+    arrange, readable = QKV_LAYOUTS[layout]
+    op = next(op for op in OPS if op.name == "causal_attention")
+    call = make(op, torch.bfloat16, device, {"B": 2, "T": 37, "H": 2, "D": 32})
+    call["qkv"] = arrange(call["qkv"])
+    gradients = upstream(op, call)
+    with record() as launches:
+        results = run(op.implementations["triton"], call, gradients)
+    judge(op, results, call, gradients)
+    has_descriptors = architecture(call["qkv"]) in DESCRIPTOR_TILES
+    assert (launches[0].arguments["ROWS"] is not None) == (readable and has_descriptors)
+
+
+@pytest.mark.parametrize(
+    ("D", "dtype", "dropout_p"),
+    [(80, torch.bfloat16, 0.0), (32, torch.float32, 0.0), (32, torch.float16, 0.5)],
+)
+def test_attention_reads_by_pointers_where_they_are_faster(
+    D: int, dtype: torch.dtype, dropout_p: float, device: str
+) -> None:
+    qkv = torch.randn(1, 20, 3, 1, D, device=device).to(dtype)
+    with record() as launches:
+        kernels.causal_attention(qkv, dropout_p)
+    assert launches[0].arguments["ROWS"] is None
 
 
 # ---- torch.library, torch.compile, autocast

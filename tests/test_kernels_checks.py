@@ -54,6 +54,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: kernels.layer_norm(X, (8,), W.to("meta")),
         "layer_norm: all tensors must be on one device, not input on cpu, weight on meta",
     ),
+    "softmax upside down": (
+        lambda: kernels.causal_attention(QKV, softmax_scale=-0.25),
+        r"causal_attention: softmax_scale=-0.25 must be greater than 0",
+    ),
     "qkv unpacked": (
         lambda: kernels.causal_attention(QKV[:, :, 0]),
         r"causal_attention: qkv \(1, 5, 2, 16\) must be \(B, T, 3, H, D\)",
