@@ -147,15 +147,14 @@ def summary_of_clocks(text: str) -> dict[str, Any]:
     for line in text.splitlines(keepends=True):
         # A field can be "[N/A]", and the last line can be cut short.
         with suppress(ValueError):
-            *numbers, reasons = line.split(",")
+            mhz, watts, celsius, reasons = line.split(",")
             if line.endswith("\n"):
-                rows.append((*map(float, numbers), bool(int(reasons, 16) & POWER_CAP)))
+                rows.append((float(mhz), float(watts), float(celsius), int(reasons, 16) & POWER_CAP))
     if not rows:
         return {}
-    mhz, watts, celsius, capped = (list(column) for column in zip(*rows))
-    readings = {"mhz": mhz, "watts": watts, "celsius": celsius}
-    found = {name: asdict(summary(values)) for name, values in readings.items()}
-    return found | {"power_capped": sum(capped) / len(capped)}
+    *readings, capped = zip(*rows)
+    found = {name: asdict(summary(list(v))) for name, v in zip(("mhz", "watts", "celsius"), readings)}
+    return found | {"power_capped": sum(map(bool, capped)) / len(capped)}
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: str) -> int | None:
