@@ -1,114 +1,139 @@
 #!/usr/bin/env bash
-# bench/gpu.sh [--out=DIR] [--nanogpt=PATH] [--commit=HASH] [PART ...]: what a GPU can tell, in nine minutes. It has not run on one yet.
+# bench/gpu.sh [--out=DIR] [--nanogpt=PATH] [--commit=HASH] [--parts=NAME,NAME...]: measure what a GPU can tell.
 #
-# By default, in this order, so that what decides comes first:
-#   limits       python -m bench.roofline: copy, products of the step, attention by PyTorch's backends
-#   tests        the tests on this GPU: kernels against fp64 in every dtype, the model on them
-#   throughput   python -m bench.throughput on the 124M, beside nanoGPT when given, each kernel taken away in turn
-#   kernels      python -m bench.kernels
-#   sanitizer    compute-sanitizer's memcheck and racecheck over small shapes, where it is installed
-# In calls of their own:
-#   sweep        python -m bench.sweep: tile sizes, for the tables that say "not yet tuned"
-#   attention    python -m bench.sweep attention: candidates for attention against what is shipped and SDPA
-#   headline     the 124M beside nanoGPT for half a minute each
-#   batches      throughput by micro-batch, 8 to 128
-#   large        throughput of 350M, 774M and 1.5B; prefill and decode
+# Without --parts it runs these four, in at most six minutes with 16 processors:
+#   tests      run the tests on this GPU: the kernels against fp64, the model on the kernels
+#   warm       compile everything that the next two parts time, and check the operations
+#   step       time a training step of the 124M beside nanoGPT's (if given), without each kernel in turn, and by part
+#   kernels    time the operations at the shapes that decide how fast the 124M trains
+# `tests` and `warm` need processors more than the GPU, so they run side by side. Nothing is timed until both are done.
+# What matters most is timed first.
 #
-# Needs python with torch, triton, numpy and, for the tests, pytest; no network. PYTHON=... chooses it. Parts share
-# one log and write their JSON into DIR (bench/results by default), named by GPU and commit; where the checkout has no
-# .git, --commit says which. A part that is finished is not run again, and kernels, sweep and attention go on:
-# a call that was cut short is finished by repeating it, with the same DIR. On a machine that is lent for a while, take
-# a DIR that is kept between calls, such as out-gpu/, and pytest-xdist: the tests take 400 to 600 s in one process (estimated).
-set -u
-export PYTHONUNBUFFERED=1 TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-8}
+# Ask for the others by name, in a call of their own:
+#   sweep      try tile sizes, for the tables that say "not yet tuned"
+#   sanitizer  run compute-sanitizer's memcheck and racecheck on small shapes, if it is installed
+#   curve      train the 124M for 1,000 steps, on our kernels and on PyTorch's, and print the losses side by side
+#   sdpa       check the gradient of PyTorch's attention, eager and compiled, by backend
+#   all-kernels  time the operations at every shape
+#   headline   time the 124M beside nanoGPT for half a minute each
+#   batches    time the step by micro-batch, 8 to 128
+#   large      time the step of 350M, 774M and 1.5B
+#   generate   time prefill and decode
+#   limits     time a copy, the step's products, and attention by PyTorch's backends
+#
+# It needs python with torch, triton and numpy, and for the tests pytest and better pytest-xdist; it needs no network.
+# PYTHON=... chooses the python. The results go to DIR (bench/results by default) as JSON files, named by GPU and commit,
+# beside one log. If the checkout has no .git, name the commit by --commit. A part that is done is not run again, so
+# repeat the command, with the same DIR, to finish a call that was cut short: `sweep` and the kernels go on where they stopped.
+set -uo pipefail
+export PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
+known=" tests warm step kernels sweep sanitizer curve sdpa all-kernels headline batches large generate limits "
 
-out=
+out=bench/results
 nanogpt=()
-parts=()
+parts=tests,warm,step,kernels
 for argument in "$@"; do
     case "$argument" in
         --out=*) out=$(realpath -m "${argument#*=}") ;;
         --nanogpt=*) nanogpt=(--nanogpt "$(realpath -m "${argument#*=}")") ;;
         --commit=*) export TRITONGPT_COMMIT=${argument#*=} ;;
-        limits | tests | sanitizer | kernels | throughput | sweep | attention | headline | batches | large) parts+=("$argument") ;;
-        *) echo "error: '$argument' is none of --out=DIR, --nanogpt=PATH, --commit=HASH, limits, tests, throughput, kernels, sanitizer, sweep, attention, headline, batches, large" >&2; exit 2 ;;
+        --parts=*) parts=${argument#*=} ;;
+        *) echo "error: '$argument' is not one of --out=DIR, --nanogpt=PATH, --commit=HASH, --parts=NAME,NAME" >&2; exit 2 ;;
     esac
 done
-[ ${#parts[@]} -gt 0 ] || parts=(limits tests throughput kernels sanitizer)
+for part in ${parts//,/ }; do
+    case "$known" in
+        *" $part "*) ;;
+        *) echo "error: '$part' is not one of the parts:$known" >&2; exit 2 ;;
+    esac
+done
 cd "$(dirname "$0")/.."
 
 gpu=$($python -c 'import torch; print(torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-"))' \
     2>/dev/null) || { echo "error: $python finds no torch with a GPU here" >&2; exit 1; }
 commit=$($python -c 'from bench.timing import commit; print((commit() or "")[:8])')
-out=${out:-bench/results}
 mkdir -p "$out"
 prefix="$out/$gpu-${commit:-$(date +%F)}"
+processors=$(nproc)
 failed=0
 deadline=540
-set -o pipefail
 
-# part, seconds at most, command: shown as it goes on, and kept in the log
+# run NAME SECONDS COMMAND...: run a part for at most SECONDS, show what it prints, and append it to the log.
 run() {
-    local name=$1 limit=$2 left=$((deadline - SECONDS)) started=$SECONDS
+    local name=$1 limit=$2 left=$((deadline - SECONDS)) started=$SECONDS code=0
     shift 2
     if grep -qsx "$name" "$prefix.done"; then
-        echo "== $name was finished before: take it out of $prefix.done to run it again"
-        return
+        echo "== $name is done: delete its line in $prefix.done to run it again"
+        return 0
     fi
     if [ "$left" -lt 15 ]; then
         echo "== $name: no time is left, repeat the command"
-        failed=1
-        return
+        return 1
     fi
     [ "$limit" -le "$left" ] || limit=$left
     echo "== $name, at most $limit s" | tee -a "$prefix.log"
-    if timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$prefix.log"; then
+    timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$prefix.log" || code=1
+    if [ $code = 0 ]; then
         echo "$name" >>"$prefix.done"
     else
         echo "== $name failed or ran out of time: see $prefix.log"
-        failed=1
     fi
     echo "== $name took $((SECONDS - started)) s" | tee -a "$prefix.log"
+    return $code
 }
 
+throughput=("$python" -m bench.throughput ${nanogpt[@]+"${nanogpt[@]}"})
 pytest=("$python" -m pytest -p no:cacheprovider)
 small=(tests/test_kernels.py -k "output_and_gradients and bfloat16 and not 50257 and not 50304")
-has() { $python -c "import $1" 2>/dev/null; }
+side=() # the processes that run side by side
 
-for part in "${parts[@]}"; do
+for part in ${parts//,/ }; do
     case "$part" in
-        limits) run limits 60 "$python" -m bench.roofline --out "$prefix-limits.json" ;;
+        tests | warm) ;;
+        *) for process in ${side[@]+"${side[@]}"}; do wait "$process" || failed=1; done; side=() ;;
+    esac
+    case "$part" in
         tests)
-            has pytest || { echo "== tests: $python has no pytest"; continue; }
-            workers=() # compiling keeps the processors busy, not the GPU
-            has xdist && workers=(-n 8)
-            run tests 170 env TORCHINDUCTOR_COMPILE_THREADS=1 "${pytest[@]}" ${workers[@]+"${workers[@]}"} \
-                tests/test_kernels.py tests/test_kernels_bugs.py tests/test_kernels_checks.py tests/test_model_kernels.py ;;
-        throughput) run throughput 170 "$python" -m bench.throughput --ablate --batch_size 64 --seconds 6 --budget 150 \
-            ${nanogpt[@]+"${nanogpt[@]}"} --out "$prefix-throughput.json" ;;
-        kernels) run kernels 140 "$python" -m bench.kernels --seconds 0.1 --out "$prefix-kernels.json" ;;
+            $python -c "import pytest" 2>/dev/null || { echo "== tests: $python has no pytest"; continue; }
+            workers=()
+            $python -c "import xdist" 2>/dev/null && workers=(-n $(((processors + 1) / 2)))
+            run tests 140 env TORCHINDUCTOR_COMPILE_THREADS=1 "${pytest[@]}" ${workers[@]+"${workers[@]}"} \
+                tests/test_kernels.py tests/test_kernels_bugs.py tests/test_kernels_checks.py tests/test_model_kernels.py &
+            side+=($!) ;;
+        warm)
+            export TORCHINDUCTOR_COMPILE_THREADS=$(((processors + 2) / 3))
+            run warm-step 140 "${throughput[@]}" --warm --ablate --batch_size 64 &
+            side+=($!)
+            run warm-kernels 140 "$python" -m bench.kernels --warm --few &
+            side+=($!)
+            export TORCHINDUCTOR_COMPILE_THREADS=$processors ;;
+        step) run step 130 "${throughput[@]}" --ablate --batch_size 64 --seconds 5 --budget 115 \
+            --out "$prefix-throughput.json" || failed=1 ;;
+        kernels) run kernels 90 "$python" -m bench.kernels --few --seconds 0.1 --out "$prefix-kernels.json" || failed=1 ;;
+        sweep) run sweep 530 "$python" -m bench.sweep --out "$prefix-sweep.json" || failed=1 ;;
         sanitizer)
             PATH=$PATH:/usr/local/cuda/bin
             command -v compute-sanitizer >/dev/null || { echo "== sanitizer: compute-sanitizer is not installed"; continue; }
-            # Freed memory goes back at once, so that reading beyond a tensor is seen.
+            # Memory that is freed goes back at once, so that the tool sees a read beyond a tensor.
             for tool in memcheck racecheck; do
-                run sanitizer-$tool 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool \
-                    --error-exitcode 9 --target-processes application-only "${pytest[@]}" "${small[@]}"
+                run sanitizer-$tool 265 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool \
+                    --error-exitcode 9 --target-processes application-only "${pytest[@]}" "${small[@]}" || failed=1
             done ;;
-        sweep) run sweep 530 "$python" -m bench.sweep --out "$prefix-sweep.json" ;;
-        attention) run attention 530 "$python" -m bench.sweep attention --out "$prefix-attention.json" ;;
-        headline) run headline 300 "$python" -m bench.throughput --batch_size 64 --seconds 30 \
-            ${nanogpt[@]+"${nanogpt[@]}"} --out "$prefix-headline.json" ;;
-        batches) run batches 530 "$python" -m bench.throughput --seconds 10 ${nanogpt[@]+"${nanogpt[@]}"} \
-            --out "$prefix-batches.json" ;;
+        curve) run curve 530 "$python" -m bench.curve --out "$prefix-curve.json" || failed=1 ;;
+        sdpa) run sdpa 300 "$python" -m bench.sdpa --out "$prefix-sdpa.json" || failed=1 ;;
+        all-kernels) run all-kernels 530 "$python" -m bench.kernels --seconds 0.1 --out "$prefix-kernels.json" || failed=1 ;;
+        headline) run headline 300 "${throughput[@]}" --batch_size 64 --seconds 30 --out "$prefix-headline.json" || failed=1 ;;
+        batches) run batches 530 "${throughput[@]}" --seconds 10 --out "$prefix-batches.json" || failed=1 ;;
         large)
             for size in 350M 774M 1.5B; do
-                run large-$size 140 "$python" -m bench.throughput --size $size --batch_size 16 --seconds 8 --budget 120 \
-                    ${nanogpt[@]+"${nanogpt[@]}"} --out "$prefix-throughput-$size.json"
-            done
-            run generate 100 "$python" -m bench.generate --new 128 --seconds 2 ${nanogpt[@]+"${nanogpt[@]}"} \
-                --out "$prefix-generate.json" ;;
+                run large-$size 175 "${throughput[@]}" --size $size --batch_size 16 --seconds 8 --budget 150 \
+                    --out "$prefix-throughput-$size.json" || failed=1
+            done ;;
+        generate) run generate 100 "$python" -m bench.generate --new 128 --seconds 2 ${nanogpt[@]+"${nanogpt[@]}"} \
+            --out "$prefix-generate.json" || failed=1 ;;
+        limits) run limits 60 "$python" -m bench.roofline --out "$prefix-limits.json" || failed=1 ;;
     esac
 done
+for process in ${side[@]+"${side[@]}"}; do wait "$process" || failed=1; done
 exit $failed

@@ -3,9 +3,10 @@
 For each shape: milliseconds forward, backward and both, interleaved with the peers that are installed; the
 share of the limit, which is the least time that the operation's bytes or FLOPs (`Op.cost`) could take at
 the rates measured in the same run; and the memory needed beyond the inputs. What fits into the L2 cache is
-timed once more without emptying it ("warm"). Before anything is timed it is
-held to fp64 on fewer rows of the same shape: what is wrong is said and not timed. Peers that are missing
-are said too.
+timed once more without emptying it ("warm"). Ours and the fastest peer also run for a second on end
+("sustained"), at the clocks that the GPU's power then allows. Before anything is timed it is held to fp64 on
+fewer rows of the same shape: what is wrong is said and not timed. Peers that are missing are said too.
+The shapes that decide how fast the 124M trains come first; `--few` stops after them.
 
 Without a GPU the shapes are small, only PyTorch's operations run, and the figures say nothing about a GPU.
 """
@@ -13,7 +14,8 @@ Without a GPU the shapes are small, only PyTorch's operations run, and the figur
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -48,8 +50,22 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"N": N, "C": C, "V": 50304} for N in (65536, 16384) for C in (768, 1024, 1280, 1600)
     ],
     "causal_attention": [dict(zip("BTHD", heads)) for heads in HEADS],
-    "decode_attention": [dict(zip("BHTD", cache)) for cache in CACHES],
+    "decode_attention": [dict(zip("BHTD", cache)) | {"ragged": False} for cache in CACHES],
 }
+DECIDING: list[tuple[str, dict[str, Any]]] = [
+    ("linear_cross_entropy", {"N": 65536, "C": 768, "V": 50304}),
+    ("causal_attention", {"B": 64, "T": 1024, "H": 12, "D": 64}),
+    ("loss_and_gradient", {"N": 8192, "V": 50304}),
+    ("causal_attention", {"B": 16, "T": 2048, "H": 16, "D": 128}),
+    ("add_layer_norm", {"shape": (65536, 768), "mixed": True}),
+    ("decode_attention", {"B": 32, "H": 12, "T": 1024, "D": 64, "ragged": False}),
+    ("causal_attention", {"B": 8, "T": 4096, "H": 12, "D": 64}),
+    ("layer_norm", {"shape": (65536, 768)}),
+    ("loss_and_gradient", {"N": 8192, "V": 50257}),
+    ("cross_entropy", {"N": 8192, "V": 50304}),
+    ("add_layer_norm", {"shape": (16384, 1600)}),
+    ("add_layer_norm", {"shape": (65536, 4096)}),
+]
 SMALL: dict[str, dict[str, Any]] = {
     "layer_norm": {"shape": (256, 768)},
     "add_layer_norm": {"shape": (256, 768)},
@@ -60,6 +76,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "decode_attention": {"B": 2, "H": 2, "T": 128, "D": 64},
 }
 DIRECTIONS = ("forward", "backward", "both")
+COMPILED = ("tritongpt", "compile", "flex")  # of the variants: those that --warm compiles
 FEWER = {"N": 512, "B": 1, "H": 2}  # enough to be judged by
 
 
@@ -222,7 +239,9 @@ def errors(op: Op, call: dict[str, Any], functions: dict[str, Callable[..., Any]
     """{name: {output or gradient: relative error against fp64}, or the exception that it raised}."""
     exact_call = _own(call, Tensor.double)
     outputs = _tuple(op.reference(**exact_call))
-    gradients = [torch.randn_like(o) + 1.5 for o in outputs]
+    # Contiguous, as the next layer gives them. One layout for all: PyTorch builds cuDNN's backward of a shape
+    # once, for the layout of the first gradient, and misreads a later gradient of another layout.
+    gradients = [torch.randn(o.shape, dtype=o.dtype, device=o.device) + 1.5 for o in outputs]
     names = [f"output {i}" for i in range(len(outputs))]
     names += [f"d{k}" for k, v in call.items() if _floating(v) and v.requires_grad]
 
@@ -279,7 +298,7 @@ def directions(function: Callable[..., Any], call: dict[str, Any]) -> dict[str, 
     if not inputs:
         return {"forward": lambda: function(**call)}
     outputs = _tuple(function(**call))
-    gradients = [torch.randn_like(o) for o in outputs]
+    gradients = [torch.randn(o.shape, dtype=o.dtype, device=o.device) for o in outputs]
     return {
         "forward": lambda: function(**call),
         "backward": lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True),
@@ -296,20 +315,23 @@ def honest_compilation() -> Iterator[None]:
         yield
 
 
-def measure(
-    op: Op, sample: dict[str, Any], dtype: torch.dtype, device: str, limits: dict[str, float], seconds: float
-) -> dict[str, Any]:
-    """One shape: {variant: {direction: {median, limit, ...}, "bytes"} or why there is none}."""
-    call = make_call(op, dtype, device, sample)
+def prepare(
+    op: Op, call: dict[str, Any], sample: dict[str, Any], dtype: torch.dtype, only: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, dict[str, Callable[[], Any]]]]:
+    """Judges and compiles the variants, `only` those where it names any.
+
+    Returns ({variant: {"bytes"} or why it cannot be timed}, {variant: {direction: what to time}}).
+    """
+    device = next(iter(call.values())).device.type
     few = {k: min(v, FEWER[k]) if k in FEWER else v for k, v in sample.items()}
     if "shape" in few:
         few["shape"] = (min(512, few["shape"][0]), few["shape"][1])
-    found = dict(variants(op, device))
+    found = {name: f for name, f in variants(op, device) if not only or name in only}
     result: dict[str, Any] = {name: function for name, function in found.items() if isinstance(function, str)}
     functions = {name: function for name, function in found.items() if not isinstance(function, str)}
     result |= wrong(op, make_call(op, dtype, device, few), functions)
     ready: dict[str, dict[str, Callable[[], Any]]] = {}
-    for name in functions.keys() - result.keys():
+    for name in [name for name in functions if name not in result]:
         try:
             overwrites = name == "liger" or op is IN_PLACE  # its input
             own = _own(call) if overwrites else call
@@ -321,6 +343,19 @@ def measure(
             ready[name] = runs
         except Exception as failure:  # out of memory, or what a compiler raises
             result[name] = _why(failure)
+    return {name: result[name] for name in found}, ready
+
+
+def measure(
+    op: Op, sample: dict[str, Any], dtype: torch.dtype, device: str, limits: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    """One shape: {variant: {direction: {median, limit, ...}, "bytes", "sustained"} or why there is none}.
+
+    "sustained" is the milliseconds of a call, of both directions where there are two, among as many as fill a
+    second. Ours has it, and the fastest of the others.
+    """
+    call = make_call(op, dtype, device, sample)
+    result, ready = prepare(op, call, sample, dtype)
     cost = op.cost(**call)
     for direction in DIRECTIONS if op.differentiable else DIRECTIONS[:1]:
         at_limit, moved, computed = least(cost, direction, limits)
@@ -337,7 +372,12 @@ def measure(
         if cost.forward_bytes < timing.l2_bytes(device):
             for name, warm in timing.interleaved(calls, device, seconds, cold=False).items():
                 result[name][direction]["warm"] = warm.median
-    return {name: result[name] for name in found}
+    whole = "both" if op.differentiable else "forward"
+    others = sorted(ready.keys() - {"tritongpt"}, key=lambda name: result[name][whole]["median"])
+    for name in [*(ready.keys() & {"tritongpt"}), *others[:1]]:
+        long = 1.0 if device == "cuda" else 0.01
+        result[name]["sustained"] = timing.sustained(ready[name][whole], device, long)
+    return result
 
 
 def _copy(moved: int, device: str) -> Callable[[], Any]:
@@ -389,8 +429,42 @@ def _line(name: str, found: Any, limits: dict[str, float]) -> str:
         parts.append(
             f"{direction} {timed['median']:8.3f} ms ({timed['limit']:4.0%}, {rate(timed, limits)}{warm})"
         )
-    extra = "" if found["bytes"] is None else f"  {found['bytes'] / 2**20:8,.0f} MiB"
-    return f"  {name:12} {'  '.join(parts)}{extra}"
+    if "sustained" in found:
+        parts.append(f"sustained {found['sustained']:8.3f} ms")
+    if found["bytes"] is not None:
+        parts.append(f"{found['bytes'] / 2**20:8,.0f} MiB")
+    return f"  {name:12} {'  '.join(parts)}"
+
+
+def samples_to_time(names: Collection[str], device: str, few: bool) -> list[tuple[Op, dict[str, Any]]]:
+    """Those that decide, then a shape of each operation in turn: a run cut short has something of all."""
+    samples = [(name, sample) for name, sample in DECIDING if name in names]
+    if device != "cuda":
+        samples = [(name, SMALL[name]) for name in names]
+    elif not few:
+        rows = zip_longest(*([(name, sample) for sample in SHAPES[name]] for name in names))
+        samples += [case for row in rows for case in row if case is not None and case not in DECIDING]
+    # as they are read back from a file
+    return [(_OPS[name], json.loads(json.dumps(sample))) for name, sample in samples]
+
+
+def warm(samples: list[tuple[Op, dict[str, Any]]], dtypes: Collection[str], device: str) -> None:
+    """Compiles and judges without timing anything. The compilers' caches on disk keep what they make."""
+    for op, sample in samples:
+        for dtype in dtypes:
+            began = time.perf_counter()
+            with honest_compilation():
+                call = make_call(op, DTYPES[dtype], device, sample)
+                result, _ = prepare(op, call, sample, DTYPES[dtype], COMPILED)
+            print(f"{op.name} {dtype} {_shape(sample)}: {time.perf_counter() - began:.1f} s", flush=True)
+            for name, reason in result.items():
+                if isinstance(reason, str):
+                    print(_line(name, reason, {}), flush=True)
+            del call
+
+
+def _shape(sample: dict[str, Any]) -> str:
+    return " ".join(f"{k}={v}" for k, v in sample.items())
 
 
 def main() -> None:
@@ -400,6 +474,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(_OPS)}; all by default")
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=DTYPES)
     parser.add_argument("--seconds", type=float, default=0.2, help="for each variant and direction")
+    parser.add_argument("--few", action="store_true", help="only the shapes that decide")
+    parser.add_argument("--warm", action="store_true", help="compile and judge, time nothing")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
     if unknown := set(options.names) - _OPS.keys():
@@ -407,31 +483,26 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         print("There is no GPU: small shapes on the CPU, which say nothing about a GPU.")
+    samples = samples_to_time(options.names or list(_OPS), device, options.few)
+    if options.warm:
+        warm(samples, options.dtype, device)
+        return
     limits = timing.limits(device)
     copy, product = limits["copy_bytes_per_s"] / 1e9, limits["product_flops_per_s"] / 1e12
     print(f"limits of this machine: copy {copy:,.0f} GB/s, product {product:,.1f} TFLOP/s")
     cases = timing.kept(options.out, "cases")
     done = [(case["operation"], case["dtype"], str(case["sample"])) for case in cases]
-    ops = [_OPS[name] for name in options.names or _OPS]
-    samples = [SHAPES[op.name] if device == "cuda" else [SMALL[op.name]] for op in ops]
-    # A shape of each operation in turn, those of the 124M first: what is cut short has something of all.
-    for row in zip_longest(*samples):
-        for op, sample in zip(ops, row):
-            if sample is None:
+    for op, sample in samples:
+        for dtype in options.dtype:
+            if (op.name, dtype, str(sample)) in done:
                 continue
-            sample = json.loads(json.dumps(sample))  # as it is read back from a file
-            for dtype in options.dtype:
-                if (op.name, dtype, str(sample)) in done:
-                    continue
-                with honest_compilation():
-                    found = measure(op, sample, DTYPES[dtype], device, limits, options.seconds)
-                cases.append({"operation": op.name, "sample": sample, "dtype": dtype, "variants": found})
-                print(f"{op.name} {dtype} {' '.join(f'{k}={v}' for k, v in sample.items())}")
-                print(
-                    *(_line(name, variant, limits) for name, variant in found.items()), sep="\n", flush=True
-                )
-                if options.out:  # what is measured is kept, whatever comes next
-                    timing.write(options.out, "kernels", device, limits=limits, cases=cases)
+            with honest_compilation():
+                found = measure(op, sample, DTYPES[dtype], device, limits, options.seconds)
+            cases.append({"operation": op.name, "sample": sample, "dtype": dtype, "variants": found})
+            print(f"{op.name} {dtype} {_shape(sample)}")
+            print(*(_line(name, variant, limits) for name, variant in found.items()), sep="\n", flush=True)
+            if options.out:  # what is measured is kept, whatever comes next
+                timing.write(options.out, "kernels", device, limits=limits, cases=cases)
 
 
 if __name__ == "__main__":

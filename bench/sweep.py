@@ -25,19 +25,27 @@ import torch
 from bench import timing
 from bench.kernels import IN_PLACE, loss_and_gradient, make_call, wrong
 from kernels import OPS
+from kernels.attention import TILES as ATTENTION_TILES
+from kernels.attention import Tile as AttentionTile
+from kernels.cross_entropy import TILES as LOSS_TILES
+from kernels.cross_entropy import _width as loss_width
+from kernels.decode import TILES as DECODE_TILES
+from kernels.decode import Tile as DecodeTile
+from kernels.layer_norm import TILES as NORM_TILES
+from kernels.layer_norm import _width as norm_width
+from kernels.linear_cross_entropy import _sum as loss_in_chunks
 from kernels.op import INTERPRETED, Op, architecture, unavailable
-
-_attention = sys.modules["kernels.attention"]  # `kernels.cross_entropy` and the like are the functions
-_cross_entropy = sys.modules["kernels.cross_entropy"]
-_decode = sys.modules["kernels.decode"]
-_layer_norm = sys.modules["kernels.layer_norm"]
-_linear_cross_entropy = sys.modules["kernels.linear_cross_entropy"]
 
 DEVICE = "cuda"
 ALL = 1024  # programs a multiprocessor: one for every row
 CHUNK = {"rows": ((8192,),)}  # as `chunk_rows` has it for GPT-2's vocabulary
-# Where what is shipped does not decide: the chunks of a whole micro-batch.
-SAMPLES = {"linear_cross_entropy": ({"N": 65536, "C": 768, "V": 50304},)}
+# What a step of the 124M launches: these decide an entry before the shapes that an Op ships.
+DECIDING: dict[str, dict[str, Any]] = {
+    "causal_attention": {"B": 64, "T": 1024, "H": 12, "D": 64},
+    "add_layer_norm": {"shape": (65536, 768), "mixed": True, "bias": False},
+    "cross_entropy": {"N": 8192, "V": 50304},
+    "linear_cross_entropy": {"N": 65536, "C": 768, "V": 50304},
+}
 
 
 @dataclass(frozen=True)
@@ -63,9 +71,11 @@ def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
     """The entries that decide how `op` is launched with these arguments."""
     first = next(v for v in call.values() if isinstance(v, torch.Tensor))
     arch = architecture(first)
+    table: dict[Any, tuple[Any, ...]]
+    candidates: tuple[Any, ...]
     if op.family == "layer_norm":
-        C, table = first.shape[-1], _layer_norm.TILES[arch]
-        key = _layer_norm._width(C)
+        C, table = first.shape[-1], NORM_TILES[arch]
+        key = norm_width(C)
         forward = tuple(_norm_tiles(C, 64))
         yield Slot("forward (rows, warps, columns)", table, key, 0, forward, op.launchers)
         # backward holds six values for each of a lane's columns, so that it has half as many, and one row
@@ -81,7 +91,7 @@ def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
             for block, warps, programs in sizes
             if 8 <= block // (32 * warps) <= 32 and (programs == ALL or 16 <= warps * programs <= 64)
         )
-        table, key = _cross_entropy.TILES[arch], _cross_entropy._width(first.shape[1])
+        table, key = LOSS_TILES[arch], loss_width(first.shape[1])
         # what training runs, on a chunk of its own logits, decides
         for name, launch in (("in place", loss_and_gradient), ("forward, backward", op.launchers)):
             yield Slot(f"{name} (BLOCK, warps, programs)", table, key, None, candidates, launch)
@@ -89,24 +99,18 @@ def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
         chunks = tuple((rows,) for rows in (2048, 4096, 8192, 16384))
         yield Slot("rows of a chunk", CHUNK, "rows", 0, chunks, _in_chunks)
     elif op.name == "decode_attention":
-        candidates = tuple(_decode.Tile(*t) for t in product((16, 32, 64), (2, 4, 8), (2, 3, 4), (2, 4, 8)))
+        candidates = tuple(DecodeTile(*t) for t in product((16, 32, 64), (2, 4, 8), (2, 3, 4), (2, 4, 8)))
         width = 64 if first.shape[-1] <= 64 else 128
-        yield Slot("(n, warps, stages, programs)", _decode.TILES[arch], width, 0, candidates, op.launchers)
+        yield Slot("(n, warps, stages, programs)", DECODE_TILES[arch], width, 0, candidates, op.launchers)
     elif op.name == "causal_attention" and first.dtype != torch.float32 and not call.get("dropout_p"):
         width = 64 if first.shape[-1] <= 64 else 128
         for index, name in enumerate(("forward", "dq", "dk and dv")):
             tiles = product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
             # The block that a program owns is a multiple of the other: queries, and keys for dk and dv.
             square = (t for t in tiles if (t[1] % t[0] if index == 2 else t[0] % t[1]) == 0)
-            candidates = tuple(_attention.Tile(*t) for t in square)
-            yield Slot(
-                f"{name} (m, n, warps, stages)",
-                _attention.TILES[arch],
-                width,
-                index,
-                candidates,
-                op.launchers,
-            )
+            candidates = tuple(AttentionTile(*t) for t in square)
+            where = f"{name} (m, n, warps, stages)"
+            yield Slot(where, ATTENTION_TILES[arch], width, index, candidates, op.launchers)
 
 
 def _norm_tiles(C: int, most: int) -> Iterator[tuple[int, int, int]]:
@@ -120,7 +124,7 @@ def _norm_tiles(C: int, most: int) -> Iterator[tuple[int, int, int]]:
 
 def _in_chunks(input: torch.Tensor, linear_weight: torch.Tensor, target: torch.Tensor, **_: Any) -> None:
     (rows,) = CHUNK["rows"][0]
-    _linear_cross_entropy._sum(input, linear_weight, target, -100, 0.0, rows, input.dtype, True, True)
+    loss_in_chunks(input, linear_weight, target, -100, 0.0, rows, input.dtype, True, True)
 
 
 def arguments(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
@@ -252,33 +256,41 @@ def main() -> None:
     # each process has a GPU context of its own, about half a GB
     processes = max(1, min(14, (os.cpu_count() or 2) - 2))
     pool = Pool(partial(ProcessPoolExecutor, processes, multiprocessing.get_context("spawn")))
-    most_to_gain = ("causal_attention", "cross_entropy", "add_layer_norm")
     seen = set()
-    for op in sorted(OPS, key=lambda op: (op.name not in most_to_gain, op.name == "layer_norm")):
-        samples = SAMPLES.get(op.name, op.shipped)
-        for sample in samples if not options.names or op.name in options.names else ():
-            call = arguments(op, sample)
-            for position, slot in enumerate(slots(op, call)):
-                entry = id(slot.table), slot.key, slot.index, slot.name
-                if entry in seen:  # the first sample to reach it decides
-                    continue
-                seen.add(entry)
-                where = {"operation": op.name, "sample": str(sample), "slot": slot.name}
-                if tuple(where.values()) in done:
-                    continue
-                tiles = list(dict.fromkeys((slot.get(), *slot.candidates)))
-                tried = pool.attempts(op, sample, position, tiles)
-                found = sweep(call, slot, tried, options.seconds)
-                timed = {n: t.median for n, t in found.items() if isinstance(t, timing.Timing)}
-                now = str(tuple(slot.get()))
-                print(f"{op.name} {sample} {slot.name}: now {now} {timed.get(now, float('nan')):.4f} ms")
-                best = sorted(timed, key=lambda n: timed[n])[:5]
-                print(*(f"    {n:24} {timed[n]:.4f} ms" for n in best), sep="\n", flush=True)
-                failed = {n: t for n, t in found.items() if isinstance(t, str)}
-                results.append(where | {"now": now, "ms": timed, "failed": failed})
-                if options.out:
-                    timing.write(options.out, "sweep", "cuda", sweeps=results)
+    for op, sample in samples_to_sweep(options.names):
+        call = arguments(op, sample)
+        for position, slot in enumerate(slots(op, call)):
+            entry = id(slot.table), slot.key, slot.index, slot.name
+            if entry in seen:  # the first sample to reach it decides
+                continue
+            seen.add(entry)
+            where = {"operation": op.name, "sample": str(sample), "slot": slot.name}
+            if tuple(where.values()) in done:
+                continue
+            tiles = list(dict.fromkeys((slot.get(), *slot.candidates)))
+            # The pool has answered before anything is timed, so that the GPU is idle but for what is timed.
+            tried = pool.attempts(op, sample, position, tiles)
+            found = sweep(call, slot, tried, options.seconds)
+            timed = {n: t.median for n, t in found.items() if isinstance(t, timing.Timing)}
+            now = str(tuple(slot.get()))
+            print(f"{op.name} {sample} {slot.name}: now {now} {timed.get(now, float('nan')):.4f} ms")
+            best = sorted(timed, key=lambda n: timed[n])[:5]
+            print(*(f"    {n:24} {timed[n]:.4f} ms" for n in best), sep="\n", flush=True)
+            failed = {n: t for n, t in found.items() if isinstance(t, str)}
+            results.append(where | {"now": now, "ms": timed, "failed": failed})
+            if options.out:
+                timing.write(options.out, "sweep", "cuda", sweeps=results)
+        del call
     pool.close()
+
+
+def samples_to_sweep(names: list[str]) -> Iterator[tuple[Op, dict[str, Any]]]:
+    """What decides first, then what the operations ship; of `names`, or of all."""
+    ops = {op.name: op for op in OPS if not names or op.name in names}
+    yield from ((ops[name], sample) for name, sample in DECIDING.items() if name in ops)
+    # layer_norm shares its entries with add_layer_norm, which runs more often.
+    for op in sorted(ops.values(), key=lambda op: op.name == "layer_norm"):
+        yield from ((op, sample) for sample in op.shipped)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ accumulation to about half a million tokens, clipping, AdamW. Variants take turn
 clocks and temperature treat them alike. With --nanogpt=PATH, a checkout of nanoGPT, its own model and step
 are among them. Under torchrun it measures all GPUs together.
 
+On a GPU it ends with the milliseconds of a step by part, ours and nanoGPT's, beside the least that the
+GPU's limits allow: torch's profiler gives the time of each kernel, and KERNELS says to which part it belongs.
+
 Without a GPU the model is tiny, and the figures say nothing about a GPU.
 """
 
@@ -12,9 +15,10 @@ import argparse
 import importlib.util
 import math
 import random
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -24,7 +28,7 @@ from typing import Any
 import torch
 import torch._dynamo
 
-from bench import timing
+from bench import roofline, timing
 from bench.roofline import SIZES, TOKENS_PER_STEP
 from gpt.device import autocast, resolve_dtype
 from gpt.flops import peak_flops
@@ -36,6 +40,29 @@ from train.distributed import Ranks
 
 ABLATIONS = ("layer_norm", "attention", "cross_entropy")
 OUT_OF_MEMORY = "out of memory"
+# The part of the step that a kernel belongs to, by its name; the first pattern that fits decides. The names
+# are those of our kernels, of cuBLAS, cuDNN and FlashAttention, and Inductor's, which list what it fused.
+KERNELS = (
+    (r"_attention_forward_kernel|sdpa.*fprop|flash_fwd|fmha_cutlassF", "attention, forward"),
+    # cuDNN's has a kernel before and one after it. Inductor packs dq, dk and dv together by cat or stack.
+    (r"_attention_d\w+_kernel|sdpa.*bprop|flash_bwd|fmha_cutlassB", "attention, backward"),
+    (r"compute_dot_do_o|convert_dq_to|^triton_\w+_fused_(cat|clone_stack)_", "attention, backward"),
+    (r"_norm_forward_kernel", "norms, forward"),
+    (r"_norm_(backward|sum)_kernel|embedding_dense_backward\w*native_layer_norm", "norms, backward"),
+    # The forward pass is named after what it keeps for the backward pass as well.
+    (r"native_layer_norm_native_layer_norm_backward", "norms, forward"),
+    (r"native_layer_norm_backward", "norms, backward"),
+    (r"native_layer_norm", "norms, forward"),
+    (r"gelu_backward", "GELU, backward"),
+    (r"gelu", "GELU, forward"),
+    (r"_loss_kernel|log_softmax", "loss"),
+    (r"nvjet_|gemm|cutlass|splitKreduce", "matrix products"),
+)
+# In the order of the table. "rest" are the other kernels: embeddings, casts, clipping, AdamW.
+PARTS = (
+    "matrix products", "attention, forward", "attention, backward", "norms, forward", "norms, backward",
+    "GELU, forward", "GELU, backward", "loss", "rest", "between kernels",
+)  # fmt: skip
 
 
 @dataclass
@@ -50,7 +77,14 @@ class Variant:
 
 
 def our_variant(
-    name: str, spec: str, compiled: bool, config: GPTConfig, dtype: str, ranks: Ranks, batch_size: int
+    name: str,
+    spec: str,
+    compiled: bool,
+    config: GPTConfig,
+    dtype: str,
+    ranks: Ranks,
+    batch_size: int,
+    step_tokens: int = TOKENS_PER_STEP,
 ) -> Variant:
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**vars(config), "kernels": spec}), ranks.device).to(ranks.device)
@@ -58,7 +92,7 @@ def our_variant(
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
     precision = partial(autocast, ranks.device, dtype)
     trained = distributed.parallel(model, "ddp", compiled, dtype, ranks)
-    accumulation = _accumulation(batch_size, config.block_size, ranks)
+    accumulation = _accumulation(step_tokens, batch_size * config.block_size, ranks)
     batch = _batch(config, batch_size, ranks.device)
 
     def step() -> None:
@@ -68,7 +102,14 @@ def our_variant(
     return Variant(name, step, tokens, model.flops_per_token())
 
 
-def nanogpt_variant(checkout: Path, config: GPTConfig, dtype: str, ranks: Ranks, batch_size: int) -> Variant:
+def nanogpt_variant(
+    checkout: Path,
+    config: GPTConfig,
+    dtype: str,
+    ranks: Ranks,
+    batch_size: int,
+    step_tokens: int = TOKENS_PER_STEP,
+) -> Variant:
     """nanoGPT's model from its own file, in the step of its train.py: compiled, its default attention."""
     if ranks.world_size > 1:
         raise ValueError("nanoGPT's step stands beside ours on one GPU only")
@@ -77,7 +118,7 @@ def nanogpt_variant(checkout: Path, config: GPTConfig, dtype: str, ranks: Ranks,
     optimizer = raw.configure_optimizers(0.1, 6e-4, (0.9, 0.95), ranks.device_type)
     scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
     model = torch.compile(raw) if ranks.device_type == "cuda" else raw
-    accumulation = _accumulation(batch_size, config.block_size, ranks)
+    accumulation = _accumulation(step_tokens, batch_size * config.block_size, ranks)
     idx, targets = _batch(config, batch_size, ranks.device)
 
     def step() -> None:
@@ -139,8 +180,28 @@ def prepare_largest(
     return found, batch_size
 
 
-def measure(variants: list[Variant], seconds: float, ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """Steps of all variants in turns, about `seconds` of each and at least three."""
+def warm(builds: dict[str, Callable[..., Variant]], batch_size: int, block_size: int, ranks: Ranks) -> None:
+    """Compiles each variant on a step of one micro-batch; the compilers' caches on disk keep the result."""
+    for name, build in builds.items():
+        began = time.monotonic()
+        torch._dynamo.reset()  # it compiles a function for a few variants only
+        variant = prepare(partial(build, batch_size, batch_size * block_size * ranks.world_size), ranks)
+        if ranks.is_main:
+            print(_prepared(name, variant, time.monotonic() - began), flush=True)
+        del variant
+        fit.release(ranks.device)
+
+
+def measure(
+    variants: list[Variant],
+    seconds: float,
+    ranks: Ranks,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, dict[str, Any]]:
+    """Steps of all variants in turns, about `seconds` of each and at least three.
+
+    After each round `keep` gets the figures so far, by variant.
+    """
     if not variants:
         return {}
 
@@ -160,13 +221,9 @@ def measure(variants: list[Variant], seconds: float, ranks: Ranks) -> dict[str, 
         shuffle(order)
         for variant in order:
             times[variant.name].append(timed(variant))
-    return {v.name: _figures(v, times[v.name], ranks) for v in variants}
-
-
-def measured(prepared: dict[str, Variant | str], seconds: float, ranks: Ranks) -> dict[str, Any]:
-    """Figures by variant, or why there are none."""
-    figures = measure([v for v in prepared.values() if isinstance(v, Variant)], seconds, ranks)
-    return {name: v if isinstance(v, str) else figures[name] for name, v in prepared.items()}
+        figures = {v.name: _figures(v, times[v.name], ranks) for v in variants}
+        keep(figures)
+    return figures
 
 
 def _figures(variant: Variant, times: list[float], ranks: Ranks) -> dict[str, Any]:
@@ -187,25 +244,53 @@ def _figures(variant: Variant, times: list[float], ranks: Ranks) -> dict[str, An
 
 def by_batch(
     build: Callable[[int], Variant], sizes: tuple[int, ...], ranks: Ranks
-) -> dict[int, dict[str, Any] | str]:
-    """A variant's figures by micro-batch, until memory ends."""
-    found: dict[int, dict[str, Any] | str] = {}
+) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(micro-batch, a variant's figures), until memory ends."""
     for size in sizes:
         torch._dynamo.reset()  # else the second size makes a graph for any size, which no training runs
         variant = prepare(partial(build, size), ranks)
-        found[size] = (
-            variant if isinstance(variant, str) else next(iter(measure([variant], 2.0, ranks).values()))
-        )
+        if isinstance(variant, str):
+            yield size, variant
+            return
+        (figures,) = measure([variant], 2.0, ranks).values()
         del variant
-        if isinstance(found[size], str):
-            break
-    return found
+        yield size, figures
 
 
-def _accumulation(batch_size: int, block_size: int, ranks: Ranks) -> int:
+def profile(variant: Variant, ranks: Ranks) -> dict[str, float]:
+    """Milliseconds of one step by part, by torch's profiler."""
+    _synchronize(ranks)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        start = time.perf_counter()
+        variant.step()
+        _synchronize(ranks)
+        wall = 1e3 * (time.perf_counter() - start)
+    events = (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return by_part(((e.name, e.time_range.elapsed_us() / 1e3) for e in events), wall)
+
+
+def by_part(kernels: Iterable[tuple[str, float]], wall: float) -> dict[str, float]:
+    """(name, milliseconds) of all kernels of a step that took `wall` milliseconds -> milliseconds by part."""
+    parts = dict.fromkeys(PARTS, 0.0)
+    for name, ms in kernels:
+        parts[next((part for pattern, part in KERNELS if re.search(pattern, name)), "rest")] += ms
+    parts["between kernels"] = max(0.0, wall - sum(parts.values()))
+    return parts
+
+
+def print_parts(parts: dict[str, dict[str, float]], least: dict[str, float]) -> None:
+    """`parts` by variant, `least` by part; the roofline counts no least time for some."""
+    print(f"\n{'ms a step':20}" + "".join(f"{name:>12}" for name in (*parts, "at least")))
+    for part in PARTS:
+        limit = f"{least[part]:12.1f}" if part in least else ""
+        print(f"{part:20}" + "".join(f"{ms[part]:12.1f}" for ms in parts.values()) + limit)
+    print(f"{'step':20}" + "".join(f"{sum(ms.values()):12.1f}" for ms in parts.values()), flush=True)
+
+
+def _accumulation(step_tokens: int, micro_batch_tokens: int, ranks: Ranks) -> int:
     if ranks.device_type != "cuda":
         return 2
-    return max(1, round(TOKENS_PER_STEP / (batch_size * block_size * ranks.world_size)))
+    return max(1, round(step_tokens / (micro_batch_tokens * ranks.world_size)))
 
 
 def _batch(config: GPTConfig, batch_size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,6 +318,13 @@ def nanogpt_model(checkout: Path, config: GPTConfig) -> Any:
     return module.GPT(module.GPTConfig(**args))
 
 
+def _prepared(name: str, variant: Variant | str, seconds: float) -> str:
+    if isinstance(variant, str):
+        return f"{name:24} {variant}"
+    peak = "" if variant.peak_bytes is None else f", peak {variant.peak_bytes / 2**30:.1f} GiB"
+    return f"prepared {name} in {seconds:.1f} s{peak}"
+
+
 def _line(name: str, found: Any) -> str:
     if isinstance(found, str):
         return f"{name:24} {found}"
@@ -255,6 +347,7 @@ def main() -> None:
     parser.add_argument(
         "--budget", type=float, default=math.inf, help="seconds in all: variants that do not fit are left out"
     )
+    parser.add_argument("--warm", action="store_true", help="compile every variant, measure nothing")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT, to stand beside ours")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
@@ -272,19 +365,39 @@ def main() -> None:
 
     if not on_gpu:
         say("There is no GPU: a tiny model on the CPU, whose figures say nothing about a GPU.")
-    builds: dict[str, Callable[[int], Variant]] = {
+    builds: dict[str, Callable[..., Variant]] = {
         name: partial(our_variant, name, spec, compiled, config, dtype, ranks)
         for name, spec, compiled in wanted(options, on_gpu)
+        if compiled or not (options.warm and on_gpu)
     }
     if options.nanogpt is not None:
         builds["nanogpt"] = partial(nanogpt_variant, options.nanogpt, config, dtype, ranks)
+    # What matters most comes first, and is kept before the rest is tried.
+    first = ("tritongpt", "nanogpt", "torch compiled")
+    builds = dict(sorted(builds.items(), key=lambda b: first.index(b[0]) if b[0] in first else len(first)))
+    if options.warm:
+        warm(builds, options.batch_size or 2, block_size, ranks)
+        distributed.stop(ranks)
+        return
     sweep: dict[str, dict[int, Any]] = {}
     best = dict.fromkeys(builds, options.batch_size or 2)
+    results: dict[str, Any] = {}
+    more: dict[str, Any] = {"parts": {}, "least": {}, "clocks": {}}
+
+    def keep() -> None:
+        if options.out and ranks.is_main:
+            timing.write(
+                options.out, "throughput", ranks.device, ranks=ranks.world_size, model=vars(config),
+                dtype=dtype, batch_size=best, sweep=sweep, variants=results, **more,
+            )  # fmt: skip
+
     if options.batch_size is None and on_gpu:
-        for name in builds.keys() & {"tritongpt", "nanogpt"}:
-            sweep[name] = by_batch(builds[name], (8, 16, 32, 64, 128), ranks)
-            for size, found in sweep[name].items():
-                say(_line(f"{name} micro-batch {size}", found))
+        for name in ("tritongpt", "nanogpt") if "nanogpt" in builds else ("tritongpt",):
+            sweep[name] = {}
+            for size, figures in by_batch(builds[name], (8, 16, 32, 64, 128), ranks):
+                say(_line(f"{name} micro-batch {size}", figures))
+                sweep[name][size] = figures
+                keep()
             rates = {b: f["tokens_per_s"] for b, f in sweep[name].items() if not isinstance(f, str)}
             best[name] = max(rates, key=lambda b: rates[b], default=1)
         best |= {name: best["tritongpt"] for name in builds if name not in sweep}
@@ -292,18 +405,21 @@ def main() -> None:
 
     prepared: dict[str, Variant | str] = {}
     longest = 0.0  # of the preparations so far
-    results: dict[str, Any] = {}
 
-    def keep() -> None:
-        if options.out and ranks.is_main:
-            timing.write(
-                options.out, "throughput", ranks.device, ranks=ranks.world_size, model=vars(config),
-                dtype=dtype, batch_size=best, sweep=sweep, variants=results,
-            )  # fmt: skip
+    def measured(seconds: float) -> None:
+        def keep_round(figures: dict[str, Any]) -> None:
+            results.update({n: v if isinstance(v, str) else figures[n] for n, v in prepared.items()})
+            keep()
 
-    # What matters most comes first, and is kept before the rest is tried.
-    first = ("tritongpt", "nanogpt", "torch compiled")
-    for name in sorted(builds, key=lambda name: first.index(name) if name in first else len(first)):
+        ready = [variant for variant in prepared.values() if isinstance(variant, Variant)]
+        with timing.clocks(ranks.device if ranks.is_main else "cpu") as clocks:
+            keep_round(measure(ready, seconds, ranks, keep_round))
+        more["clocks"] = clocks
+        for name, figures in results.items():
+            say(_line(name, figures))
+        keep()
+
+    for name in builds:
         began = time.monotonic()
         needed = began - started + longest + options.seconds * (len(prepared) + 2)
         late = torch.tensor(float(needed > options.budget), device=ranks.device)
@@ -312,13 +428,20 @@ def main() -> None:
             continue
         prepared[name], best[name] = prepare_largest(builds[name], best[name], ranks)
         longest = max(longest, time.monotonic() - began)
+        say(_prepared(name, prepared[name], time.monotonic() - began))
         if len(prepared) == 2:
-            results = measured(prepared, min(options.seconds, 3.0), ranks)
-            keep()
-    results = measured(prepared, options.seconds if on_gpu else min(options.seconds, 1.0), ranks)
-    for name, found in results.items():
-        say(_line(name, found))
-    keep()
+            measured(min(options.seconds, 3.0))
+    measured(options.seconds if on_gpu else min(options.seconds, 1.0))
+    if on_gpu and ranks.world_size == 1:
+        limits = roofline.measured_limits("cuda")
+        accumulation = _accumulation(TOKENS_PER_STEP, best["tritongpt"] * block_size, ranks)
+        cut = roofline.parts(config, best["tritongpt"], accumulation)
+        more["least"] = {part.name: 1e3 * part.least(limits) for part in cut}
+        for name in ("tritongpt", "nanogpt"):
+            if isinstance(variant := prepared.get(name), Variant):
+                more["parts"][name] = profile(variant, ranks)
+        print_parts(more["parts"], more["least"])
+        keep()
     distributed.stop(ranks)
 
 

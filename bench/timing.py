@@ -15,17 +15,23 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
 FLUSH_BYTES = 512 << 20  # several times the largest L2
 HEAD_START_CYCLES = 1_000_000  # about half a millisecond
 CYCLES_A_SECOND = 2e9  # at most
+# Older drivers know the last field by this name alone, newer ones know it as well.
+CLOCK_FIELDS = "clocks.sm,power.draw,temperature.gpu,clocks_throttle_reasons.active"
+POWER_CAP = 0x4  # the bit of NVML's reasons that says: the power limit holds the clocks down
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,51 @@ def sustained(call: Callable[[], Any], device: str, seconds: float) -> float:
     return 1e3 * (time.perf_counter() - began) / count
 
 
+@contextmanager
+def clocks(device: str) -> Iterator[dict[str, Any]]:
+    """Fills the dictionary, at the end of the block, with the clock and power that nvidia-smi read meanwhile.
+
+    It reads ten times a second. The dictionary stays empty where there is no GPU or no nvidia-smi.
+    """
+    result: dict[str, Any] = {}
+    sampler = None
+    with tempfile.TemporaryFile("w+") as output:
+        if device.startswith("cuda"):
+            with suppress(OSError, AttributeError):  # no nvidia-smi, or a PyTorch that does not know the uuid
+                # A machine may have several GPUs, and nvidia-smi numbers them in an order of its own.
+                gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+                command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={CLOCK_FIELDS}"]
+                command += ["--format=csv,noheader,nounits", "--loop-ms=100"]
+                sampler = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)
+        try:
+            yield result
+        finally:
+            if sampler is not None:
+                sampler.terminate()
+                try:
+                    sampler.wait(5)
+                except subprocess.TimeoutExpired:
+                    sampler.kill()
+                output.seek(0)
+                result |= summary_of_clocks(output.read())
+
+
+def summary_of_clocks(text: str) -> dict[str, Any]:
+    """Of nvidia-smi's lines: MHz, watts, degrees, the share of samples that the power limit held down."""
+    rows = []
+    for line in text.splitlines(keepends=True):
+        # A field can be "[N/A]", and the last line can be cut short.
+        with suppress(ValueError):
+            mhz, watts, celsius, reasons = line.split(",")
+            if line.endswith("\n"):
+                rows.append((float(mhz), float(watts), float(celsius), int(reasons, 16) & POWER_CAP))
+    if not rows:
+        return {}
+    *readings, capped = zip(*rows)
+    found = {name: asdict(summary(list(v))) for name, v in zip(("mhz", "watts", "celsius"), readings)}
+    return found | {"power_capped": sum(map(bool, capped)) / len(capped)}
+
+
 def peak_extra_bytes(call: Callable[[], Any], device: str) -> int | None:
     """The most memory that `call` holds beyond what was held before it; None on a CPU."""
     if not device.startswith("cuda"):
@@ -156,11 +207,22 @@ def environment(device: str, command: list[str]) -> dict[str, Any]:
         "driver, clocks, power": _output(smi) if on_gpu else None,
         "torch": torch.__version__,
         "triton": _triton_version(),
+        "cudnn": torch.backends.cudnn.version(),
+        "sdpa": sdpa_backend(device),
         "python": platform.python_version(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
         "command": " ".join(command),
     }
+
+
+def sdpa_backend(device: str) -> str | None:
+    """The backend that PyTorch chooses for the causal attention of the 124M in bf16, to be trained."""
+    try:
+        q = torch.empty(1, 12, 1024, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+        return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None  # PyTorch promises this function to nobody
 
 
 def commit() -> str | None:

@@ -9,17 +9,21 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from bench import generate, roofline, throughput, timing
+from bench import curve, generate, roofline, sdpa, throughput, timing
 from bench import kernels as suite
 from bench import sweep as tuner
 from gpt.model import GPT, GPTConfig
@@ -52,6 +56,85 @@ def test_competitors_take_turns():
     assert all(t.runs == len(rounds) and 2 <= t.low <= t.median <= t.high for t in found.values())
 
 
+READINGS = "1980, 690.50, 55, 0x0000000000000004\n1710, 700.10, 57, 0x0000000000000000\n"
+
+
+def test_clocks_and_power_are_read_while_a_step_runs(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        f"#!/bin/sh\necho \"$*\" > {tmp_path}/asked\nprintf '{READINGS}1, [N/A], 1, 0x0\n17'\nexec sleep 9"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="abc"))
+    with timing.clocks("cuda") as found:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "asked").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert found == {}
+    assert found["mhz"] == {"median": 1845.0, "low": 1710.0, "high": 1980.0, "runs": 2}
+    assert found["watts"]["high"] == 700.1 and found["celsius"]["low"] == 55.0
+    assert found["power_capped"] == 0.5 and "--id=GPU-abc" in (tmp_path / "asked").read_text()
+
+
+def test_without_nvidia_smi_or_without_a_gpu_no_clock_is_reported(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="abc"))
+    monkeypatch.setenv("PATH", "")
+    for device in ("cuda", "cpu"):
+        with timing.clocks(device) as found:
+            pass
+        assert found == {}
+    assert timing.summary_of_clocks("No devices were found\n1, 2, 3, 4, 0x0\n1, 0x0\n") == {}
+
+
+def test_a_result_says_which_attention_pytorch_chose(monkeypatch):
+    found = timing.environment("cpu", ["x"])
+    assert found["cudnn"] == torch.backends.cudnn.version() and found["sdpa"] == "FLASH_ATTENTION"
+    monkeypatch.delattr(torch, "_fused_sdp_choice")
+    assert timing.environment("cpu", ["x"])["sdpa"] is None
+
+
+def test_every_function_gets_a_contiguous_gradient():
+    """PyTorch keeps cuDNN's backward for the layout of the first gradient that it gets."""
+    reference, strides = OPS["causal_attention"].reference, []
+
+    def as_on_a_gpu(qkv):  # in fp64 its output lies in memory head by head
+        return reference(qkv).transpose(1, 2).contiguous().transpose(1, 2)
+
+    op = replace(OPS["causal_attention"], reference=as_on_a_gpu)
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            strides.append(gradient.is_contiguous())
+            return gradient
+
+    call = suite.make_call(op, torch.bfloat16, "cpu", suite.SMALL[op.name])
+    function = lambda qkv: Watched.apply(reference(qkv))  # noqa: E731
+    assert suite.wrong(op, call, {"watched": function}) == {}
+    suite.directions(function, call)["both"]()
+    assert strides == [True, True]
+
+
+@pytest.mark.parametrize("probed", [torch.nn.functional.scaled_dot_product_attention, None])
+def test_the_probe_of_sdpa_tells_a_right_gradient_from_a_wrong_one(probed, monkeypatch):
+    qkv = torch.randn(2, 20, 3, 2, 16).bfloat16()
+    upstream = torch.randn(2, 2, 20, 16).bfloat16() + 1.5
+    backend = torch.nn.attention.SDPBackend.MATH
+    if probed is None:  # q is taken for k
+        monkeypatch.setattr(torch, "compile", lambda f, **_: lambda q, k, v: f(k, q, v))
+    else:
+        monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    for layout in ("THD", "HTD"):
+        errors = sdpa.errors("compiled", layout, backend, qkv, upstream)
+        assert len(errors) == 4 and (max(errors) < 0.01 if probed else min(errors) > 0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.differentiable])
 def test_a_wrong_result_is_not_timed(name, dtype, monkeypatch):
@@ -82,6 +165,7 @@ def test_a_wrong_result_is_not_timed(name, dtype, monkeypatch):
     by_bytes, by_flops = cost.backward_bytes / 1e9, cost.backward_flops / 1e12
     backward = found["right"]["backward"]
     assert backward["limit"] == pytest.approx(1000 * max(by_bytes, by_flops) / backward["median"])
+    assert found["right"]["sustained"] > 0, "the fastest peer is timed without a pause, as is ours"
     both = found["right"]["both"]
     flops, moved = cost.forward_flops + cost.backward_flops, cost.forward_bytes + cost.backward_bytes
     assert both["flops_per_s"] == pytest.approx(1000 * flops / both["median"])
@@ -100,7 +184,7 @@ def test_an_operation_without_gradients_is_judged_and_timed_forward(monkeypatch)
     limits = {"copy_bytes_per_s": 1e9, "product_flops_per_s": 1e12}
     found = suite.measure(op, suite.SMALL[op.name], torch.float32, "cpu", limits, 0.001)
     assert found["wrong"].startswith("wrong: output 0 is off by 1.0e-03")
-    assert found["right"].keys() == {"bytes", "forward"}
+    assert found["right"].keys() == {"bytes", "forward", "sustained"}
     assert found["right"]["forward"]["median"] > 0
 
 
@@ -126,6 +210,37 @@ def test_a_run_that_was_cut_short_goes_on_where_it_stopped(bench_command, tmp_pa
             bench_command("kernels", *flags)
         assert asked == expected
         assert [case["operation"] for case in json.loads(out.read_text())["cases"]] == ["layer_norm"]
+
+
+def test_the_shapes_that_decide_come_first_and_each_comes_once():
+    names = list(suite._OPS)
+    every = suite.samples_to_time(names, "cuda", few=False)
+    few = suite.samples_to_time(names, "cuda", few=True)
+    assert every[: len(few)] == few and len(few) == len(suite.DECIDING)
+    assert {op.name for op, _ in few} == suite._OPS.keys(), "one of each operation"
+    asked = [f"{op.name} {sample}" for op, sample in every]
+    assert len(set(asked)) == len(asked) == sum(map(len, suite.SHAPES.values()))
+    assert all(sample == json.loads(json.dumps(sample)) for _, sample in every), "a file has it otherwise"
+    assert suite.samples_to_time(["layer_norm"], "cpu", few=False) == [
+        (OPS["layer_norm"], {"shape": [256, 768]})
+    ]
+    assert all(op.name == "layer_norm" for op, _ in suite.samples_to_time(["layer_norm"], "cuda", few=False))
+
+
+def test_ours_and_the_fastest_peer_also_run_on_end(monkeypatch):
+    """Warming up compiles and judges the same, and times nothing."""
+    op, timed = OPS["layer_norm"], []
+    slow = lambda **call: (time.sleep(0.02), op.reference(**call))[1]  # noqa: E731
+    functions = [("tritongpt", slow), ("slow", slow), ("fast", op.reference)]
+    monkeypatch.setattr(suite, "variants", lambda *_: functions)
+    limits = {"copy_bytes_per_s": 1e9, "product_flops_per_s": 1e12}
+    sample = suite.SMALL[op.name]
+    found = suite.measure(op, sample, torch.float32, "cpu", limits, 0.001)
+    assert [name for name, v in found.items() if "sustained" in v] == ["tritongpt", "fast"]
+    assert found["tritongpt"]["sustained"] >= 20 and "sustained" in suite._line("x", found["fast"], limits)
+    monkeypatch.setattr(timing, "interleaved", lambda *a, **k: timed.append(a))
+    suite.warm([(op, sample)], ["fp32"], "cpu")
+    assert not timed
 
 
 def test_every_operation_has_shapes_that_it_accepts():
@@ -181,6 +296,141 @@ def test_throughput_makes_the_steps_of_training(monkeypatch):
     found = throughput.measure([variant], 0.0, ranks)["ours"]
     assert len(calls) == 2 + 1 + 3 and calls[-1][0] < calls[0][0] and all(norm > 0 for _, norm in calls)
     assert found["steps"] == 3 and found["tokens_per_s"] == pytest.approx(64e3 / found["step_ms"])
+
+
+def test_warming_up_holds_one_variant_at_a_time_and_makes_one_micro_batch(monkeypatch, capsys):
+    ranks, alive = Ranks(0, 1, "cpu", None), []
+
+    class Held(throughput.Variant):
+        pass
+
+    def build(name, batch_size, step_tokens):
+        assert [reference() for reference in alive] == [None] * len(alive), "two variants in memory"
+        gpu = Ranks(0, 1, "cuda", None)
+        assert throughput._accumulation(step_tokens, batch_size * 16, gpu) == 1
+        assert throughput._accumulation(throughput.TOKENS_PER_STEP, batch_size * 16, gpu) > 1
+        if name == "bad":
+            raise ValueError("it does not compile")
+        found = Held(name, lambda: None, 1, 1)
+        alive.append(weakref.ref(found))
+        return found
+
+    builds = {name: partial(build, name) for name in ("one", "bad", "two")}
+    throughput.warm(builds, 4, 16, ranks)
+    said = capsys.readouterr().out.splitlines()
+    assert len(alive) == 2 and said[0].startswith("prepared one in ") and "does not compile" in said[1]
+
+
+def test_figures_are_kept_after_every_round():
+    ranks, kept = Ranks(0, 1, "cpu", None), []
+    variants = [throughput.Variant(name, lambda: time.sleep(0.001), 10, 1) for name in "ab"]
+    found = throughput.measure(variants, 0.0, ranks, kept.append)
+    assert [figures["a"]["steps"] for figures in kept] == [1, 2, 3] and kept[-1] == found
+    assert all(figures.keys() == {"a", "b"} for figures in kept)
+
+
+# (name, milliseconds) of the kernels that cost most in a step of ours and of nanoGPT's, profiled on an H200
+# with torch 2.11 on 2026-11-26. The forward passes of attention and norms shared a name then.
+OURS = [
+    ("nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_TNN", 103.078),
+    ("nvjet_sm90_tst_192x192_64x3_1x2_h_bz_coopB_splitK_NTN", 90.674),
+    ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", 85.009),
+    ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT", 83.613),
+    ("_attention_dkdv_kernel", 72.725),
+    ("_attention_forward_kernel", 36.0),
+    ("_norm_forward_kernel", 34.162),
+    ("nvjet_sm90_tst_192x128_64x5_1x2_h_bz_coopB_NNT", 51.546),
+    ("nvjet_sm90_tst_192x192_64x3_2x1_v_bz_coopB_NNN", 47.819),
+    ("_norm_backward_kernel", 46.768),
+    ("nvjet_sm90_tss_192x192_64x3_1x2_h_badd_coopB_NTN", 45.940),
+    ("_attention_dq_kernel", 44.426),
+    ("triton_poi_fused__unsafe_view_gelu_gelu_backward_view_2", 44.195),
+    ("nvjet_sm90_tst_256x128_64x4_1x4_h_bz_coopA_splitK_NTT", 35.370),
+    ("_loss_kernel", 34.983),
+    ("triton_poi_fused__unsafe_view_gelu_4", 31.318),
+    ("nvjet_sm90_tss_192x192_64x3_1x2_h_bz_coopB_NTN", 6.414),
+    ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float>", 3.412),
+    ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float> >", 3.402),
+    ("triton_per_fused_add_embedding_dense_backward_sum_view_7", 1.707),
+    ("_norm_sum_kernel", 0.700),
+    ("Memset (Device)", 0.895),
+    ("triton_poi_fused__to_copy_div_layer_norm_backward_mul_view_0", 0.378),
+]
+NANOGPT = [
+    ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", 134.579),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x64_1x4x1_kernel0_0", 90.296),
+    ("triton_poi_fused__unsafe_view_gelu_gelu_backward_view_4", 43.196),
+    ("triton_red_fused__log_softmax__log_softmax_backward_data__to_copy_add_arange_eq_expand_nll_loss_backward_nll_"
+     "loss_forward_scalar_tensor_view_where_0", 42.174),
+    ("triton_red_fused__log_softmax__unsafe_view_prepare_softmax_online_view_15", 38.594),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x64_4x1x1_kernel0_0", 32.855),
+    ("triton_per_fused__to_copy_add_native_layer_norm_backward_view_5", 32.488),
+    ("triton_poi_fused__unsafe_view_gelu_6", 31.265),
+    ("void at::native::vectorized_elementwise_kernel<8, at::native::FillFunctor<c10::BFloat16> >", 15.726),
+    ("triton_poi_fused__to_copy_view_2", 13.309),
+    ("triton_poi_fused_cat_transpose_view_7", 13.245),
+    ("void cudnn::fusion::compute_dot_do_o_specialized<true, 64>(void const*, void const*)", 10.872),
+    ("triton_per_fused__to_copy__unsafe_view_add_native_layer_norm_native_layer_norm_backward_12", 10.522),
+    ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*, void*, unsigned int)", 8.421),
+    ("triton_per_fused__to_copy_add_embedding_dense_backward_native_layer_norm_native_layer_norm_backward_nll_loss_"
+     "forward_view_10", 2.490),
+    ("triton_per_fused__to_copy_add_embedding_native_layer_norm_2", 0.974),
+    ("triton_per_fused_embedding_dense_backward_nll_loss_forward_sum_view_12", 0.742),
+]  # fmt: skip
+
+
+def test_the_kernels_of_a_step_are_summed_by_part(capsys):
+    ours = throughput.by_part(OURS, 923.2)
+    assert list(ours) == list(throughput.PARTS)
+    measured = sum(ms for _, ms in OURS)
+    assert ours == pytest.approx({
+        "matrix products": 552.875, "attention, forward": 36.0, "attention, backward": 117.151,
+        "norms, forward": 34.162, "norms, backward": 47.468, "GELU, forward": 31.318,
+        "GELU, backward": 44.195, "loss": 34.983, "rest": 6.382, "between kernels": 923.2 - measured,
+    })  # fmt: skip
+    theirs = throughput.by_part(NANOGPT, 500.0)
+    assert theirs == pytest.approx({
+        "matrix products": 134.579, "attention, forward": 32.855, "attention, backward": 109.589 + 13.245,
+        "norms, forward": 11.496, "norms, backward": 34.978, "GELU, forward": 31.265,
+        "GELU, backward": 43.196, "loss": 80.768, "rest": 29.777, "between kernels": 0.0,
+    })  # fmt: skip
+    assert (
+        throughput.by_part([("flash_fwd_kernel<cutlass::bfloat16_t>", 1.0)], 2.0)["attention, forward"] == 1.0
+    )
+    throughput.print_parts({"tritongpt": ours, "nanogpt": theirs}, {"loss": 25.0})
+    table = {line[:20].strip(): line[20:].split() for line in capsys.readouterr().out.splitlines()}
+    assert table["ms a step"] == ["tritongpt", "nanogpt", "at", "least"]
+    assert table["loss"] == ["35.0", "80.8", "25.0"] and table["GELU, forward"] == ["31.3", "31.3"]
+    assert table["step"] == ["923.2", f"{sum(theirs.values()):.1f}"]
+
+
+def test_two_trainings_of_one_spec_have_the_same_losses_to_the_bit(tmp_path):
+    ranks = Ranks(0, 1, "cpu", None)
+    for split in ("train", "val"):
+        (np.arange(400) % 7).astype(np.uint16).tofile(tmp_path / f"{split}.bin")
+    config = curve.TrainConfig(
+        batch_size=2, gradient_accumulation_steps=2, eval_iters=1, max_iters=3, lr_decay_iters=3,
+        warmup_iters=1, learning_rate=1e-2, model=GPTConfig(8, 32, 1, 2, 32, bias=False),
+    )  # fmt: skip
+    specs = ["torch", "torch,layer_norm=torch", "triton"]
+    found = curve.train(config, specs, tmp_path, ranks)
+    one, same, other = (found["losses"][spec] for spec in specs)
+    assert one == same and len(one) == 3 and one[-1] < one[0]
+    assert other == pytest.approx(one, rel=1e-3) and other != one
+    validation = found["validation"]
+    assert validation["torch"] == validation["torch,layer_norm=torch"] and 2 < validation["torch"][0] < 4
+
+
+def test_a_sweep_starts_with_what_a_step_launches_and_owns_whole_blocks():
+    (first, sample), *rest = tuner.samples_to_sweep([])
+    assert first.name == "causal_attention" and sample["B"] == 64
+    assert [op.name for op, _ in rest[:3]] == ["add_layer_norm", "cross_entropy", "linear_cross_entropy"]
+    assert {op.name for op, _ in rest} == OPS.keys() and rest[-1][0].name == "layer_norm"
+    assert {op.name for op, _ in tuner.samples_to_sweep(["layer_norm"])} == {"layer_norm"}
+    call = first.make(dtype=torch.bfloat16, device="meta", **sample)
+    with record(assume=90):
+        for slot, owned, walked in zip(tuner.slots(first, call), (0, 0, 1), (1, 1, 0)):
+            assert all(tile[owned] % tile[walked] == 0 for tile in slot.candidates)
 
 
 @pytest.mark.parametrize(
@@ -626,13 +876,15 @@ def test_throughput_keeps_its_headline_before_it_tries_the_rest(bench_command, t
     kept = []
     write = timing.write
     monkeypatch.setattr(
-        timing, "write", lambda path, *a, **k: (kept.append(k["variants"]), write(path, *a, **k))
+        timing, "write", lambda path, *a, **k: (kept.append(dict(k["variants"])), write(path, *a, **k))
     )
     prepare, slow = throughput.prepare, iter([0.0, 0.0, 1.0])
     monkeypatch.setattr(throughput, "prepare", lambda *a: (time.sleep(next(slow)), prepare(*a))[1])
     flags = ["--seconds", 0.05, "--budget", 1.5, "--nanogpt", tmp_path, "--out", tmp_path / "t.json"]
     shown = bench_command("throughput", *flags)
     assert shown.returncode == 0, shown.stderr
+    told = [line.split(" in ")[0] for line in shown.stdout.splitlines()[1:3]]
+    assert told == ["prepared tritongpt", "prepared nanogpt"]
     assert list(kept[0]) == ["tritongpt", "nanogpt"] and kept[0]["nanogpt"]["tokens_per_s"] > 0
     found = json.loads((tmp_path / "t.json").read_text())["variants"]
     assert found["torch compiled"].startswith("ValueError: kernels='no such spec'")
@@ -676,30 +928,50 @@ def test_one_command_measures_everything_and_goes_on_where_it_stopped(tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         return done, log.read_text() if log.exists() else ""
 
-    order = ["bench.roofline", "test_kernels.py", "bench.throughput", "bench.kernels"]
     given = ["--nanogpt=elsewhere", "--commit=0123456789"]
-    done, log = measure(*given, fails="bench.throughput")
-    assert done.returncode == 1 and "throughput failed" in done.stdout
-    assert [name for line in log.splitlines() for name in order if name in line] == order
-    assert f"--nanogpt {Path.cwd() / 'elsewhere'}" in log.splitlines()[2]
-    assert f"{tmp_path}/out/nvidia-x-01234567-kernels.json" in log.splitlines()[3]
+    done, log = measure(*given, fails="--budget")
+    lines = log.splitlines()
+    assert done.returncode == 1 and "== step failed" in done.stdout
+    # what compiles runs side by side, in any order, before anything is timed
+    beside = ["-m bench.kernels --warm", "-m bench.throughput --nanogpt", "-m pytest"]
+    assert [line[: len(start)] for line, start in zip(sorted(lines[:3]), beside)] == beside
+    assert sum("--warm" in line for line in lines[:3]) == 2
+    assert lines[3].startswith(f"-m bench.throughput --nanogpt {Path.cwd() / 'elsewhere'} --ablate")
+    assert f"{tmp_path}/out/nvidia-x-01234567-kernels.json" in lines[4] and len(lines) == 5
     done, log = measure(*given)
-    assert done.returncode == 0 and log.count("\n") == 1 and "bench.throughput" in log
-    assert len(list((tmp_path / "out").iterdir())) <= 8 - 3  # as many JSON files come beside them
-    done, log = measure("typo")
-    assert done.returncode == 2 and "'typo' is none of" in done.stderr and log == ""
+    assert done.returncode == 0 and log.count("\n") == 1 and "--budget" in log
+    assert len(list((tmp_path / "out").iterdir())) <= 8 - 2  # as many JSON files come beside them
+    done, log = measure("--parts=curve,sdpa", "--commit=0123456789", fails="bench.curve")
+    assert done.returncode == 1 and [line.split()[1] for line in log.splitlines()] == [
+        "bench.curve",
+        "bench.sdpa",
+    ]
+    done, log = measure("--parts=tests", "--commit=another", fails="pytest")
+    assert done.returncode == 1 and "== tests failed" in done.stdout
+    for flag, said in (
+        ("--parts=step,typo", "'typo' is not one of the parts"),
+        ("step", "'step' is not one of"),
+    ):
+        done, log = measure(flag)
+        assert done.returncode == 2 and said in done.stderr and log == ""
 
 
 def test_the_parts_of_one_command_fit_into_its_time():
     script = (ROOT / "bench" / "gpu.sh").read_text()
     deadline = int(re.search(r"^deadline=(\d+)", script, re.MULTILINE)[1])
-    limits = {name: int(seconds) for name, seconds in re.findall(r"run ([\w-]+) (\d+)", script)}
-    assert (
-        deadline <= 540 and sum(limits[n] for n in ("limits", "tests", "throughput", "kernels")) <= deadline
-    )
-    budget = int(re.search(r"--batch_size 64 --seconds 6 --budget (\d+)", script)[1])
-    assert budget < limits["throughput"]
-    assert 3 * 140 + limits["generate"] <= deadline
+    limits = {name: int(seconds) for name, seconds in re.findall(r"run ([\w$-]+) (\d+)", script)}
+    (default,) = re.findall(r"^parts=(.*)$", script, re.MULTILINE)
+    assert default == "tests,warm,step,kernels"
+    beside = max(limits["tests"], limits["warm-step"], limits["warm-kernels"])
+    assert beside + limits["step"] + limits["kernels"] <= 360
+    assert all(seconds <= deadline for seconds in limits.values())
+    assert 2 * limits["sanitizer-$tool"] <= deadline and 3 * limits["large-$size"] <= deadline
+    assert int(re.search(r"--seconds 5 --budget (\d+)", script)[1]) < limits["step"]
+    # every part is known, described and run
+    (known,) = re.findall(r'^known=" (.*) "$', script, re.MULTILINE)
+    for part in known.split():
+        assert re.search(rf"^#   {part} ", script, re.MULTILINE), part
+        assert re.search(rf"^        {part}\)", script, re.MULTILINE), part
 
 
 @pytest.mark.gpu

@@ -66,7 +66,7 @@ SMALL = {  # what is run, by module or program
         "--deselect tests/test_kernels.py::test_same_bits_every_run",
         r"[1-9]\d* passed",
     ),
-    "bash bench/gpu.sh": Small("", r"== limits took"),
+    "bash bench/gpu.sh": Small("", r"== \w+ took"),
 }
 ONLY_READ = {"bench.data", "bench.nanogpt", "bench.sweep"}  # minutes, or a GPU: their flags are read
 NOT_HERE = {  # programs that are not at hand: the flags of them that are known

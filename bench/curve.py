@@ -1,0 +1,97 @@
+"""python -m bench.curve: one training twice, on our kernels and on PyTorch's operations, losses side by side.
+
+Both have the same weights at the start, the same batches and the same schedule, and take turns. By default
+the 124M makes 1,000 steps of 64K tokens on the Python standard library's sources, a token a byte, which every
+machine has; --data=FOLDER is a prepared corpus. Without a GPU the model is tiny.
+"""
+
+import argparse
+import tempfile
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench import timing
+from bench.roofline import SIZES
+from gpt.device import autocast
+from gpt.model import GPT, GPTConfig
+from train import distributed
+from train.__main__ import evaluate, prepare, read_ahead, update
+from train.config import TrainConfig, resolve
+from train.data import TokenFile
+from train.distributed import Ranks
+from train.optim import learning_rate
+from train.prepare import corpora
+
+
+def write_bytes(folder: Path) -> None:
+    ids = np.frombuffer(corpora.stdlib().encode("ascii"), np.uint8).astype(np.uint16)
+    ids[: len(ids) * 9 // 10].tofile(folder / "train.bin")
+    ids[len(ids) * 9 // 10 :].tofile(folder / "val.bin")
+
+
+def train(
+    config: TrainConfig, specs: list[str], data: Path, ranks: Ranks
+) -> dict[str, dict[str, list[float]]]:
+    """{"losses": {spec: one a step}, "validation": {spec: [the last]}}; prints every twentieth of the run."""
+    config = resolve(config, ranks)
+    file, val = (TokenFile(data / f"{split}.bin", config.model, config.seed) for split in ("train", "val"))
+    precision = partial(autocast, ranks.device, config.dtype)
+    accumulation = config.gradient_accumulation_steps
+    models, trained = {}, {}
+    for spec in specs:
+        torch.manual_seed(config.seed)
+        models[spec] = GPT(replace(config.model, kernels=spec), ranks.device).to(ranks.device)
+        trained[spec] = prepare(models[spec], config, ranks)
+    losses: dict[str, list[torch.Tensor]] = {spec: [] for spec in specs}
+    micro_batches = read_ahead(file, 0, config.micro_batch, ranks)
+    print("step" + "".join(f"{spec:>25}" for spec in specs))
+    for step in range(config.max_iters):
+        batches = list(islice(micro_batches, accumulation))
+        for spec, (model, optimizer, scaler) in trained.items():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            loss, _ = update(model, optimizer, scaler, batches, accumulation, config.grad_clip, precision)
+            losses[spec].append(loss)
+        if (step + 1) % max(1, config.max_iters // 20) == 0:
+            print(f"{step + 1:4}" + "".join(f"{losses[spec][-1].item():25.4f}" for spec in specs), flush=True)
+    validation = {s: [evaluate(m, {"val": val}, config, ranks, precision)["val"]] for s, m in models.items()}
+    return {
+        "losses": {s: torch.stack(values).tolist() for s, values in losses.items()},
+        "validation": validation,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.curve", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data", type=Path, help="a folder with train.bin and val.bin")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument(
+        "--specs", nargs="+", default=["triton", "torch"], help="of the kernels, as --kernels"
+    )
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    options = parser.parse_args()
+    ranks = distributed.start("auto", "auto")
+    on_gpu = ranks.device_type == "cuda"
+    layers, heads, width = SIZES["124M" if on_gpu else "tiny"]
+    config = TrainConfig(
+        batch_size=64 if on_gpu else 4, gradient_accumulation_steps=1, eval_iters=20,
+        max_iters=options.steps, lr_decay_iters=options.steps, warmup_iters=options.steps // 10,
+        model=GPTConfig(1024 if on_gpu else 64, 50304, layers, heads, width, bias=False),
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        if options.data is None:
+            write_bytes(Path(folder))
+        result = train(config, options.specs, options.data or Path(folder), ranks)
+    for spec, (loss,) in result["validation"].items():
+        print(f"validation loss, {spec}: {loss:.4f}")
+    if options.out:
+        timing.write(options.out, "curve", ranks.device, steps=options.steps, **result)
+
+
+if __name__ == "__main__":
+    main()
