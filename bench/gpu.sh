@@ -2,7 +2,7 @@
 # bench/gpu.sh [--out=DIR] [--nanogpt=PATH] [--commit=HASH] [PART ...]: what a GPU can tell, in nine minutes. It has not run on one yet.
 #
 # By default, in this order, so that what decides comes first:
-#   limits       python -m bench.roofline: copy, products of the step, attention by PyTorch's backends
+#   limits       python -m bench.roofline: copy, products of the step, burst and sustained
 #   tests        the tests on this GPU: kernels against fp64 in every dtype, the model on them
 #   throughput   python -m bench.throughput on the 124M, beside nanoGPT when given, each kernel taken away in turn
 #   kernels      python -m bench.kernels

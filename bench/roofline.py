@@ -298,44 +298,44 @@ class Step:
 
 
 def measured_steps(results: list[Result]) -> list[tuple[Step, Result]]:
-    """Our steps on a single GPU that has a datasheet, with their throughput results, the newest last."""
+    """Our steps on a single GPU that has a datasheet, with their throughput results, the newest first."""
     names = {field.name for field in fields(GPTConfig)}
-    found = []
-    for result in results:
+    steps = []
+    for result in reversed(results):
         ours = result["variants"].get("tritongpt") if result["benchmark"] == "throughput" else None
         if isinstance(ours, dict) and result["ranks"] == 1 and _kind(result) is not None:
             config = GPTConfig(**{k: v for k, v in result["model"].items() if k in names})
-            batch_size, tokens = (
-                result["batch_size"]["tritongpt"],
-                ours["tokens_per_s"] * ours["step_ms"] / 1e3,
-            )
-            accumulation = round(tokens / (batch_size * config.block_size))
-            found.append((Step(config, batch_size, accumulation), result))
-    return found
+            batch_size = result["batch_size"]["tritongpt"]
+            sequences = ours["tokens_per_s"] * ours["step_ms"] / 1e3 / config.block_size
+            steps.append((Step(config, batch_size, round(sequences / batch_size)), result))
+    return steps
 
 
 def same_step(step: Step, kind: str | None, results: list[Result]) -> Result | None:
-    """The newest measurement of this step on this kind of GPU, one by part first."""
-    like = [r for other, r in measured_steps(results) if _kind(r) == kind and other.parts() == step.parts()]
-    return max(like, key=lambda result: "parts" in result, default=None)
+    """The newest measurement of this step on this kind of GPU."""
+    like = (r for s, r in measured_steps(results) if _kind(r) == kind and s.parts() == step.parts())
+    return next(like, None)
 
 
-def shares(step: Step, kind: str | None, results: list[Result]) -> tuple[dict[str, float], str]:
-    """({part: share of its limit that it reaches in a step}, where from).
+def shares(
+    step: Step, kind: str | None, results: list[Result]
+) -> tuple[dict[str, float], dict[str, float], str]:
+    """({part: share of its limit}, {part: measured ms} if it is this very step, where from).
 
     From the newest step by part on this kind of GPU, else on another, else assumed. "between kernels" is a
     share of the other parts' time.
     """
     by_part = [(s, r) for s, r in measured_steps(results) if "tritongpt" in r.get("parts", {})]
     if not by_part:
-        return ASSUMED, "assumed"
-    other, result = max(reversed(by_part), key=lambda found: _kind(found[1]) == kind)
+        return ASSUMED, {}, "assumed"
+    other, result = max(by_part, key=lambda pair: _kind(pair[1]) == kind)  # the first of equals: the newest
     device, ms = result["environment"]["device"], result["parts"]["tritongpt"]
     limits = limits_of(device, results)
     reached = {part.name: 1e3 * part.least(limits) / ms[part.name] for part in other.parts()}
     reached["between kernels"] = ms["between kernels"] / sum(ms[name] for name in reached)
-    same = _kind(result) == kind and other.parts() == step.parts()
-    return reached, f"{'measured in the step' if same else f'share measured on {device}'}, {result['file']}"
+    if _kind(result) == kind and other.parts() == step.parts():
+        return reached, ms, f"measured in the step, {result['file']}"
+    return reached, {}, f"share measured on {device}, {result['file']}"
 
 
 def print_step(step: Step, gpu: str, limits: Limits, results: list[Result]) -> float:
@@ -351,10 +351,9 @@ def print_step(step: Step, gpu: str, limits: Limits, results: list[Result]) -> f
 
     copy, product = f"{limits.copy / 1e9:,.0f} GB/s", f"{limits.product / 1e12:,.1f} TFLOP/s"
     print(f"limits: copy {copy}, product {product} ({limits.source})\n")
-    same = same_step(step, kind, results)
-    measured = {} if same is None else same.get("parts", {}).get("tritongpt", {})
-    reached, source = shares(step, kind, results)
-    print(f"{'part':20} {'TFLOP':>8} {'GB':>8} {'least ms':>9} {'share':>6} {'expected':>9} {'measured':>9}")
+    reached, measured, source = shares(step, kind, results)
+    columns = f"{'least ms':>9} {'share':>6} {'expected':>9} {'measured':>9}  source"
+    print(f"{'part':20} {'TFLOP':>8} {'GB':>8} {columns}")
     least = expected = 0.0
     for part in [*step.parts(), Part("between kernels", ())]:
         at_least, share = part.least(limits), reached[part.name]
@@ -367,7 +366,7 @@ def print_step(step: Step, gpu: str, limits: Limits, results: list[Result]) -> f
         )
     print("\n" + line("at least", least, "every part at its limit"))
     print(line("expected", expected, "predicted"))
-    if same is not None:
+    if (same := same_step(step, kind, results)) is not None:
         expected = same["variants"]["tritongpt"]["step_ms"] / 1e3
         print(line("measured", expected, same["file"]))
     return expected
