@@ -373,28 +373,26 @@ def print_step(step: Step, gpu: str, limits: Limits, results: list[Result]) -> f
 
 
 def print_memory(step: Step, gpu: str, gpus: int, limits: Limits, results: list[Result]) -> None:
+    def line(what: str, size: float, note: str = "") -> str:
+        return f"{what:42} {size / 1e9:8.2f} GB{note}"
+
     held = memory(step.config, step.batch_size, gpus)
-    needed, same = sum(held.values()), same_step(step, kind_of(gpu), results) if gpus == 1 else None
-    print(f"\nmemory, predicted: {needed / 1e9:.1f} GB at micro-batch {step.batch_size}")
-    if same is not None:
-        print(
-            f"memory, measured: {same['variants']['tritongpt']['peak_bytes'] / 1e9:.1f} GB ({same['file']})"
-        )
-    for what, size in held.items():
-        print(f"  {what:30} {size / 1e9:8.2f} GB")
+    needed, available = sum(held.values()), (1 - MARGIN) * limits.memory
+    print("\n" + line(f"memory at micro-batch {step.batch_size}, predicted", needed))
+    same = same_step(step, kind_of(gpu), results)
+    if same is not None and gpus == 1:
+        print(line("memory, measured", same["variants"]["tritongpt"]["peak_bytes"], f" ({same['file']})"))
+    print(*(line(f"  {what}", size) for what, size in held.items()), sep="\n")
     if not limits.memory:
         return
-    fits = "fits" if needed <= (1 - MARGIN) * limits.memory else "does not fit"
-    print(f"  {fits} into {limits.memory / 1e9:.0f} GB less {MARGIN:.0%}, predicted")
+    fits = "fits" if needed <= available else "does not fit"
+    print(f"{fits} into {limits.memory / 1e9:.0f} GB less {MARGIN:.0%}, predicted")
     sequences = step.batch_size * step.accumulation * gpus
-    largest = largest_micro_batch(step.config, sequences, gpus, limits.memory)
-    if largest is None:
-        print("  not one sequence fits, predicted: try --activation_checkpointing=True or --strategy=fsdp")
-        return
-    needed = sum(memory(step.config, largest, gpus).values())
-    print(
-        f"  largest micro-batch of {sequences} sequences a step: {largest}, {needed / 1e9:.1f} GB, predicted"
-    )
+    if (largest := largest_micro_batch(step.config, sequences, gpus, limits.memory)) is None:
+        print("not one sequence fits, predicted: try --activation_checkpointing=True or --strategy=fsdp")
+    else:
+        needed = sum(memory(step.config, largest, gpus).values())
+        print(line(f"largest micro-batch of {sequences} sequences: {largest}, predicted", needed))
 
 
 def print_run(step: Step, seconds: float, gpus: int, limits: Limits, tokens: float | None) -> None:
