@@ -19,7 +19,7 @@
 #   batches    time the step by micro-batch, 8 to 128
 #   large      time the step of 350M, 774M and 1.5B
 #   generate   time prefill and decode
-#   limits     time a copy, the step's products, and attention by PyTorch's backends
+#   limits     time a copy, and the step's products, burst and sustained
 #
 # It needs python with torch, triton and numpy, and for the tests pytest and better pytest-xdist; it needs no network.
 # PYTHON=... chooses the python. The results go to DIR (bench/results by default) as JSON files, named by GPU and commit,

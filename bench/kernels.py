@@ -227,11 +227,17 @@ PEERS = {
 }
 
 
-def make_call(op: Op, dtype: torch.dtype, device: str, sample: dict[str, Any]) -> dict[str, Any]:
-    """Random arguments, the floating ones leaves; no target is ignored, since a peer may skip its row."""
+def make_inputs(op: Op, dtype: torch.dtype, device: str, sample: dict[str, Any]) -> dict[str, Any]:
+    """Random arguments without an ignored target: the row of one costs less, and a peer may skip it."""
     call = op.make(dtype=dtype, device=device, **sample)
     if "target" in call:
         call["target"] = torch.randint(sample["V"], call["target"].shape, device=device)
+    return call
+
+
+def make_call(op: Op, dtype: torch.dtype, device: str, sample: dict[str, Any]) -> dict[str, Any]:
+    """The same, and the floating arguments are leaves that want a gradient."""
+    call = make_inputs(op, dtype, device, sample)
     return {k: v.requires_grad_(op.differentiable) if _floating(v) else v for k, v in call.items()}
 
 

@@ -1,37 +1,33 @@
-"""python -m bench.roofline: what the training step must cost at least on a GPU, what it costs, the gap.
+"""python -m bench.roofline: the least time of a training step on a GPU, and the time to expect.
 
-    python -m bench.roofline                                     this GPU, its limits measured first
-    python -m bench.roofline --gpu A100 --gpus 8 --tokens 10e9   another: predicted, and so it says
-    python -m bench.roofline train_gpt2 --n_layer=24 --gpu A100  a run, by its config files and flags
+    python -m bench.roofline                                     this GPU; measures its limits first
+    python -m bench.roofline --gpu A100 --gpus 8 --tokens 10e9   another GPU: a prediction
 
-The step is cut into parts. Each has the FLOPs and bytes that it needs at the least (`Op.cost` for the
-operations of `kernels`, counted here for the rest), so the least time at a GPU's limits. The expected time
-divides that by the share of the limit that each part reaches: measured where `--results` has it, of the
-nearest shape, otherwise assumed. Both are printed with where they are from. Beside the time: the memory by
-what it holds, whether it fits, the largest micro-batch that does, and how long the run takes.
+The step is cut into parts. A part needs some FLOPs and some bytes: `Op.cost` counts those of our operations,
+`parts` counts the rest. The GPU's limits turn them into a least time. In a real step a part reaches a share
+of its limit. The newest result of `bench.throughput` that has the step's milliseconds by part gives the
+shares; without one they are assumed. Least time over share is the time to expect. A table shows all of it
+and says where each share is from. Below it stand the memory by what it holds, the largest micro-batch that
+fits, and the time of a whole run.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench import timing
-from bench.kernels import peers
 from gpt import cli
 from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
 from kernels import OPS
 from kernels.op import Cost
-from train import fit
-from train.config import asked_batch_size, parse
 
 Result = dict[str, Any]
 SIZES = {  # layers, heads, width
@@ -42,6 +38,11 @@ SIZES = {  # layers, heads, width
     "tiny": (2, 2, 64),
 }
 TOKENS_PER_STEP = 1 << 19
+PARTS = (
+    "matrix products", "attention, forward", "attention, backward", "norms, forward", "norms, backward",
+    "GELU, forward", "GELU, backward", "loss", "rest", "between kernels",
+)  # fmt: skip
+MARGIN = 0.07  # of the memory, left free for NCCL and fragments; --batch_size=auto leaves as much
 _OPS = {op.name: op for op in OPS}
 _loss = sys.modules["kernels.linear_cross_entropy"]
 chunk_rows, ALIGN = _loss.chunk_rows, _loss.ALIGN
@@ -49,7 +50,7 @@ chunk_rows, ALIGN = _loss.chunk_rows, _loss.ALIGN
 
 @dataclass(frozen=True)
 class Limits:
-    """What a GPU gives. `link` is bytes/s to the other GPUs of its machine, in one direction."""
+    """The rates that a GPU reaches. `link` is bytes/s to the other GPUs of its machine, in one direction."""
 
     copy: float  # bytes/s, read and written
     product: float  # FLOP/s of a large bf16 matrix product
@@ -58,27 +59,24 @@ class Limits:
     source: str
 
 
-# memory bytes/s, NVLink bytes/s in one direction, memory; by the vendor's datasheets of the SXM parts
+# Memory bytes/s, NVLink bytes/s in one direction, bytes of memory: the vendor's datasheets of the SXM parts.
 DATASHEET = {
     "A100": (2.039e12, 300e9, 80e9),
     "H100": (3.35e12, 450e9, 80e9),
     "H200": (4.8e12, 450e9, 141e9),
     "B200": (8.0e12, 900e9, 180e9),
 }
-# Share of the datasheet that a large copy, a large product and an exchange reach. A plain PyTorch 2.11
-# program got 3.0 TB/s and 798 TFLOP/s of an H100, 4.3 TB/s and 788 TFLOP/s of an H200; the rest is
-# assumed, and more of an A100, whose power holds it back less.
-REACHED = {"copy": 0.9, "product": 0.8, "A100 product": 0.87, "link": 0.8}
-# Share of its limit that a part reaches where nothing was measured.
-ASSUMED = {
-    "matrix products": 0.8, "attention": 0.45, "norms": 0.85, "GELU": 0.9, "lm_head and loss": 0.75,
-    "embedding": 0.5, "weights": 0.85, "optimizer": 0.85,
-}  # fmt: skip
+# Shares of the datasheet to assume where no GPU was measured. An A100 has 400 W for 312 TFLOP/s and an H200
+# 700 W for 989, so power should hold an A100's products back less: its 87% stays an assumption.
+REACHED = (0.9, 0.8, 0.8)  # copy, product, link
+A100_PRODUCT = 0.87
+# Shares that parts reach of their limits, to assume where no step was measured: one H200's, rounded.
+ASSUMED = dict(zip(PARTS, (0.88, 0.34, 0.27, 0.83, 0.79, 0.58, 0.61, 0.7, 0.46, 0.012)))
 
 
 @dataclass(frozen=True)
 class Part:
-    """A share of the step: work that one kernel does, each as (FLOPs, bytes, times a step)."""
+    """A share of the step: for each kind of kernel the (FLOPs, bytes, launches) of a step."""
 
     name: str
     work: tuple[tuple[float, float, int], ...]
@@ -92,50 +90,53 @@ class Part:
         return sum(moved * times for _, moved, times in self.work)
 
     def least(self, limits: Limits) -> float:
-        """Seconds: each kernel at the slower of its two limits."""
+        """Seconds. Each kernel waits for the slower of its two limits."""
         return sum(max(f / limits.product, b / limits.copy) * times for f, b, times in self.work)
 
 
 def parts(config: GPTConfig, batch_size: int, accumulation: int) -> list[Part]:
-    """The step of the Triton kernels in bf16 with an fp32 residual stream: `accumulation` micro-batches."""
+    """The step of our kernels in bf16 with an fp32 residual stream: all of PARTS but "between kernels"."""
     assert config.vocab_size is not None
     T, L, H, C, V = config.block_size, config.n_layer, config.n_head, config.n_embd, config.vocab_size
     rows, layers = batch_size * T, L * accumulation
     matrices = V * C + 12 * L * C * C
     params = matrices + T * C + (2 * L + 1) * C * (1 + config.bias) + 9 * L * C * config.bias
+    # Checkpointing runs a block's forward pass again, but for its last product: nothing needs that result.
+    again = layers if config.activation_checkpointing else 0
 
     def cost(name: str, **sample: Any) -> Cost:
         return _OPS[name].cost(**_OPS[name].make(dtype=torch.bfloat16, device="meta", **sample))
 
-    def both(found: Cost, times: int, again: int = 0) -> tuple[tuple[float, float, int], ...]:
-        forward = (found.forward_flops, found.forward_bytes, times + again)
-        return forward, (found.backward_flops, found.backward_bytes, times)
+    def product(n: int, k: int, times: int) -> tuple[float, float, int]:
+        return 2.0 * rows * n * k, 2.0 * (rows * n + rows * k + n * k), times
 
-    # The FLOPs of a norm or a loss are no tensor core's.
-    norm = cost("add_layer_norm", shape=(rows, C), bias=config.bias, mixed=True)._replace(
-        forward_flops=0, backward_flops=0
-    )
-    # A block's forward pass a second time, but for its last product, whose result nothing needs.
-    again = layers if config.activation_checkpointing else 0
-    products = tuple(
-        (2.0 * rows * n * k, 2.0 * (rows * n + rows * k + n * k), 3 * layers + again * (name != "mlp.c_proj"))
-        for name, (n, k) in shapes(C).items()
-    )
     attention = cost("causal_attention", B=batch_size, T=T, H=H, D=C // H)
-    return [
-        Part("matrix products", products),
-        Part("attention", both(attention, layers, again)),
-        Part("norms", both(norm, 2 * layers + accumulation, 2 * again)),
-        # forward x -> y; backward dy, x -> dx
-        Part("GELU", ((0, 2 * 2 * 4 * C * rows, layers + again), (0, 3 * 2 * 4 * C * rows, layers))),
-        Part("lm_head and loss", both(cost("linear_cross_entropy", N=rows, C=C, V=V), accumulation)),
-        # the rows of wte -> the stream; its gradient -> wte's
-        Part("embedding", ((0, 8 * C * rows, accumulation), (0, 8 * C * rows, accumulation))),
-        # fp32 -> bf16 and the gradient added in fp32, once a micro-batch
-        Part("weights", ((0, 6 * matrices, accumulation), (0, 10 * matrices, accumulation))),
-        # norm of the gradient, clipping, AdamW: p, g, m, v -> p, m, v
-        Part("optimizer", ((0, (4 + 8 + 28) * params, 1),)),
-    ]
+    # Tensor cores do no norm and no loss: their FLOPs count as none.
+    norm = cost("add_layer_norm", shape=(rows, C), bias=config.bias, mixed=True)
+    norms = 2 * layers + accumulation
+    hidden = 2.0 * 4 * C * rows  # bytes of the MLP's middle in bf16
+    work: dict[str, list[tuple[float, float, int]]] = {
+        "matrix products": [
+            *(
+                product(n, k, 3 * layers + again * (name != "mlp.c_proj"))
+                for name, (n, k) in shapes(C).items()
+            ),
+            product(C, V, 3 * accumulation),  # lm_head
+        ],
+        "attention, forward": [(attention.forward_flops, attention.forward_bytes, layers + again)],
+        "attention, backward": [(attention.backward_flops, attention.backward_bytes, layers)],
+        "norms, forward": [(0, norm.forward_bytes, norms + 2 * again)],
+        "norms, backward": [(0, norm.backward_bytes, norms)],
+        "GELU, forward": [(0, 2 * hidden, layers + again)],  # x -> y
+        "GELU, backward": [(0, 3 * hidden, layers)],  # dy, x -> dx
+        "loss": [(0, 4.0 * rows * V, accumulation)],  # bf16 logits read, their gradient written over them
+        "rest": [
+            (0, 8.0 * C * rows, 2 * accumulation),  # rows of wte -> the stream; its gradient -> wte's
+            (0, (6.0 + 10.0) * matrices, accumulation),  # fp32 -> bf16; a gradient added in fp32
+            (0, (4.0 + 8.0 + 28.0) * params, 1),  # gradient's norm, clipping, AdamW: p, g, m, v -> p, m, v
+        ],
+    }
+    return [Part(name, tuple(kernels)) for name, kernels in work.items()]
 
 
 def shapes(C: int) -> dict[str, tuple[int, int]]:
@@ -185,12 +186,11 @@ def memory(config: GPTConfig, batch_size: int, gpus: int = 1) -> dict[str, float
 
 
 def largest_micro_batch(config: GPTConfig, sequences: int, gpus: int, available: float) -> int | None:
-    """Of those that share a step's `sequences` out evenly: with the margin that --batch_size=auto leaves."""
-
-    def fits(size: int) -> bool:
-        return sum(memory(config, size, gpus).values()) <= (1 - fit.MARGIN) * available
-
-    return fit.largest(fit.micro_batches(sequences, gpus), fits)
+    """The largest that fits into `available` bytes and divides a GPU's share of `sequences`; None if none."""
+    share = sequences // gpus
+    sizes = (size for size in range(share, 0, -1) if share % size == 0)
+    fits = (s for s in sizes if sum(memory(config, s, gpus).values()) <= (1 - MARGIN) * available)
+    return next(fits, None)
 
 
 def exchange(params: int, gpus: int, limits: Limits) -> float:
@@ -207,56 +207,63 @@ def kind_of(gpu: str) -> str | None:
 
 
 def limits_of(gpu: str, results: list[Result]) -> Limits:
-    """Of a GPU that is not at hand: measured on one of its kind, or predicted. Raises ValueError."""
+    """Limits of a GPU that is not here: measured on one of its kind, else predicted. Raises ValueError.
+
+    A prediction takes the shares of its datasheet that another GPU reached, the one measured last.
+    """
     kind = kind_of(gpu)
     if kind is None:
-        raise ValueError(
-            f"no datasheet of {gpu!r} is at hand; there are {', '.join(DATASHEET)}, as SXM parts"
-        )
+        raise ValueError(f"there is no datasheet of {gpu!r}, only of {', '.join(DATASHEET)} (SXM)")
     copy, link, size = DATASHEET[kind]
     peak = peak_flops(kind, "bfloat16") or 0.0
-    link *= REACHED["link"]
-    for result in reversed(results):
-        if result["benchmark"] == "roofline" and kind_of(result["environment"]["device"]) == kind:
-            found = result["limits"]
-            rates = found["copy_bytes_per_s"], found["product_flops_per_s"]
-            return Limits(*rates, link, size, f"measured, {result['file']}")
-    product = REACHED.get(f"{kind} product", REACHED["product"])
-    return Limits(
-        REACHED["copy"] * copy, product * peak, link, size,
-        f"predicted: {REACHED['copy']:.0%} of the datasheet's {copy / 1e12:.2f} TB/s, "
-        f"{product:.0%} of its {peak / 1e12:,.0f} TFLOP/s",
-    )  # fmt: skip
+    copy_share, product_share, link_share = REACHED
+    basis = "assumed shares"
+    measured = [r for r in results if r["benchmark"] in ("roofline", "kernels") and _kind(r) is not None]
+    if measured:
+        result = max(reversed(measured), key=lambda result: _kind(result) == kind)
+        rates = result["limits"]["copy_bytes_per_s"], result["limits"]["product_flops_per_s"]
+        other = _kind(result) or ""
+        if other == kind:
+            return Limits(*rates, link_share * link, size, f"measured, {result['file']}")
+        copy_share = rates[0] / DATASHEET[other][0]
+        product_share = rates[1] / (peak_flops(other, "bfloat16") or 0.0)
+        basis = f"shares of an {other}, {result['file']}"
+    if kind == "A100":
+        product_share, basis = A100_PRODUCT, f"{basis}; product assumed"
+    source = (
+        f"predicted: {copy_share:.0%} of the datasheet's {copy / 1e12:.2f} TB/s, {product_share:.0%} of its "
+        f"{peak / 1e12:,.0f} TFLOP/s; {basis}"
+    )
+    return Limits(copy_share * copy, product_share * peak, link_share * link, size, source)
+
+
+def _kind(result: Result) -> str | None:
+    return kind_of(result["environment"]["device"])
 
 
 def measured_limits(device: str) -> Limits:
-    """Of this GPU, or CPU; its links are the datasheet's where it has one."""
-    found = timing.limits(device)
+    """Limits of this GPU, or CPU. Its links are the datasheet's, if it has one."""
+    rates = timing.limits(device)
     link, size = 1e10, 0.0
     if device == "cuda":
         size = torch.cuda.get_device_properties(0).total_memory
         with suppress(ValueError):
             link = limits_of(torch.cuda.get_device_name(), []).link
-    return Limits(found["copy_bytes_per_s"], found["product_flops_per_s"], link, size, "measured now")
+    return Limits(rates["copy_bytes_per_s"], rates["product_flops_per_s"], link, size, "measured now")
 
 
 def measure_products(config: GPTConfig, batch_size: int, device: str) -> dict[str, dict[str, float]]:
     """The step's matrix products as they lie in memory: {layer, direction: {ms, flops_per_s}}.
 
-    The last is c_fc's forward for two seconds on end, at the clocks that the GPU's power then allows.
+    c_fc's forward also runs for two seconds on end, at the clocks that the GPU's power then allows.
     """
     rows, C, V = batch_size * config.block_size, config.n_embd, config.vocab_size
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     assert V is not None
-    found: dict[str, dict[str, float]] = {}
-
-    def operands(m: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        x, dy, w = (torch.randn(*s, device=device).to(dtype) for s in ((m, n), (m, k), (k, n)))
-        return x, dy, w
-
+    results: dict[str, dict[str, float]] = {}
     for name, (n, k) in (shapes(C) | {"lm_head, a chunk": (C, V)}).items():
         m = chunk_rows(rows, V, dtype.itemsize) if "chunk" in name else rows
-        x, dy, w = operands(m, n, k)
+        x, dy, w = (torch.randn(*s, device=device).to(dtype) for s in ((m, n), (m, k), (k, n)))
         calls: dict[str, Callable[[], Any]] = {
             "forward": partial(torch.mm, x, w.t()),
             "dx": partial(torch.mm, dy, w),
@@ -265,299 +272,194 @@ def measure_products(config: GPTConfig, batch_size: int, device: str) -> dict[st
         if "chunk" in name and device == "cuda":  # added up in fp32
             dw = torch.zeros(k, n, device=device)
             calls["dw"] = partial(torch.addmm, dw, dy.t(), x, out_dtype=torch.float32, out=dw)
-        for direction, timed in timing.interleaved(calls, device, 0.1).items():
-            rate = 2.0 * m * n * k / timed.median * 1e3
-            found[f"{name} {direction}"] = {"ms": timed.median, "flops_per_s": rate}
-    x, _, w = operands(rows, C, 4 * C)
-    ms = timing.sustained(partial(torch.mm, x, w.t()), device, 2.0 if device == "cuda" else 0.05)
-    found["c_fc forward, sustained"] = {"ms": ms, "flops_per_s": 2.0 * rows * 4 * C * C / ms * 1e3}
-    return found
+        times = {what: timed.median for what, timed in timing.interleaved(calls, device, 0.1).items()}
+        if name == "c_fc":
+            seconds = 2.0 if device == "cuda" else 0.05
+            times["forward, sustained"] = timing.sustained(calls["forward"], device, seconds)
+        for what, ms in times.items():
+            results[f"{name} {what}"] = {"ms": ms, "flops_per_s": 2.0 * m * n * k / ms * 1e3}
+    return results
 
 
-def measure_attention(config: GPTConfig, batch_size: int, device: str) -> dict[str, Any]:
-    """Forward and backward of causal attention in ms, by PyTorch's backends; or why there is none."""
-    op = _OPS["causal_attention"]
-    B = batch_size if device == "cuda" else 1
-    shape = {"B": B, "T": config.block_size, "H": config.n_head, "D": config.n_embd // config.n_head}
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    qkv = op.make(dtype=dtype, device=device, **shape)["qkv"].requires_grad_()
-    dy = torch.randn_like(qkv[:, :, 0])
-    found: dict[str, Any] = {}
-    ready: dict[str, Callable[[], Any]] = {}
+@dataclass(frozen=True)
+class Step:
+    """A step on one GPU: `accumulation` micro-batches of `batch_size` sequences."""
 
-    def both(function: Callable[..., Any]) -> Any:
-        return torch.autograd.grad(function(qkv), qkv, dy)
+    config: GPTConfig
+    batch_size: int
+    accumulation: int
 
-    for name, function in [("eager", op.reference), *peers(op, device)]:
-        if isinstance(function, str):
-            found[name] = function
-            continue
-        try:
-            both(function)
-            ready[name] = partial(both, function)
-        except Exception as failure:  # whatever a compiler raises
-            found[name] = " ".join(str(failure).split())[:160]
-    return found | {name: t.median for name, t in timing.interleaved(ready, device, 0.1).items()}
+    @property
+    def tokens(self) -> int:
+        return self.accumulation * self.batch_size * self.config.block_size
+
+    def parts(self) -> list[Part]:
+        return parts(self.config, self.batch_size, self.accumulation)
 
 
-def reached(results: list[Result], kind: str | None, config: GPTConfig) -> dict[str, tuple[float, str]]:
-    """{part: (share of its limit, where from)}: measured on this kind of GPU, else on another, else assumed.
+def measured_steps(results: list[Result]) -> list[tuple[Step, Result]]:
+    """Our steps on a single GPU that has a datasheet, with their throughput results, the newest first."""
+    names = {field.name for field in fields(GPTConfig)}
+    steps = []
+    for result in reversed(results):
+        ours = result["variants"].get("tritongpt") if result["benchmark"] == "throughput" else None
+        if isinstance(ours, dict) and result["ranks"] == 1 and _kind(result) is not None:
+            config = GPTConfig(**{k: v for k, v in result["model"].items() if k in names})
+            batch_size = result["batch_size"]["tritongpt"]
+            sequences = ours["tokens_per_s"] * ours["step_ms"] / 1e3 / config.block_size
+            steps.append((Step(config, batch_size, round(sequences / batch_size)), result))
+    return steps
 
-    Shares are of the limits of the run that measured them.
+
+def same_step(step: Step, kind: str | None, results: list[Result]) -> Result | None:
+    """The newest measurement of this step on this kind of GPU."""
+    like = (r for s, r in measured_steps(results) if _kind(r) == kind and s.parts() == step.parts())
+    return next(like, None)
+
+
+def shares(
+    step: Step, kind: str | None, results: list[Result]
+) -> tuple[dict[str, float], dict[str, float], str]:
+    """({part: share of its limit}, {part: measured ms} if it is this very step, where from).
+
+    From the newest step by part on this kind of GPU, else on another, else assumed. "between kernels" is a
+    share of the other parts' time.
     """
-    wanted = {
-        "norms": ("add_layer_norm", {"C": config.n_embd}),
-        "attention": ("causal_attention", {"T": config.block_size, "D": config.n_embd // config.n_head}),
-        "lm_head and loss": ("linear_cross_entropy", {"C": config.n_embd}),
-    }
-    elsewhere: dict[str, tuple[float, str]] = {}
-    here: dict[str, tuple[float, str]] = {}
-    for result in results:
-        device = result["environment"]["device"]
-        found, source = (
-            (here, "measured") if kind_of(device) == kind else (elsewhere, f"measured on {device}")
-        )
-        source = f"{source}, {result['file']}"
-        if result["benchmark"] == "roofline" and result["model"]["n_embd"] == config.n_embd:
-            layers = [p for name, p in result["products"].items() if name.endswith(("forward", "dx", "dw"))]
-            blocks = layers[: 3 * len(shapes(1))]
-            rate = sum(p["ms"] * p["flops_per_s"] for p in blocks) / sum(p["ms"] for p in blocks)
-            found["matrix products"] = rate / result["limits"]["product_flops_per_s"], source
-        if result["benchmark"] == "kernels":
-            for part, (operation, size) in wanted.items():
-                nearest = _nearest(result["cases"], operation, size)
-                if nearest is not None:
-                    found[part] = nearest, source
-    return {part: (share, "assumed") for part, share in ASSUMED.items()} | elsewhere | here
+    by_part = [(s, r) for s, r in measured_steps(results) if "tritongpt" in r.get("parts", {})]
+    if not by_part:
+        return ASSUMED, {}, "assumed"
+    other, result = max(by_part, key=lambda pair: _kind(pair[1]) == kind)  # the first of equals: the newest
+    device, ms = result["environment"]["device"], result["parts"]["tritongpt"]
+    limits = limits_of(device, results)
+    reached = {part.name: 1e3 * part.least(limits) / ms[part.name] for part in other.parts()}
+    reached["between kernels"] = ms["between kernels"] / sum(ms[name] for name in reached)
+    if _kind(result) == kind and other.parts() == step.parts():
+        return reached, ms, f"measured in the step, {result['file']}"
+    return reached, {}, f"share measured on {device}, {result['file']}"
 
 
-def _nearest(cases: list[Result], operation: str, size: dict[str, int]) -> float | None:
-    """The share that our variant reached, forward and backward, at the shape that is most like `size`."""
-
-    def distance(sample: dict[str, Any]) -> float:
-        other_dtypes = "shape" in sample and not sample.get("mixed")  # than a training's
-        sample = {"C": sample["shape"][-1]} if "shape" in sample else sample
-        return sum(abs(sample[k] - v) / v for k, v in size.items()) + 1e-3 * other_dtypes
-
-    ours = [
-        (distance(case["sample"]), case["variants"]["tritongpt"]["both"]["limit"])
-        for case in cases
-        if case["operation"] == operation
-        and case["dtype"] == "bf16"
-        and "both" in case["variants"].get("tritongpt", ())
-    ]
-    return min(ours)[1] if ours else None
-
-
-def measured_step(results: list[Result], kind: str | None, config: GPTConfig) -> tuple[float, str] | None:
-    """(tokens/s, where from) of our whole step on one of these GPUs; the newest."""
-    found = None
-    for result in results:
-        if result["benchmark"] != "throughput" or kind_of(result["environment"]["device"]) != kind:
-            continue
-        same = all(result["model"][k] == getattr(config, k) for k in ("n_layer", "n_embd", "block_size"))
-        ours = result["variants"].get("tritongpt")
-        if same and result["ranks"] == 1 and isinstance(ours, dict):
-            found = ours["tokens_per_s"], result["file"]
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.roofline",
-        description=(__doc__ or "").split("\n")[0],
-        epilog="What else is given is read as python -m train reads it: config files, presets, flags.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--gpu", help=f"predict for another: {', '.join(DATASHEET)}")
-    parser.add_argument("--gpus", type=int, default=1, help="of one machine, linked by NVLink")
-    parser.add_argument("--size", default=None, choices=SIZES, help="of the model, without a config; 124M")
-    parser.add_argument("--batch_size", help="sequences in a micro-batch, or auto, the largest that fits; 64")
-    parser.add_argument("--block_size", help="tokens in a sequence; 1024")
-    parser.add_argument(
-        "--tokens", type=float, help="of a whole run, to say how long it takes; its max_iters"
-    )
-    parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of measurements")
-    parser.add_argument("--out", type=Path, help="a JSON file for the limits that were measured")
-    cli.run(lambda: predict(*parser.parse_known_args()))
-
-
-def planned(
-    options: argparse.Namespace, args: list[str], small: bool
-) -> tuple[GPTConfig, int, int | None, float]:
-    """(model, sequences in a step, micro-batch or None for the largest, tokens in the run or 0).
-
-    Raises ValueError for what is not predicted.
-    """
-    if options.gpus < 1:
-        raise ValueError(f"--gpus {options.gpus} must be at least 1")
-    sizes = {name: getattr(options, name) for name in ("batch_size", "block_size")}
-    if args:
-        if options.size is not None:
-            raise ValueError(f"--size {options.size} is a model of its own: leave it out beside {args[0]}")
-        flags = [f"--{name}={value}" for name, value in sizes.items() if value]
-        config, given = parse([*args, *flags])
-        if config.strategy == "fsdp" or config.dtype == "float32":
-            raise ValueError(
-                "strategy=fsdp and dtype=float32 are not predicted: only ddp, in 16 bits with fp32 weights"
-            )
-        if config.optimizer == "muon" or config.init_from not in ("scratch", "auto", "resume"):
-            raise ValueError(
-                f"optimizer={config.optimizer}, init_from={config.init_from}: only AdamW is predicted, and a "
-                "model of the flags' own shape"
-            )
-        if config.gradient_accumulation_steps % options.gpus:
-            raise ValueError(
-                f"gradient_accumulation_steps={config.gradient_accumulation_steps} is that of all GPUs "
-                f"and does not divide by --gpus {options.gpus}"
-            )
-        model = replace(config.model, vocab_size=config.model.vocab_size or 50304, kernels="torch")
-        if config.model.vocab_size is None:
-            print("vocab_size=50304 is supposed, GPT-2's: the data's own is not looked at")
-        batch_size = None if config.batch_size == "auto" else config.micro_batch
-        sequences = (batch_size or asked_batch_size(given)) * config.gradient_accumulation_steps
-        return model, sequences, batch_size, float(config.max_iters) * sequences * model.block_size
-    layers, heads, width = SIZES[options.size or ("tiny" if small else "124M")]
-    vocab_size, block_size = (512, 64) if small else (50304, int(sizes["block_size"] or 1024))
-    model = GPTConfig(block_size, vocab_size, layers, heads, width, bias=False, kernels="torch")
-    if sizes["batch_size"] == "auto":
-        return model, TOKENS_PER_STEP // block_size, None, 0.0
-    batch_size = int(sizes["batch_size"] or (2 if small else 64))
-    if batch_size < 1:
-        raise ValueError(f"--batch_size {batch_size} must be at least 1")
-    each = batch_size * options.gpus
-    return model, each * max(1, round(TOKENS_PER_STEP / (each * block_size))), batch_size, 0.0
-
-
-def predict(options: argparse.Namespace, args: list[str]) -> None:
-    on_gpu = torch.cuda.is_available()
-    small = options.gpu is None and not on_gpu
-    if small and args:
-        raise ValueError(f"there is no GPU here: say which, --gpu {' or '.join(DATASHEET)}")
-    config, sequences, asked, tokens = planned(options, args, small)
-    if options.gpu is None:
-        device = "cuda" if on_gpu else "cpu"
-        name = torch.cuda.get_device_name() if on_gpu else "CPU"
-        if small:
-            print("There is no GPU: a tiny model on the CPU, which says nothing about a GPU. Try --gpu A100.")
-        limits = measured_limits(device)
-        batch_size = asked or largest_micro_batch(config, sequences, options.gpus, limits.memory) or 1
-        products = measure_products(config, batch_size, device)
-        attention = measure_attention(config, batch_size, device)
-        for what, found in products.items():
-            print(f"  {what:26} {found['ms']:8.3f} ms  {found['flops_per_s'] / 1e12:7.1f} TFLOP/s")
-        for what, ms in attention.items():
-            print(f"  attention {what:16} {ms if isinstance(ms, str) else f'{ms:8.3f} ms'}")
-        if options.out:
-            rates = {"copy_bytes_per_s": limits.copy, "product_flops_per_s": limits.product}
-            timing.write(
-                options.out, "roofline", device, limits=rates, products=products, attention=attention,
-                model=vars(config), batch_size=batch_size,
-            )  # fmt: skip
-    else:
-        limits, name = limits_of(options.gpu, timing.read(options.results)), options.gpu
-        batch_size = asked or largest_micro_batch(config, sequences, options.gpus, limits.memory) or 1
-    results = timing.read(options.results)
-    accumulation = sequences // (batch_size * options.gpus)
-    seconds = print_step(config, batch_size, accumulation, name, limits, results)
-    print_memory(config, batch_size, sequences, options.gpus, limits)
-    tokens = options.tokens or tokens
-    print_run(config, batch_size * accumulation, seconds, accumulation, options.gpus, limits, tokens)
-
-
-def print_step(
-    config: GPTConfig, batch_size: int, accumulation: int, name: str, limits: Limits, results: list[Result]
-) -> float:
-    """The parts of one GPU's step. Returns its seconds: measured, or what is expected."""
-    tokens = accumulation * batch_size * config.block_size
-    kind, peak = kind_of(name), peak_flops(name, "bfloat16")
+def print_step(step: Step, gpu: str, limits: Limits, results: list[Result]) -> float:
+    """The parts of one GPU's step. Returns its seconds: measured, else expected."""
+    kind, peak = kind_of(gpu), peak_flops(gpu, "bfloat16")
     with torch.device("meta"):
-        flops_per_token = GPT(config).flops_per_token()
+        flops_per_token = GPT(step.config).flops_per_token()
 
     def line(what: str, seconds: float, note: str) -> str:
-        rate = tokens / seconds
+        rate = step.tokens / seconds
         mfu = "" if peak is None else f", MFU {rate * flops_per_token / peak:.1%}"
-        return f"{what:18} {1e3 * seconds:9.2f} ms a step, {rate:,.0f} tokens/s{mfu} ({note})"
+        return f"{what:20} {1e3 * seconds:8.2f} ms a step, {rate:,.0f} tokens/s{mfu} ({note})"
 
-    print(
-        f"{config.n_layer} layers, {config.n_embd} wide, {accumulation} micro-batches of {batch_size} x "
-        f"{config.block_size} tokens on one {name}"
-    )
-    print(
-        f"limits: copy {limits.copy / 1e9:,.0f} GB/s, product {limits.product / 1e12:,.1f} TFLOP/s "
-        f"({limits.source})"
-    )
-    print(f"\n{'part':18} {'TFLOP':>8} {'GB':>8} {'least ms':>9} {'share':>6} {'expected':>9}  share from")
+    copy, product = f"{limits.copy / 1e9:,.0f} GB/s", f"{limits.product / 1e12:,.1f} TFLOP/s"
+    print(f"limits: copy {copy}, product {product} ({limits.source})\n")
+    reached, measured, source = shares(step, kind, results)
+    columns = f"{'least ms':>9} {'share':>6} {'expected':>9} {'measured':>9}  source"
+    print(f"{'part':20} {'TFLOP':>8} {'GB':>8} {columns}")
     least = expected = 0.0
-    shares = reached(results, kind, config)
-    for part in parts(config, batch_size, accumulation):
-        share, source = shares[part.name]
-        seconds = part.least(limits)
-        least, expected = least + seconds, expected + seconds / share
+    for part in [*step.parts(), Part("between kernels", ())]:
+        at_least, share = part.least(limits), reached[part.name]
+        in_step = f"{measured[part.name]:9.2f}" if measured else f"{'':9}"
+        seconds = at_least / share if part.work else share * expected
+        least, expected = least + at_least, expected + seconds
         print(
-            f"{part.name:18} {part.flops / 1e12:8.2f} {part.bytes / 1e9:8.1f} {1e3 * seconds:9.2f} "
-            f"{share:6.0%} {1e3 * seconds / share:9.2f}  {source}"
+            f"{part.name:20} {part.flops / 1e12:8.2f} {part.bytes / 1e9:8.1f} {1e3 * at_least:9.2f} "
+            f"{share:6.1%} {1e3 * seconds:9.2f} {in_step}  {source}"
         )
-    print()
-    print(line("at least", least, "every part at its limit"))
+    print("\n" + line("at least", least, "every part at its limit"))
     print(line("expected", expected, "predicted"))
-    measured = measured_step(results, kind, config)
-    if measured is None:
-        return expected
-    seconds = tokens / measured[0]
-    print(line("measured", seconds, measured[1]))
-    print(f"{'gap':18} {1e3 * (seconds - expected):9.2f} ms that no part explains")
-    return seconds
+    if (same := same_step(step, kind, results)) is not None:
+        expected = same["variants"]["tritongpt"]["step_ms"] / 1e3
+        print(line("measured", expected, same["file"]))
+    return expected
 
 
-def print_memory(config: GPTConfig, batch_size: int, sequences: int, gpus: int, limits: Limits) -> None:
-    held = memory(config, batch_size, gpus)
-    needed = sum(held.values())
-    print(f"\nmemory, predicted: {needed / 1e9:.1f} GB at micro-batch {batch_size}")
-    for what, size in held.items():
-        print(f"  {what:30} {size / 1e9:8.2f} GB")
-    if config.dropout:
-        print("  the masks of dropout are not counted")
+def print_memory(step: Step, gpu: str, gpus: int, limits: Limits, results: list[Result]) -> None:
+    def line(what: str, size: float, note: str = "") -> str:
+        return f"{what:42} {size / 1e9:8.2f} GB{note}"
+
+    held = memory(step.config, step.batch_size, gpus)
+    needed, available = sum(held.values()), (1 - MARGIN) * limits.memory
+    print("\n" + line(f"memory at micro-batch {step.batch_size}, predicted", needed))
+    same = same_step(step, kind_of(gpu), results)
+    if same is not None and gpus == 1:
+        print(line("memory, measured", same["variants"]["tritongpt"]["peak_bytes"], f" ({same['file']})"))
+    print(*(line(f"  {what}", size) for what, size in held.items()), sep="\n")
     if not limits.memory:
         return
-    available = f"{limits.memory / 1e9:.0f} GB less {fit.MARGIN:.0%}"
-    fitting = needed <= (1 - fit.MARGIN) * limits.memory
-    print(f"  {'fits' if fitting else 'does not fit'} into {available}, predicted")
-    found = largest_micro_batch(config, sequences, gpus, limits.memory)
-    if found is None:
-        print("  not one sequence fits, predicted: try --activation_checkpointing=True or --strategy=fsdp")
+    fits = "fits" if needed <= available else "does not fit"
+    print(f"{fits} into {limits.memory / 1e9:.0f} GB less {MARGIN:.0%}, predicted")
+    sequences = step.batch_size * step.accumulation * gpus
+    if (largest := largest_micro_batch(step.config, sequences, gpus, limits.memory)) is None:
+        print("not one sequence fits, predicted: try --activation_checkpointing=True or --strategy=fsdp")
     else:
-        print(
-            f"  largest micro-batch that fits, predicted: {found} x {sequences // found} accumulation steps ="
-            f" {sequences} sequences a step, {sum(memory(config, found, gpus).values()) / 1e9:.1f} GB"
-        )
+        needed = sum(memory(step.config, largest, gpus).values())
+        print(line(f"largest micro-batch of {sequences} sequences: {largest}, predicted", needed))
 
 
-def print_run(
-    config: GPTConfig,
-    sequences: int,
-    seconds: float,
-    accumulation: int,
-    gpus: int,
-    limits: Limits,
-    tokens: float,
-) -> None:
-    """What several GPUs make of a step of `seconds` and `sequences` on each, and of `tokens` in all."""
-    rate = sequences * config.block_size / seconds
+def print_run(step: Step, seconds: float, gpus: int, limits: Limits, tokens: float | None) -> None:
+    """What several GPUs make of a step of `seconds` on each, and how long `tokens` take."""
+    rate = step.tokens / seconds
     if gpus > 1:
         with torch.device("meta"):
-            params = sum(p.numel() for p in GPT(config).parameters())
+            params = sum(p.numel() for p in GPT(step.config).parameters())
         # Gradients travel while the last micro-batch's backward pass, two thirds of it, computes the rest.
         whole = exchange(params, gpus, limits)
-        exposed = max(0.05 * whole, whole - seconds / accumulation * 2 / 3)
-        rate *= gpus * seconds / (seconds + exposed)
+        exposed = max(0.05 * whole, whole - seconds / step.accumulation * 2 / 3)
+        share = seconds / (seconds + exposed)
+        rate *= gpus * share
         print(
             f"\n{gpus} GPUs, predicted: gradients take {1e3 * whole:.1f} ms, {1e3 * exposed:.1f} of it not "
-            f"hidden: {rate:,.0f} tokens/s, {seconds / (seconds + exposed):.1%} of {gpus} times one"
+            f"hidden: {rate:,.0f} tokens/s, {share:.1%} of {gpus} times one"
         )
     if tokens:
         hours = tokens / rate / 3600
         print(f"\n{tokens:,.0f} tokens, predicted: {hours:,.1f} hours, {hours / 24:,.1f} days")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.roofline", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--gpu", help=f"predict for another: {', '.join(DATASHEET)}")
+    parser.add_argument("--gpus", type=int, default=1, help="of one machine, linked by NVLink")
+    parser.add_argument("--size", choices=SIZES, help="of the model; 124M on a GPU")
+    parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch; 64 on a GPU")
+    parser.add_argument("--block_size", type=int, help="tokens in a sequence; 1024 on a GPU")
+    parser.add_argument("--tokens", type=float, help="of a whole run, to say how long it takes")
+    parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of measurements")
+    parser.add_argument("--out", type=Path, help="a JSON file for the limits that were measured")
+    cli.run(lambda: predict(parser.parse_args()))
+
+
+def predict(options: argparse.Namespace) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    small = options.gpu is None and device == "cpu"
+    batch_size = options.batch_size or (2 if small else 64)
+    block_size = options.block_size or (64 if small else 1024)
+    if min(options.gpus, batch_size, block_size) < 1:
+        raise ValueError("--gpus, --batch_size and --block_size must be at least 1")
+    layers, heads, width = SIZES[options.size or ("tiny" if small else "124M")]
+    vocab_size = 512 if small else 50304
+    config = GPTConfig(block_size, vocab_size, layers, heads, width, bias=False, kernels="torch")
+    accumulation = max(1, round(TOKENS_PER_STEP / (batch_size * options.gpus * block_size)))
+    step, results = Step(config, batch_size, accumulation), timing.read(options.results)
+    if options.gpu is not None:
+        gpu, limits = options.gpu, limits_of(options.gpu, results)
+    else:
+        gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+        if small:
+            print("There is no GPU: a tiny model on the CPU, which says nothing about a GPU. Try --gpu A100.")
+        limits, products = measured_limits(device), measure_products(config, batch_size, device)
+        for what, timed in products.items():
+            print(f"  {what:26} {timed['ms']:8.3f} ms  {timed['flops_per_s'] / 1e12:7.1f} TFLOP/s")
+        if options.out:
+            rates = {"copy_bytes_per_s": limits.copy, "product_flops_per_s": limits.product}
+            shape = {"model": vars(config), "batch_size": batch_size}
+            timing.write(options.out, "roofline", device, limits=rates, products=products, **shape)
+    size = f"{layers} layers, {width} wide"
+    print(f"{size}, {accumulation} micro-batches of {batch_size} x {block_size} tokens on one {gpu}")
+    seconds = print_step(step, gpu, limits, results)
+    print_memory(step, gpu, options.gpus, limits, results)
+    print_run(step, seconds, options.gpus, limits, options.tokens)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,12 @@ from typing import Any
 import torch
 
 from bench import timing
-from bench.kernels import IN_PLACE, loss_and_gradient, make_call, wrong
+from bench.kernels import IN_PLACE, loss_and_gradient, make_call, make_inputs, wrong
 from kernels import OPS
+from kernels.attention import DESCRIPTOR_TILES, descriptor
 from kernels.attention import TILES as ATTENTION_TILES
 from kernels.attention import Tile as AttentionTile
+from kernels.cross_entropy import A_ROW_EACH
 from kernels.cross_entropy import TILES as LOSS_TILES
 from kernels.cross_entropy import _width as loss_width
 from kernels.decode import TILES as DECODE_TILES
@@ -34,10 +36,9 @@ from kernels.decode import Tile as DecodeTile
 from kernels.layer_norm import TILES as NORM_TILES
 from kernels.layer_norm import _width as norm_width
 from kernels.linear_cross_entropy import _sum as loss_in_chunks
-from kernels.op import INTERPRETED, Op, architecture, unavailable
+from kernels.op import INTERPRETED, Op, architecture, tiles_for, unavailable
 
 DEVICE = "cuda"
-ALL = 1024  # programs a multiprocessor: one for every row
 CHUNK = {"rows": ((8192,),)}  # as `chunk_rows` has it for GPT-2's vocabulary
 # What a step of the 124M launches: these decide an entry before the shapes that an Op ships.
 DECIDING: dict[str, dict[str, Any]] = {
@@ -74,7 +75,7 @@ def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
     table: dict[Any, tuple[Any, ...]]
     candidates: tuple[Any, ...]
     if op.family == "layer_norm":
-        C, table = first.shape[-1], NORM_TILES[arch]
+        C, table = first.shape[-1], tiles_for(first, NORM_TILES)
         key = norm_width(C)
         forward = tuple(_norm_tiles(C, 64))
         yield Slot("forward (rows, warps, columns)", table, key, 0, forward, op.launchers)
@@ -85,13 +86,13 @@ def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
         name = "backward (rows, warps, columns, programs)"
         yield Slot(name, table, key, 1, backward, op.launchers)
     elif op.name == "cross_entropy" and first.shape[1] > 2048:
-        sizes = product((4096, 8192, 16384, 32768), (4, 8, 16, 32), (1, 2, 3, 4, ALL))
+        sizes = product((4096, 8192, 16384, 32768), (4, 8, 16, 32), (1, 2, 3, 4, A_ROW_EACH))
         candidates = tuple(
             (block, warps, programs)
             for block, warps, programs in sizes
-            if 8 <= block // (32 * warps) <= 32 and (programs == ALL or 16 <= warps * programs <= 64)
+            if 8 <= block // (32 * warps) <= 32 and (programs == A_ROW_EACH or 16 <= warps * programs <= 64)
         )
-        table, key = LOSS_TILES[arch], loss_width(first.shape[1])
+        table, key = tiles_for(first, LOSS_TILES), loss_width(first.shape[1])
         # what training runs, on a chunk of its own logits, decides
         for name, launch in (("in place", loss_and_gradient), ("forward, backward", op.launchers)):
             yield Slot(f"{name} (BLOCK, warps, programs)", table, key, None, candidates, launch)
@@ -101,10 +102,20 @@ def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
     elif op.name == "decode_attention":
         candidates = tuple(DecodeTile(*t) for t in product((16, 32, 64), (2, 4, 8), (2, 3, 4), (2, 4, 8)))
         width = 64 if first.shape[-1] <= 64 else 128
-        yield Slot("(n, warps, stages, programs)", DECODE_TILES[arch], width, 0, candidates, op.launchers)
+        table = tiles_for(first, DECODE_TILES)
+        yield Slot("(n, warps, stages, programs)", table, width, 0, candidates, op.launchers)
     elif op.name == "causal_attention" and first.dtype != torch.float32 and not call.get("dropout_p"):
         width = 64 if first.shape[-1] <= 64 else 128
+        by_descriptor = descriptor(first, None) is not None
+        if by_descriptor:  # its two blocks are one
+            candidates = tuple(
+                AttentionTile(m, m, *t) for m, *t in product((32, 64, 128), (4, 8), (2, 3, 4))
+            )
+            name = "forward by descriptor (m, n, warps, stages)"
+            yield Slot(name, DESCRIPTOR_TILES, arch, None, candidates, op.launchers)
         for index, name in enumerate(("forward", "dq", "dk and dv")):
+            if by_descriptor and name == "forward":
+                continue
             tiles = product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
             # The block that a program owns is a multiple of the other: queries, and keys for dk and dv.
             square = (t for t in tiles if (t[1] % t[0] if index == 2 else t[0] % t[1]) == 0)
@@ -128,7 +139,8 @@ def _in_chunks(input: torch.Tensor, linear_weight: torch.Tensor, target: torch.T
 
 
 def arguments(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
-    return op.make(**{"dtype": torch.bfloat16, "device": DEVICE} | sample)
+    sizes = {k: v for k, v in sample.items() if k != "dtype"}
+    return make_inputs(op, sample.get("dtype", torch.bfloat16), DEVICE, sizes)
 
 
 def attempt(name: str, sample: dict[str, Any], position: int, tile: Any) -> str | None:
@@ -172,7 +184,7 @@ def fewer(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
     """Less memory, and the same compilation: the sizes that go stay multiples of 16."""
     if op.name == "decode_attention":  # how it is split depends on the batch
         return sample
-    most = {"N": 512, "B": 1}
+    most = {"N": 512, "B": 2}
     found = {k: min(v, most[k]) if k in most else v for k, v in sample.items()}
     return found | ({"shape": (4096, *sample["shape"][1:])} if "shape" in sample else {})
 

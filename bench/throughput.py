@@ -29,7 +29,7 @@ import torch
 import torch._dynamo
 
 from bench import roofline, timing
-from bench.roofline import SIZES, TOKENS_PER_STEP
+from bench.roofline import PARTS, SIZES, TOKENS_PER_STEP
 from gpt.device import autocast, resolve_dtype
 from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
@@ -40,8 +40,9 @@ from train.distributed import Ranks
 
 ABLATIONS = ("layer_norm", "attention", "cross_entropy")
 OUT_OF_MEMORY = "out of memory"
-# The part of the step that a kernel belongs to, by its name; the first pattern that fits decides. The names
-# are those of our kernels, of cuBLAS, cuDNN and FlashAttention, and Inductor's, which list what it fused.
+# The part of the step that a kernel belongs to, by its name; the first pattern that fits decides. What fits
+# none is "rest": embeddings, casts, clipping, AdamW. The names are those of our kernels, of cuBLAS, cuDNN and
+# FlashAttention, and Inductor's, which list what it fused.
 KERNELS = (
     (r"_attention_forward_kernel|sdpa.*fprop|flash_fwd|fmha_cutlassF", "attention, forward"),
     # cuDNN's has a kernel before and one after it. Inductor packs dq, dk and dv together by cat or stack.
@@ -58,11 +59,6 @@ KERNELS = (
     (r"_loss_kernel|log_softmax", "loss"),
     (r"nvjet_|gemm|cutlass|splitKreduce", "matrix products"),
 )
-# In the order of the table. "rest" are the other kernels: embeddings, casts, clipping, AdamW.
-PARTS = (
-    "matrix products", "attention, forward", "attention, backward", "norms, forward", "norms, backward",
-    "GELU, forward", "GELU, backward", "loss", "rest", "between kernels",
-)  # fmt: skip
 
 
 @dataclass

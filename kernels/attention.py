@@ -461,7 +461,7 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(1) < 1 << 24 else x.contiguous()
 
 
-def _descriptor(qkv: Tensor, seed: Tensor | None) -> tuple[Any, Tile] | None:
+def descriptor(qkv: Tensor, seed: Tensor | None) -> tuple[Any, Tile] | None:
     """A descriptor of qkv and the forward's tile for it; None where pointers are faster or have to do.
 
     The tensor memory accelerator wants every row of D elements to start at a multiple of 16 bytes, and
@@ -485,11 +485,11 @@ def _forward(
     qkv = _dense(qkv)
     B, T, _, H, _D = qkv.shape
     if out.numel():
-        descriptor, tile = _descriptor(qkv, seed) or (None, _tiles(qkv, seed)[0])
+        rows, tile = descriptor(qkv, seed) or (None, _tiles(qkv, seed)[0])
         blocks = -(-T // tile.m)
         launch(
             _attention_forward_kernel, (B * blocks * H,),
-            qkv, descriptor, out, lse, seed, *qkv.stride()[:4], T, H, blocks, softmax_scale, dropout_p,
+            qkv, rows, out, lse, seed, *qkv.stride()[:4], T, H, blocks, softmax_scale, dropout_p,
             **_constants(qkv, tile),
         )  # fmt: skip
     return out, lse

@@ -29,15 +29,16 @@ from torch import Tensor
 
 from kernels.op import (
     INTERPRETER,
+    UNTUNED,
     Cost,
     Op,
-    architecture,
     check_tensors,
     jit,
     launch,
     multiprocessors,
     operator,
     round_to,
+    tiles_for,
     tl,
 )
 
@@ -299,28 +300,27 @@ def _gradient_kernel(
         )  # fmt: skip
 
 
-# Widest row -> (BLOCK, warps, programs a multiprocessor). Not yet tuned on any GPU. A program of wide rows
-# has one in flight, and what all programs have in flight must stay in the L2 cache until it is read again:
-# 26 MB of 50304 columns in half precision on 132 multiprocessors, 34 MB of 128256.
-_TILES = {2048: (1024, 4, 16), 65536: (16384, 16, 2), sys.maxsize: (16384, 32, 1)}
+# Widest row -> (BLOCK, warps, programs a multiprocessor). A program has one row in flight, and the rows of
+# all resident programs must stay in the L2 cache until they are read again: 26 MB of 50304 columns in half
+# precision with two programs on each of 132 multiprocessors, 34 MB of 128256 with one.
+A_ROW_EACH = 1024  # programs a multiprocessor: a grid of one program a row, up to 135,168 rows
+_UNTUNED = {2048: (1024, 4, 16), 65536: (16384, 16, 2), sys.maxsize: (16384, 32, 1)}
 TILES = {
     INTERPRETER: {2048: (32, 1, 1), 65536: (4096, 1, 1), sys.maxsize: (4096, 1, 1)},
-    80: _TILES,  # not yet tuned
-    89: _TILES,  # not yet tuned
-    90: _TILES,  # not yet tuned
-    100: _TILES,  # not yet tuned
+    UNTUNED: _UNTUNED,
+    90: _UNTUNED | {65536: (32768, 32, A_ROW_EACH)},  # tuned on H200, V=50304, 8192 rows in place
 }
 
 
 def _width(V: int) -> int:
     """The key of V columns in a table of tiles."""
-    return next(widest for widest in _TILES if widest >= V)
+    return next(widest for widest in _UNTUNED if widest >= V)
 
 
 def _plan(logits: Tensor, *outputs: Tensor) -> tuple[tuple[int], dict[str, int]]:
     """The grid, and the constants that both kernels share."""
     N, V = logits.shape
-    block, warps, programs = TILES[architecture(logits)][_width(V)]
+    block, warps, programs = tiles_for(logits, TILES)[_width(V)]
     align = 16 // logits.element_size()
     fringe = any(n % align for n in (V, *(t.stride(0) for t in (logits, *outputs))))
     constants = {"BLOCK": block, "ALIGN": align, "FRINGE": fringe, "num_warps": warps}

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from kernels.op import (
     INTERPRETER,
+    UNTUNED,
     Cost,
     Op,
-    architecture,
     autocast_dtype,
     check_tensors,
     jit,
@@ -38,6 +38,7 @@ from kernels.op import (
     multiprocessors,
     operator,
     round_to,
+    tiles_for,
     tl,
 )
 
@@ -172,10 +173,7 @@ class Tile(NamedTuple):
 # architecture -> D padded to 16 to 64 and to 128
 TILES = {
     INTERPRETER: {64: (Tile(16, 4, 1, 4),), 128: (Tile(16, 4, 1, 4),)},
-    80: {64: (Tile(32, 4, 3, 4),), 128: (Tile(16, 4, 3, 4),)},  # not yet tuned
-    89: {64: (Tile(32, 4, 3, 4),), 128: (Tile(16, 4, 3, 4),)},  # not yet tuned
-    90: {64: (Tile(32, 4, 3, 4),), 128: (Tile(16, 4, 3, 4),)},  # not yet tuned
-    100: {64: (Tile(32, 4, 3, 4),), 128: (Tile(16, 4, 3, 4),)},  # not yet tuned
+    UNTUNED: {64: (Tile(32, 4, 3, 4),), 128: (Tile(16, 4, 3, 4),)},
 }
 
 
@@ -189,7 +187,7 @@ def _forward(
     out = _forward_like(q, k_cache, v_cache, lengths, softmax_scale)
     q, k, v = _dense(q), _dense(k_cache), _dense(v_cache)
     B, H, T, D = k.shape
-    (tile,) = TILES[architecture(q)][64 if D <= 64 else 128]
+    (tile,) = tiles_for(q, TILES)[64 if D <= 64 else 128]
     wanted = -(-tile.programs * multiprocessors(q) // (B * H)) if B * H else 1
     splits = min(wanted, -(-T // tile.n), MAX_SPLITS)
     parts = out if splits == 1 else q.new_empty(B, H, splits, D, dtype=torch.float32)

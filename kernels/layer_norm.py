@@ -31,9 +31,9 @@ from torch import Tensor
 
 from kernels.op import (
     INTERPRETER,
+    UNTUNED,
     Cost,
     Op,
-    architecture,
     autocast_dtype,
     check_tensors,
     jit,
@@ -41,6 +41,7 @@ from kernels.op import (
     multiprocessors,
     operator,
     round_to,
+    tiles_for,
     tl,
 )
 
@@ -249,9 +250,9 @@ def _norm_sum_kernel(
 # Widest row -> (rows a program, warps, columns a tile) forward, and the same with programs a multiprocessor
 # backward. A row is cut into tiles of columns, not padded to a power of two: 768 is three of 256. A tile of
 # 256 columns is 16 bytes for each lane of a warp in half precision, so that a warp has a row to itself and
-# its sums need no shared memory. Not yet tuned on any GPU: chosen for at least 48 KiB in flight a
-# multiprocessor and no spills; no tensor core is involved, so all start alike.
-_TILES = {
+# its sums need no shared memory. What is not tuned was chosen for at least 48 KiB in flight a multiprocessor
+# and no spills; no tensor core is involved, so all architectures start alike.
+_UNTUNED = {
     512: ((4, 4, 256), (4, 4, 256, 4)),
     1024: ((4, 4, 256), (4, 4, 256, 3)),
     2048: ((4, 4, 256), (2, 4, 512, 2)),
@@ -259,11 +260,9 @@ _TILES = {
     8192: ((1, 8, 2048), (1, 8, 2048, 1)),
 }
 TILES = {
-    INTERPRETER: {widest: ((8, 4, 256), (8, 4, 256, 1)) for widest in _TILES},
-    80: _TILES,  # not yet tuned
-    89: _TILES,  # not yet tuned
-    90: _TILES,  # not yet tuned
-    100: _TILES,  # not yet tuned
+    INTERPRETER: {widest: ((8, 4, 256), (8, 4, 256, 1)) for widest in _UNTUNED},
+    UNTUNED: _UNTUNED,
+    90: _UNTUNED | {1024: ((2, 4, 1024), (1, 1, 256, 8))},  # tuned on H200, C=768, 65536 rows
 }
 
 
@@ -279,7 +278,7 @@ def _dense(parameter: Tensor | None) -> Tensor | None:
 
 def _width(C: int) -> int:
     """The key of C columns in a table of tiles."""
-    return next(widest for widest in _TILES if widest >= C)
+    return next(widest for widest in _UNTUNED if widest >= C)
 
 
 def _forward(
@@ -294,7 +293,7 @@ def _forward(
     normed, summed, mean, rstd = _forward_like(input, residual, weight, bias, eps, dtype)
     x, r = _rows(input), None if residual is None else _rows(residual)
     rows, C = x.shape
-    tile, warps, columns = TILES[architecture(x)][_width(C)][0]
+    tile, warps, columns = tiles_for(x, TILES)[_width(C)][0]
     if rows:
         launch(
             _norm_forward_kernel, (-(-rows // tile),),
@@ -323,7 +322,7 @@ def _backward(
     dy, x = _rows(dnormed), _rows(x)
     ds = None if dsummed is None else _rows(dsummed)
     rows, C = x.shape
-    tile, warps, columns, programs = TILES[architecture(x)][_width(C)][1]
+    tile, warps, columns, programs = tiles_for(x, TILES)[_width(C)][1]
     programs = max(1, min(programs * multiprocessors(x), -(-rows // tile)))
     wanted = [out if out.numel() else None for out in (dweight, dbias)]
     parts = x.new_empty(sum(out is not None for out in wanted), programs, C, dtype=torch.float32)

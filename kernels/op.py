@@ -34,6 +34,7 @@ except ImportError:  # PyTorch's own operations, and the checks of ours, work wi
 
 
 INTERPRETER = 0  # an "architecture" with small tiles, so that small tests cross their borders
+UNTUNED = -1  # the row of a table of tiles for the architectures that nobody has tuned
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -146,6 +147,11 @@ def _gpu(device: torch.device) -> tuple[int, int]:
 def architecture(tensor: Tensor) -> int:
     """80, 89, 90 or 100: the key of the tile tables; INTERPRETER without a GPU."""
     return _assumed[-1] if _assumed else _gpu(tensor.device)[0]
+
+
+def tiles_for(tensor: Tensor, table: dict[int, dict[int, Any]]) -> dict[int, Any]:
+    """The row of `table` for the tensor's architecture."""
+    return table.get(architecture(tensor), table[UNTUNED])
 
 
 def multiprocessors(tensor: Tensor) -> int:
