@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["kernels", "gpt*", "train*", "bench*"]),
     install_requires=[
-        "torch>=2.11,<2.14",
+        "torch>=2.11,<2.16",
         "triton>=3.6,<3.10; platform_system == 'Linux'",
         "numpy",
         "tiktoken",

@@ -108,9 +108,7 @@ def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
         width = 64 if first.shape[-1] <= 64 else 128
         by_descriptor = descriptor(first, None) is not None
         if by_descriptor:  # its two blocks are one
-            candidates = tuple(
-                AttentionTile(m, m, *t) for m, *t in product((32, 64, 128), (4, 8), (2, 3, 4))
-            )
+            candidates = tuple(AttentionTile(m, m, *t) for m, *t in product((32, 64, 128), (4, 8), (2, 3, 4)))
             name = "forward by descriptor (m, n, warps, stages)"
             yield Slot(name, DESCRIPTOR_TILES, arch, None, candidates, op.launchers)
         for index, name in enumerate(("forward", "dq", "dk and dv")):

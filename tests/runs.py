@@ -1,5 +1,7 @@
-"""A training run small enough for a test."""
+"""A training run small enough for a test, and the environment of one in another process."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +17,17 @@ TINY = """
 """.split()
 
 
+def surroundings(**more: str) -> dict[str, str]:
+    """The environment in which a program of the project starts in any folder.
+
+    What PYTHONPATH names already stays in it: a machine without packages of its own may have tyro from there.
+    """
+    path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"} | more
+
+
 def run(*flags: str, out_dir: str = "out") -> dict[str, Any]:
     """Trains in this process with TINY's settings and `flags`; returns the checkpoint."""
-    ranks = distributed.start("auto", "cpu")
     config, given = parse([*TINY, f"--out_dir={out_dir}", *flags])
-    train(config, ranks, given)
+    train(config, distributed.start("auto", config.device), given)
     return torch.load(f"{out_dir}/ckpt.pt", weights_only=True)

@@ -422,7 +422,7 @@ def test_two_trainings_of_one_spec_have_the_same_losses_to_the_bit(tmp_path):
 
 
 def test_a_sweep_times_no_ignored_rows(monkeypatch):
-    """Such a row is not read: with a third of them a tile seemed to reach 98% of the limit, and it reaches 82%."""
+    """Such a row is not read: with a third of them, a tile seemed to reach 98% and not 82% of the limit."""
     monkeypatch.setattr(tuner, "DEVICE", "cpu")
     call = tuner.arguments(OPS["cross_entropy"], {"N": 300, "V": 7, "dtype": torch.float16})
     assert call["input"].dtype == torch.float16 and not call["input"].requires_grad

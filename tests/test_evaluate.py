@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from gpt.model import GPT, GPTConfig
 from gpt.pretrained import save_checkpoint, save_hugging_face
 from gpt.tokenizer import CharTokenizer, write_meta
+from tests.runs import surroundings
 from tests.test_command_line import command
 from tests.test_generate import stir
 from train import evaluate
@@ -125,10 +125,9 @@ def test_two_ranks_give_the_figures_of_one(model, monkeypatch, capsys):
     flags = ["--data=data/val.bin", "--stride=5", "--hellaswag=h.jsonl", "--batch_size=2"]
     one = run(monkeypatch, capsys, *flags)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    root = str(Path(__file__).parents[1])
     result = subprocess.run(
         [*torchrun, "-m", "train.evaluate", *flags, "--device=cpu", "--result=r.json"],
-        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        env=surroundings(),
         capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

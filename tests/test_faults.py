@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import TINY, run
+from tests.runs import TINY, run, surroundings
 from train import metrics
 
 ROOT = Path(__file__).parents[1]
@@ -45,9 +45,8 @@ def start(*flags, ranks=0, agent=()):
     if ranks:
         agent = agent or ("--standalone",)
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *agent]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, "-m", "train", *TINY, *flags], env=env, start_new_session=True,
+        [*command, "-m", "train", *TINY, *flags], env=surroundings(), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     STARTED.append(process)

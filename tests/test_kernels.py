@@ -43,7 +43,12 @@ def test_output_and_gradients(
 ) -> None:
     call = make(op, dtype, device, sample)
     gradients = upstream(op, call)
-    judge(op, run(op.implementations["triton"], call, gradients), call, gradients)
+    slack = 0.0
+    if sample.get("shape", ())[-1:] == (1,):
+        # A norm of one column has rstd = 1 / sqrt(eps) = 316 and a dinput of 0, which PyTorch gives exactly.
+        # A GPU fuses (g - mean(g)) * rstd into g * rstd - mean(g) * rstd, so ours keeps a rounding of 316 g.
+        slack = 317 * max(g.abs().max().item() for g in gradients) * torch.finfo(torch.float32).eps / 2
+    judge(op, run(op.implementations["triton"], call, gradients), call, gradients, slack)
 
 
 def _rows_apart(x: Tensor) -> Tensor:

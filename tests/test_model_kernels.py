@@ -1,6 +1,7 @@
 """The model on our kernels against the same model on PyTorch's operations."""
 
-import os
+import copy
+import logging
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -11,8 +12,10 @@ import torch
 
 from gpt.model import GPT, GPTConfig
 from kernels.op import record
-from tests.runs import TINY, run
+from tests.runs import TINY, run, surroundings
+from train import distributed
 from train.__main__ import update
+from train.distributed import Ranks
 from train.metrics import read
 
 SPECS = ["triton", "triton,attention=torch", "torch,layer_norm=triton", "torch,cross_entropy=triton"]
@@ -111,6 +114,7 @@ def test_a_training_has_the_losses_of_pytorchs_operations(device):
 
 
 def test_a_run_records_its_kernels_and_evaluates_with_them(workplace, device):
+    """On the tests' device: where there is a GPU, Triton's kernels refuse a CPU."""
     pytest.importorskip("tyro")  # a GPU machine may have no command line
     flags = [
         "--max_iters=2",
@@ -159,7 +163,6 @@ def test_two_ranks_with_loss_scaling_on_our_kernels_equal_one_on_pytorchs(workpl
         "--block_size=6",
     ]
     theirs = run(*flags, "--kernels=torch", out_dir="torch")
-    root = Path(__file__).parents[1]
     command = [
         sys.executable,
         "-m",
@@ -171,7 +174,7 @@ def test_two_ranks_with_loss_scaling_on_our_kernels_equal_one_on_pytorchs(workpl
     ]
     result = subprocess.run(
         [*command, *TINY, *flags, "--kernels=triton", "--out_dir=ranks"],
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
+        env=surroundings(TRITON_INTERPRET="1"),
         capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -180,6 +183,53 @@ def test_two_ranks_with_loss_scaling_on_our_kernels_equal_one_on_pytorchs(workpl
     for a, b in zip(*(read(Path(d, "metrics.jsonl")) for d in ("ranks", "torch")), strict=True):
         for key in a.keys() & {"loss", "grad_norm", "train/loss", "val/loss"}:
             assert a[key] == pytest.approx(b[key], rel=5e-3), key
+
+
+@pytest.fixture
+def implicit_fallbacks():
+    """What Inductor logs for an operator that it knows no lowering of: one message for each."""
+    messages = []
+
+    def keep(record):
+        messages.append(record.msg)
+        # Nobody formats the message: its text describes the whole graph below.
+        return False
+
+    logger = logging.getLogger("torch._inductor.graph")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addFilter(keep)
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield messages
+    logger.removeFilter(keep)
+    logger.setLevel(level)
+
+
+def test_a_deep_compiled_model_starts(device, implicit_fallbacks):
+    """Up to PyTorch 2.12 the text of such a message is made even when nobody logs it.
+
+    It doubles with every add_layer_norm, so that 12 layers never finished compiling.
+    """
+    torch._dynamo.reset()
+    model = build("triton", device, n_layer=12, n_head=1, bias=False, n_embd=16)
+    reference = copy.deepcopy(model)
+    trained = distributed.parallel(model, "ddp", True, "float32", Ranks(0, 1, device, None))
+    idx, targets = batch(device, B=1, T=4)
+    trained(idx, targets)[1].backward()
+    assert implicit_fallbacks == []
+    reference(idx, targets)[1].backward()
+    for (name, p), q in zip(reference.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_an_operator_without_a_lowering_would_be_seen(device, implicit_fallbacks):
+    torch._dynamo.reset()
+    unknown = torch.library.custom_op(
+        "tritongpt_tests::unknown", torch.clone, mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    unknown.register_fake(torch.empty_like)
+    torch.compile(lambda x: unknown(x) + 1)(torch.zeros(3, device=device))
+    assert len(implicit_fallbacks) == 1 and "implicit fallback" in implicit_fallbacks[0]
 
 
 @pytest.mark.parametrize("spec", SPECS)

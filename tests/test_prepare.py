@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from gpt import sample, tokenizer
 from gpt.model import GPTConfig
-from tests.runs import run
+from tests.runs import run, surroundings
 from tests.test_command_line import command
 from train.data import TokenFile
 from train.prepare import __main__ as prepare
@@ -337,7 +337,7 @@ def test_a_preparation_killed_at_any_moment_goes_on(small_pieces, bpe, tmp_path)
         "    cli.run(m.main)\n"
     )
     Path("go.py").write_text(script)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = surroundings()
 
     def go():
         return subprocess.Popen(

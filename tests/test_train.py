@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -11,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import TINY, run
-from train import metrics
-from train.config import TrainConfig
+from tests.runs import TINY, run, surroundings
+from train import distributed, metrics
+from train.__main__ import train
+from train.config import PRESETS, TrainConfig, parse
 from train.optim import learning_rate
 
 ROOT = Path(__file__).parents[1]
@@ -33,12 +33,26 @@ def records(out_dir):
 
 def torchrun(*flags, ranks=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, "-m", "train", *TINY, *flags], env=environment, capture_output=True, text=True, timeout=120
-    )
+        [*command, "-m", "train", *TINY, *flags],
+        env=surroundings(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+@pytest.mark.parametrize("preset", sorted(p.stem for p in PRESETS.glob("*.py")))
+def test_every_preset_starts_with_nothing_optional_installed(workplace, monkeypatch, capsys, preset):
+    """Its flags as they are, but for the data, the weights to begin with, the size and the length."""
+    for package in ("wandb", "transformers", "safetensors", "datasets", "tokenizers", "flash_attn"):
+        monkeypatch.setitem(sys.modules, package, None)
+    sizes = [flag for flag in TINY if not flag.startswith(("--learning_rate", "--warmup", "--eval_interval"))]
+    flags = [*sizes, "--init_from=scratch", "--out_dir=out", "--max_iters=2", "--eval_iters=1"]
+    config, given = parse([preset, *flags])
+    train(config, distributed.start("auto", "cpu"), given)
+    losses = re.search(r"^step 0: train loss (\S+), val loss (\S+)", capsys.readouterr().out, re.MULTILINE)
+    assert losses and all(2.5 < float(loss.rstrip(",")) < 4 for loss in losses.groups())
+    assert Path("out", "ckpt.pt").exists() != config.eval_only
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -282,7 +282,9 @@ def _start_wandb(config: TrainConfig, say: Callable[[str], None]) -> Any:
     try:
         import wandb
     except ImportError:
-        raise ValueError("wandb_log=True needs the package wandb: pip install -e '.[wandb]'") from None
+        raise ValueError(
+            "wandb_log=True needs the package wandb: pip install -e '.[wandb]', or give --wandb_log=False"
+        ) from None
     start = partial(
         wandb.init, project=config.wandb_project, name=config.wandb_run_name, config=config.flat()
     )

@@ -3,4 +3,3 @@ init_from = "gpt2-medium"
 batch_size = 8
 eval_iters = 500
 eval_only = True
-wandb_log = False

@@ -1,8 +1,7 @@
 # GPT-2 (124M) on OpenWebText to a loss of about 2.85. Same run as nanoGPT's file of this name:
 # torchrun --standalone --nproc_per_node=8 -m train train_gpt2
 dataset = "openwebtext"
-wandb_log = True
-wandb_project = "owt"
+wandb_project = "owt"  # with --wandb_log; nanoGPT's file asks for wandb by itself
 wandb_run_name = "gpt2-124M"
 
 batch_size = 12
