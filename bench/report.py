@@ -113,8 +113,7 @@ def provenance(result: Result) -> str:
     e = result["environment"]
     versions = ", ".join(f"{name} {e[name]}" for name in ("torch", "triton") if e[name])
     commit = re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", str(e["commit"]))
-    line = f"{e['device']}, {versions}, commit {commit}, {e['date']} UTC: `{e['command']}`"
-    return f"{line}\n\n{result['note']}" if "note" in result else line
+    return f"{e['device']}, {versions}, commit {commit}, {e['date']} UTC: `{e['command']}`"
 
 
 WORDS = {
@@ -209,20 +208,6 @@ def sweep_table(result: Result) -> str:
     return table(["operation", "shape", "slot", "before, ms", "best, ms"], rows)
 
 
-def contest_table(result: Result) -> str:
-    rows = []
-    for contest in result["contests"]:
-        timed = [row for row in contest["rows"] if "ms" in row]
-        for direction in dict.fromkeys(row["direction"] for row in timed):
-            entries = sorted((r for r in timed if r["direction"] == direction), key=lambda row: row["ms"])
-            cudnn = [row for row in entries if row["name"] == "sdpa cudnn"]
-            candidates = [row for row in entries if not row["name"].startswith("sdpa")]
-            for row in [*candidates[:3], *cudnn]:
-                ratio = f"{cudnn[0]['ms'] / row['ms']:.2f}x" if cudnn else ""
-                rows.append([_shape(contest["shape"]), direction, row["name"], f"{row['ms']:.3f}", ratio])
-    return table(["shape", "direction", "candidate", "ms", "against cuDNN"], rows)
-
-
 def generate_table(result: Result) -> str:
     rows = []
     for case in result["cases"]:
@@ -252,7 +237,6 @@ TABLES = {
     "throughput": ("Training step", throughput_table),
     "kernels": ("Operations", kernels_table),
     "sweep": ("Tiles", sweep_table),
-    "contest": ("Candidates for attention", contest_table),
     "generate": ("Sampling", generate_table),
     "roofline": ("Limits of the machine, the step's products", roofline_table),
     "nanogpt": ("Whole runs on a CPU, start-up included", nanogpt_table),
@@ -260,6 +244,7 @@ TABLES = {
 
 
 def section(result: Result, results: list[Result]) -> str:
+    """A table with what it was measured on; of a training step with its pictures, and the step by part."""
     title, make = TABLES[result["benchmark"]]
     where = about(result)
     blocks = [f"### {title}{f': {where}' if where else ''}", make(result)]
@@ -271,13 +256,17 @@ def section(result: Result, results: list[Result]) -> str:
 
 def sections(results: list[Result], headline: bool) -> dict[str, list[str]]:
     """By device: training steps for the project's README, or everything else for results/README.md."""
-    found = {}
+    by_device = {}
     for device, by_key in newest(results).items():
         order = [key for benchmark in TABLES for key in sorted(by_key) if key[0] == benchmark]
-        keys = [key for key in order if (key[0] == "throughput") == headline]
-        if keys:
-            found[device] = [section(by_key[key], results) for key in keys]
-    return found
+        texts = [section(by_key[key], results) for key in order if (key[0] == "throughput") == headline]
+        with_notes = [by_key[key] for key in order if "note" in by_key[key]]
+        if with_notes and not headline:
+            notes = [f"- {result['file']}: {result['note']}\n" for result in with_notes]
+            texts.append("### Notes\n\n" + "".join(notes))
+        if texts:
+            by_device[device] = texts
+    return by_device
 
 
 def _case(case: dict[str, Any]) -> tuple[str, str, str]:
@@ -311,7 +300,7 @@ def draw(results: list[Result], folder: Path) -> None:
         for what, name in pictures(result).items():
             figure, scale = ("peak_bytes", 1e9) if "memory" in what else ("tokens_per_s", 1.0)
             values = {n: v[figure] / scale for n, v in variants.items()}
-            bars(values, f"{what}\n{about(result)}", folder / name, provenance(result).partition("\n")[0])
+            bars(values, f"{what}\n{about(result)}", folder / name, provenance(result))
 
 
 def bars(values: dict[str, float], title: str, path: Path, below: str) -> None:

@@ -12,7 +12,6 @@ fits, and the time of a whole run.
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -27,6 +26,7 @@ from gpt import cli
 from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
 from kernels import OPS
+from kernels.linear_cross_entropy import ALIGN, chunk_rows
 from kernels.op import Cost
 
 Result = dict[str, Any]
@@ -44,8 +44,6 @@ PARTS = (
 )  # fmt: skip
 MARGIN = 0.07  # of the memory, left free for NCCL and fragments; --batch_size=auto leaves as much
 _OPS = {op.name: op for op in OPS}
-_loss = sys.modules["kernels.linear_cross_entropy"]
-chunk_rows, ALIGN = _loss.chunk_rows, _loss.ALIGN
 
 
 @dataclass(frozen=True)

@@ -788,14 +788,10 @@ def test_tables_hold_the_newest_results_and_where_they_are_from(bench_command, t
         "operation": "gelu", "sample": "{'N': 3}", "slot": "forward", "now": "(1, 2)", "failed": {},
         "ms": {"(1, 2)": 0.5, "(2, 2)": 0.25},
     }  # fmt: skip
-    names = ["sdpa flash", "sdpa cudnn", "d", "c", "b", "a"]
-    rows = [{"direction": "both", "name": name, "ms": 6.0 - i} for i, name in enumerate(names)]
     tuned = {"sweeps": [tiles], "environment": environment(), "benchmark": "sweep", "note": "as it was"}
-    contest = {"contests": [{"shape": {"T": 8}, "rows": [*rows, {"name": "wrong", "why": "off"}]}]}
     save(
         tmp_path / "results", with_parts(throughput_result(), 10.0), old, kernels_result(), tuned,
         throughput_result(1e6, device="NVIDIA H200"),
-        contest | {"environment": environment(), "benchmark": "contest"},
     )  # fmt: skip
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench.report -->\nold text\n<!-- /bench.report -->\nafter\n")
@@ -805,13 +801,10 @@ def test_tables_hold_the_newest_results_and_where_they_are_from(bench_command, t
     full = (tmp_path / "results" / "README.md").read_text()
     line = "| add_layer_norm bf16 | 64 x 1600 | 1.000 | 2.000 | 104%, 2,000 GB/s | eager, 6.000 | 2.00x | 2 |"
     assert line in full and "- liger, from add_layer_norm 64 x 768 on: is not installed" in full
-    assert "| gelu | N=3 | forward | (1, 2) 0.500 | (2, 2) 0.250 |" in full and "\nas it was\n" in full
-    candidates = re.findall(r"^\| T=8 \| both \| (.*) \|$", full, re.MULTILINE)
-    assert candidates == [
-        "a | 1.000 | 5.00x", "b | 2.000 | 2.50x", "c | 3.000 | 1.67x", "sdpa cudnn | 5.000 | 1.00x",
-    ]  # fmt: skip
+    assert "| gelu | N=3 | forward | (1, 2) 0.500 | (2, 2) 0.250 |" in full
+    assert re.search(r"^- \S+\.json: as it was$", full, re.MULTILINE)
     source = "torch 2.11.0, triton 3.6.0, commit abc, 2026-01-01 00:00 UTC: `python -m bench.x`"
-    assert full.count(source) == 3 and "Training step" not in full
+    assert full.count(source) == 2 and "Training step" not in full
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("<!-- /bench.report -->\nafter\n")
     assert "| tritongpt | 300,000 | 1.50x | 1747.6 (1746.6 to 1748.6) | 40.0% | 25.0 |" in text
