@@ -6,10 +6,10 @@
     python -m bench.aot --only sm_90 --only _attention_dq_kernel
 
 What to compile is not listed here: each operation's launchers run on meta tensors, and `kernels.op.record`
-notes what they would have launched. The rules: it compiles; no spill inside a loop on sm_80 and sm_90;
-shared and tensor memory within the architecture's limit; no body that is a lone trap; a tensor-core
-instruction for every piece of every half-precision product, of the architecture's best kind, and no wait
-after each of them; 16-byte loads.
+notes what they would have launched. The rules: it compiles; on sm_80 and sm_90 at most one in 200
+instructions inside loops is a spill; shared and tensor memory within the architecture's limit; no body that
+is a lone trap; a tensor-core instruction for every piece of every half-precision product, of the
+architecture's best kind, and no wait after each of them; 16-byte loads.
 
 Counted in the SASS that ptxas gives: LDL and STL are spills, HMMA, HGMMA (wgmma) and UTCHMMA (tcgen05)
 tensor cores.
@@ -116,6 +116,7 @@ class Figures:
     stack: int  # bytes a thread
     spills: int  # LDL and STL, anywhere
     loop_spills: int  # those inside a loop
+    loop_instructions: int  # all that are inside one
     shared: int  # bytes a block
     tensor_memory: int  # columns
     instructions: int
@@ -222,6 +223,7 @@ def _figures(
         stack=stack,
         spills=len(spills),
         loop_spills=sum(spills),
+        loop_instructions=sum(inside for name, inside in names if name != "NOP"),
         shared=shared,
         tensor_memory=columns,
         instructions=sum(name != "NOP" for name, _ in names),
@@ -261,7 +263,10 @@ def faults(build: Build, figures: Figures) -> list[str]:
     gpu, architecture = GPUS[build.architecture], build.architecture
     best = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[architecture]
     rules = {
-        f"{figures.loop_spills} spills in loops": architecture in SPILL_FREE_LOOPS and figures.loop_spills,
+        # One reload in a loop of hundreds of instructions costs nothing that could be measured.
+        f"{figures.loop_spills} spills in loops of {figures.loop_instructions} instructions": (
+            architecture in SPILL_FREE_LOOPS and 200 * figures.loop_spills > figures.loop_instructions
+        ),
         f"{figures.shared} bytes of shared memory": figures.shared > gpu.shared_block,
         f"{figures.tensor_memory} columns of tensor memory": figures.tensor_memory > TENSOR_MEMORY,
         f"a body of {figures.instructions} instructions": figures.instructions < 32,

@@ -31,6 +31,7 @@ GOOD = Figures(
     stack=0,
     spills=0,
     loop_spills=0,
+    loop_instructions=400,
     shared=99 << 10,
     tensor_memory=0,
     instructions=500,
@@ -46,7 +47,7 @@ GOOD = Figures(
 @pytest.mark.parametrize(
     ("architecture", "change", "sentence"),
     [
-        (80, {"loop_spills": 1}, "1 spills in loops"),
+        (80, {"loop_spills": 3}, "3 spills in loops of 400 instructions"),
         (90, {"tensor_core": {"HMMA": 64}}, "8 HGMMA are expected"),
         (100, {"tensor_core": {"UTCHMMA": 7}}, "8 UTCHMMA are expected"),
         (89, {"shared": (99 << 10) + 1}, "bytes of shared memory"),
@@ -60,6 +61,7 @@ GOOD = Figures(
 def test_rules(architecture: int, change: dict[str, object], sentence: str) -> None:
     build = Build(architecture, Launch(kernel=None, arguments={}, num_warps=4, num_stages=1))
     assert not faults(build, GOOD)
+    assert not faults(build, replace(GOOD, loop_spills=2))
     (fault,) = faults(build, replace(GOOD, **change))
     assert sentence in fault
 
