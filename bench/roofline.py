@@ -162,13 +162,18 @@ def activations(config: GPTConfig, batch_size: int) -> dict[str, int]:
     }
 
 
-def memory(config: GPTConfig, batch_size: int, gpus: int = 1) -> dict[str, float]:
-    """Bytes on one of the GPUs, by what they hold, at the end of a forward pass, when there are most."""
+def memory(
+    config: GPTConfig, batch_size: int, gpus: int = 1, available: float | None = None
+) -> dict[str, float]:
+    """Bytes on one of the GPUs, by what they hold, at the end of a forward pass, when there are most.
+
+    `available` is the memory of the GPU: a small one takes the loss in small chunks.
+    """
     with torch.device("meta"):
         model = GPT(config)
     n = sum(p.numel() for p in model.parameters())
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    V, C = model.lm_head.weight.shape
+    rows, (V, C) = batch_size * config.block_size, model.lm_head.weight.shape
     held = {
         "weights, fp32": 4 * n,
         "gradients, fp32": 4 * n,
@@ -176,7 +181,7 @@ def memory(config: GPTConfig, batch_size: int, gpus: int = 1) -> dict[str, float
         "AdamW, fp32": 8 * n,
         "weights, bf16": 2 * matrices,
         **activations(config, batch_size),
-        "logits, a chunk": 2 * chunk_rows(batch_size * config.block_size, V, 2) * -(-V // ALIGN) * ALIGN,
+        "logits, a chunk": 2 * chunk_rows(rows, V, 2, available) * -(-V // ALIGN) * ALIGN,
         # dW in fp32 from the loss's chunks, before it is added to the gradient
         "gradient of lm_head": 4 * V * C,
     }
@@ -187,7 +192,8 @@ def largest_micro_batch(config: GPTConfig, sequences: int, gpus: int, available:
     """The largest that fits into `available` bytes and divides a GPU's share of `sequences`; None if none."""
     share = sequences // gpus
     sizes = (size for size in range(share, 0, -1) if share % size == 0)
-    fits = (s for s in sizes if sum(memory(config, s, gpus).values()) <= (1 - MARGIN) * available)
+    most = (1 - MARGIN) * available
+    fits = (s for s in sizes if sum(memory(config, s, gpus, available).values()) <= most)
     return next(fits, None)
 
 
@@ -374,7 +380,7 @@ def print_memory(step: Step, gpu: str, gpus: int, limits: Limits, results: list[
     def line(what: str, size: float, note: str = "") -> str:
         return f"{what:42} {size / 1e9:8.2f} GB{note}"
 
-    held = memory(step.config, step.batch_size, gpus)
+    held = memory(step.config, step.batch_size, gpus, limits.memory or None)
     needed, available = sum(held.values()), (1 - MARGIN) * limits.memory
     print("\n" + line(f"memory at micro-batch {step.batch_size}, predicted", needed))
     same = same_step(step, kind_of(gpu), results)
@@ -389,7 +395,7 @@ def print_memory(step: Step, gpu: str, gpus: int, limits: Limits, results: list[
     if (largest := largest_micro_batch(step.config, sequences, gpus, limits.memory)) is None:
         print("not one sequence fits, predicted: try --activation_checkpointing=True or --strategy=fsdp")
     else:
-        needed = sum(memory(step.config, largest, gpus).values())
+        needed = sum(memory(step.config, largest, gpus, limits.memory).values())
         print(line(f"largest micro-batch of {sequences} sequences: {largest}, predicted", needed))
 
 

@@ -39,7 +39,7 @@ from kernels.linear_cross_entropy import _sum as loss_in_chunks
 from kernels.op import INTERPRETED, Op, architecture, tiles_for, unavailable
 
 DEVICE = "cuda"
-CHUNK = {"rows": ((8192,),)}  # as `chunk_rows` has it for GPT-2's vocabulary
+CHUNK = {"rows": ((16384,),)}  # as `chunk_rows` has it for GPT-2's vocabulary
 # What a step of the 124M launches: these decide an entry before the shapes that an Op ships.
 DECIDING: dict[str, dict[str, Any]] = {
     "causal_attention": {"B": 64, "T": 1024, "H": 12, "D": 64},
@@ -97,7 +97,7 @@ def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
         for name, launch in (("in place", loss_and_gradient), ("forward, backward", op.launchers)):
             yield Slot(f"{name} (BLOCK, warps, programs)", table, key, None, candidates, launch)
     elif op.name == "linear_cross_entropy":
-        chunks = tuple((rows,) for rows in (2048, 4096, 8192, 16384))
+        chunks = tuple((rows,) for rows in (4096, 8192, 16384, 32768))
         yield Slot("rows of a chunk", CHUNK, "rows", 0, chunks, _in_chunks)
     elif op.name == "decode_attention":
         candidates = tuple(DecodeTile(*t) for t in product((16, 32, 64), (2, 4, 8), (2, 3, 4), (2, 4, 8)))

@@ -131,17 +131,18 @@ def unavailable(device: torch.device) -> str | None:
 
 
 @functools.cache
-def _gpu(device: torch.device) -> tuple[int, int]:
-    """(architecture whose tiles fit, number of multiprocessors), or ValueError."""
+def _gpu(device: torch.device) -> tuple[int, int, int | None]:
+    """(architecture whose tiles fit, number of multiprocessors, bytes of memory), or ValueError."""
     reason = unavailable(device)
     if reason is not None:
         raise ValueError(reason)
     if INTERPRETED:
-        return INTERPRETER, 3
+        return INTERPRETER, 3, None
     major, minor = torch.cuda.get_device_capability(device)
     # By shared memory a block: sm_86, sm_89 and sm_120 have 99 KiB, sm_80 163, sm_90 and sm_100 227.
     architecture = {(8, 0): 80, (8, 7): 80}.get((major, minor), {9: 90, 10: 100, 11: 100}.get(major, 89))
-    return architecture, torch.cuda.get_device_properties(device).multi_processor_count
+    properties = torch.cuda.get_device_properties(device)
+    return architecture, properties.multi_processor_count, properties.total_memory
 
 
 def architecture(tensor: Tensor) -> int:
@@ -187,6 +188,11 @@ def _lower_explicitly(overload: Any) -> None:
     inductor = sys.modules.get("torch._inductor.lowering")
     if inductor is not None and overload not in inductor.lowerings:
         inductor.make_fallback(overload)
+
+
+def device_memory(tensor: Tensor) -> int | None:
+    """Bytes of the memory of the tensor's GPU; None without one."""
+    return None if _assumed else _gpu(tensor.device)[2]
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:

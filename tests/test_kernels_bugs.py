@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kernels
 from kernels import OPS
+from kernels.linear_cross_entropy import chunk_rows
 from tests.kernel_cases import TRAINED, distance, judge, leaves, make, run, upstream
 
 BY_NAME = {op.name: op for op in OPS}
@@ -441,3 +442,13 @@ def test_dropout_is_random_where_it_should_be(device: str) -> None:
     assert correlation.abs().max() < 0.12
     assert torch.equal(kept, _kept(*shape, 1, device))
     assert not torch.equal(kept, _kept(*shape, 2, device))
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "rows"), [(None, 16384), (141, 16384), (80, 13184), (42, 8192), (24, 4736), (1, 128)]
+)
+def test_chunks_of_the_loss_follow_the_memory(gigabytes: int | None, rows: int) -> None:
+    """At most 2% of it, and equal chunks of 65536 rows of GPT-2's logits."""
+    memory = None if gigabytes is None else gigabytes * 1e9
+    assert chunk_rows(65536, 50304, 2, memory) == rows
+    assert memory is None or rows == 128 or rows * 50304 * 2 <= memory / 50
