@@ -914,8 +914,15 @@ def test_throughput_keeps_its_headline_before_it_tries_the_rest(bench_command, t
     monkeypatch.setattr(
         timing, "write", lambda path, *a, **k: (kept.append(dict(k["variants"])), write(path, *a, **k))
     )
-    prepare, slow = throughput.prepare, iter([0.0, 0.0, 1.0])
-    monkeypatch.setattr(throughput, "prepare", lambda *a: (time.sleep(next(slow)), prepare(*a))[1])
+    clock, prepare, seconds = [0.0], throughput.prepare, iter([0.0, 0.0, 1.0])
+
+    def slow(*arguments):
+        clock[0] += next(seconds)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(throughput, "prepare", slow)
+    watch = SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr(throughput, "time", watch)
     flags = ["--seconds", 0.05, "--budget", 1.5, "--nanogpt", tmp_path, "--out", tmp_path / "t.json"]
     shown = bench_command("throughput", *flags)
     assert shown.returncode == 0, shown.stderr
