@@ -52,14 +52,14 @@ APPROXIMATIONS = ("none", "tanh")
 # A number of elements that Triton knows to be a multiple of 16 lets a masked load have 16 bytes.
 ALIGN = 16
 SQRT_HALF = tl.constexpr(0.7071067811865476)
-# phi(x) = 2^(LOG2_PHI_0 - (SQRT_HALF_LOG2E x)^2)
-SQRT_HALF_LOG2E = tl.constexpr(0.8493218002880191)
+# phi(x) = 2^(HALF_LOG2E x^2 + LOG2_PHI_0), both negative
+HALF_LOG2E = tl.constexpr(-0.7213475204444817)
 LOG2_PHI_0 = tl.constexpr(-1.3257480647361592)
 # 2u(x) = x (SLOPE + CUBIC x^2)
 SLOPE = tl.constexpr(1.5957691216057308)
 CUBIC = tl.constexpr(0.07135481627260025)
 THREE_CUBIC = tl.constexpr(0.21406444881780076)
-# The same over -ln 2: exp(-2u) = 2^(x (SLOPE_LOG2E + CUBIC_LOG2E x^2))
+# The same, over -ln 2: exp(-2u) = 2^(x (SLOPE_LOG2E + CUBIC_LOG2E x^2))
 SLOPE_LOG2E = tl.constexpr(-2.302208198144325)
 CUBIC_LOG2E = tl.constexpr(-0.1029432395800235)
 # Abramowitz and Stegun 26.2.17: p, then b1 to b5
@@ -90,8 +90,7 @@ def _reciprocal(x, EXACT: tl.constexpr):
 @jit
 def _normal(x, EXACT: tl.constexpr):
     """(Phi(x), phi(x)) of the standard normal."""
-    z = x * SQRT_HALF_LOG2E
-    phi = tl.exp2(-z * z + LOG2_PHI_0)
+    phi = tl.exp2(x * x * HALF_LOG2E + LOG2_PHI_0)
     if EXACT:
         return tl.erf(x * SQRT_HALF) * 0.5 + 0.5, phi
     else:
@@ -127,7 +126,7 @@ def _gelu_forward_kernel(
 ):
     EXACT: tl.constexpr = X.dtype.element_ty == tl.float32
     start, i, inside = _program_block(n, BLOCK)
-    x = tl.load(X + start + i, mask=inside, other=0).to(tl.float32)
+    x = tl.load(X + start + i, mask=inside).to(tl.float32)
     if TANH:
         share, _ = _sigmoid(x, EXACT)
     else:
@@ -146,8 +145,8 @@ def _gelu_backward_kernel(
 ):
     EXACT: tl.constexpr = X.dtype.element_ty == tl.float32
     start, i, inside = _program_block(n, BLOCK)
-    x = tl.load(X + start + i, mask=inside, other=0).to(tl.float32)
-    dy = tl.load(DY + start + i, mask=inside, other=0).to(tl.float32)
+    x = tl.load(X + start + i, mask=inside).to(tl.float32)
+    dy = tl.load(DY + start + i, mask=inside).to(tl.float32)
     if TANH:
         s, slope = _sigmoid(x, EXACT)
         # x (1 - s) first: it is 0 where s is 1, and slope may be huge there.

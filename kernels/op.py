@@ -65,7 +65,7 @@ class Op:
     shipped: tuple[dict[str, Any], ...]  # together they launch every kernel with every tile, for bench.aot
     launchers: Callable[..., None]  # launchers(**call) runs every launcher, on meta tensors too
     differentiable: bool = True
-    # Kernel -> the most instructions an element in half precision on sm_90, which bench.aot checks. The kernel's
+    # Kernel -> the most instructions an element in half precision on sm_90. bench.aot checks it; the kernel's
     # argument BLOCK is the number of elements of a program.
     instructions: Mapping[str, float] = field(default_factory=dict)
 
@@ -152,7 +152,7 @@ def architecture(tensor: Tensor) -> int:
     return _assumed[-1] if _assumed else _gpu(tensor.device)[0]
 
 
-def tiles_for(tensor: Tensor, table: dict[int, dict[int, Any]]) -> dict[int, Any]:
+def tiles_for(tensor: Tensor, table: dict[int, dict[Any, Any]]) -> dict[Any, Any]:
     """The row of `table` for the tensor's architecture."""
     return table.get(architecture(tensor), table[UNTUNED])
 

@@ -6,8 +6,9 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
-from bench.aot import Build, Figures, _instructions, _one_by_one, faults
+from bench.aot import Build, Figures, _instructions, _one_by_one, builds, faults
 from kernels.op import Launch
 
 
@@ -34,6 +35,7 @@ GOOD = Figures(
     shared=99 << 10,
     tensor_memory=0,
     instructions=500,
+    loop_instructions=0,
     tensor_core={"HMMA": 8, "HGMMA": 8, "UTCHMMA": 8},
     expected=8,
     one_by_one=False,
@@ -62,6 +64,36 @@ def test_rules(architecture: int, change: dict[str, object], sentence: str) -> N
     assert not faults(build, GOOD)
     (fault,) = faults(build, replace(GOOD, **change))
     assert sentence in fault
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "whole", "loop", "count"),
+    [
+        (90, torch.bfloat16, 304, 0, None),
+        (90, torch.bfloat16, 305, 0, "19.1"),
+        (90, torch.float16, 305, 0, "19.1"),
+        (90, torch.float32, 500, 0, None),
+        (80, torch.bfloat16, 500, 0, None),
+        (90, torch.bfloat16, 500, 304, None),
+        (90, torch.bfloat16, 500, 320, "20.0"),
+    ],
+)
+def test_instructions_an_element_are_limited(architecture, dtype, whole, loop, count) -> None:
+    """By the loop where there is one: 16 elements a thread, 19 instructions for each."""
+    arguments = {"X": torch.empty(0, dtype=dtype), "BLOCK": 2048}
+    build = Build(architecture, Launch(None, arguments, num_warps=4, num_stages=1), most_instructions=19)
+    sentences = faults(build, replace(GOOD, instructions=whole, loop_instructions=loop))
+    assert sentences == ([f"{count} instructions an element, of 19 at most"] if count else [])
+
+
+def test_gelu_has_a_limit() -> None:
+    """Every kernel that `Op.instructions` names is one that the operation launches."""
+    limits = {
+        build.launch.kernel.fn.__name__: build.most_instructions
+        for build in builds()
+        if build.most_instructions is not None
+    }
+    assert limits == {"_gelu_forward_kernel": 19, "_gelu_backward_kernel": 24}
 
 
 def test_waits_after_every_product_are_found() -> None:
