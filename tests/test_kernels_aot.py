@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.aot import Build, Figures, _instructions, _one_by_one, builds, faults
-from kernels.op import Launch
+from bench.aot import Build, Figures, _instructions, _one_by_one, faults
+from kernels import OPS
+from kernels.op import Launch, record
 
 
 def test_every_tile_compiles_within_the_rules() -> None:
@@ -25,6 +26,7 @@ def test_every_tile_compiles_within_the_rules() -> None:
     assert result.returncode == 0, broken + result.stdout[-200:] + result.stderr
     for architecture in ("sm_80", "sm_89", "sm_90", "sm_100"):
         assert f"{architecture} _attention_dkdv_kernel" in result.stdout
+    assert "instructions an element" in result.stdout
 
 
 GOOD = Figures(
@@ -86,14 +88,13 @@ def test_instructions_an_element_are_limited(architecture, dtype, whole, loop, c
     assert sentences == ([f"{count} instructions an element, of 19 at most"] if count else [])
 
 
-def test_gelu_has_a_limit() -> None:
-    """Every kernel that `Op.instructions` names is one that the operation launches."""
-    limits = {
-        build.launch.kernel.fn.__name__: build.most_instructions
-        for build in builds()
-        if build.most_instructions is not None
-    }
-    assert limits == {"_gelu_forward_kernel": 19, "_gelu_backward_kernel": 24}
+def test_limited_kernels_are_launched_with_a_block() -> None:
+    assert sum(bool(op.instructions) for op in OPS) == 1
+    for op in OPS:
+        with record(assume=90) as launches:
+            op.launchers(**op.make(dtype=torch.bfloat16, device="meta", **op.shipped[0]))
+        arguments = {launch.kernel.__name__: launch.arguments for launch in launches}
+        assert all("BLOCK" in arguments[name] for name in op.instructions)
 
 
 def test_waits_after_every_product_are_found() -> None:
