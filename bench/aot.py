@@ -9,7 +9,8 @@ What to compile is not listed here: each operation's launchers run on meta tenso
 notes what they would have launched. The rules: it compiles; on sm_80 and sm_90 at most one in 200
 instructions inside loops is a spill; shared and tensor memory within the architecture's limit; no body that
 is a lone trap; a tensor-core instruction for every piece of every half-precision product, of the
-architecture's best kind, and no wait after each of them; 16-byte loads.
+architecture's best kind, and no wait after each of them; 16-byte loads; no more instructions an element than
+`Op.instructions` allows.
 
 Counted in the SASS that ptxas gives: LDL and STL are spills, HMMA, HGMMA (wgmma) and UTCHMMA (tcgen05)
 tensor cores.
@@ -69,6 +70,7 @@ GPUS = {
 class Build:
     architecture: int
     launch: Launch
+    most_instructions: float | None = None  # an element, as `Op.instructions` has it
 
     @property
     def source(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
@@ -120,6 +122,7 @@ class Figures:
     shared: int  # bytes a block
     tensor_memory: int  # columns
     instructions: int
+    loop_instructions: int  # those inside a loop
     tensor_core: dict[str, int]  # instruction -> count
     expected: int  # of them, at the least
     one_by_one: (
@@ -139,7 +142,7 @@ def builds() -> list[Build]:
                 with record(assume=architecture) as launches:
                     op.launchers(**op.make(**{"dtype": torch.bfloat16, "device": "meta"} | sample))
                 for launch in launches:
-                    build = Build(architecture, launch)
+                    build = Build(architecture, launch, op.instructions.get(launch.kernel.__name__))
                     found[build.key] = build
     return list(found.values())
 
@@ -227,6 +230,7 @@ def _figures(
         shared=shared,
         tensor_memory=columns,
         instructions=sum(name != "NOP" for name, _ in names),
+        loop_instructions=sum(inside and name != "NOP" for name, inside in names),
         tensor_core=tensor_core,
         expected=_expected(build, compiled.asm["ttir"]),
         one_by_one=_one_by_one([name for name, _ in names]),
@@ -258,6 +262,22 @@ def _expected(build: Build, ttir: str) -> int:
     return total
 
 
+def instructions_an_element(build: Build, figures: Figures) -> float:
+    """Of the loop that does the work, or of the whole kernel where there is no loop."""
+    elements = build.launch.arguments["BLOCK"] / (32 * build.launch.num_warps)
+    return (figures.loop_instructions or figures.instructions) / elements
+
+
+def _too_many_instructions(build: Build, figures: Figures) -> str | None:
+    """A kernel that should wait for memory must not wait for its arithmetic: Hopper, in half precision."""
+    dtype = next((a.dtype for a in build.launch.arguments.values() if isinstance(a, Tensor)), None)
+    if build.most_instructions is None or build.architecture != 90 or dtype == torch.float32:
+        return None
+    count = instructions_an_element(build, figures)
+    sentence = f"{count:.1f} instructions an element, of {build.most_instructions} at most"
+    return sentence if count > build.most_instructions else None
+
+
 def faults(build: Build, figures: Figures) -> list[str]:
     """The rules that a kernel breaks, in words."""
     gpu, architecture = GPUS[build.architecture], build.architecture
@@ -277,7 +297,8 @@ def faults(build: Build, figures: Figures) -> list[str]:
         "no load of 16 bytes": figures.wide_loads == 0,
         "not one block fits": figures.blocks == 0,
     }
-    return [rule for rule, broken in rules.items() if broken]
+    too_many = _too_many_instructions(build, figures)
+    return [rule for rule, broken in rules.items() if broken] + ([too_many] if too_many else [])
 
 
 def _attempt(position: int) -> Figures | str:
@@ -320,6 +341,8 @@ def main() -> int:
                     f"{figures.tensor_memory} columns of tensor memory, "
                     f"{figures.blocks} blocks = {figures.occupancy:.0%}"
                 )
+                if build.most_instructions is not None:
+                    line += f", {instructions_an_element(build, figures):.1f} instructions an element"
             broken += bool(wrong)
             print(build, line, *(f"    FAULT: {fault}" for fault in wrong), sep="\n", flush=True)
     print(f"{len(_BUILDS)} kernels, {broken} with faults, {time.perf_counter() - start:.0f} s")

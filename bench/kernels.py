@@ -51,6 +51,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
     ],
     "causal_attention": [dict(zip("BTHD", heads)) for heads in HEADS],
     "decode_attention": [dict(zip("BHTD", cache)) | {"ragged": False} for cache in CACHES],
+    "gelu": [*({"shape": (65536, C)} for C in (3072, 6400)), {"shape": (65536, 3072), "approximate": "tanh"}],
 }
 DECIDING: list[tuple[str, dict[str, Any]]] = [
     ("linear_cross_entropy", {"N": 65536, "C": 768, "V": 50304}),
@@ -58,6 +59,7 @@ DECIDING: list[tuple[str, dict[str, Any]]] = [
     ("loss_and_gradient", {"N": 8192, "V": 50304}),
     ("causal_attention", {"B": 16, "T": 2048, "H": 16, "D": 128}),
     ("add_layer_norm", {"shape": (65536, 768), "mixed": True}),
+    ("gelu", {"shape": (65536, 3072)}),
     ("decode_attention", {"B": 32, "H": 12, "T": 1024, "D": 64, "ragged": False}),
     ("causal_attention", {"B": 8, "T": 4096, "H": 12, "D": 64}),
     ("layer_norm", {"shape": (65536, 768)}),
@@ -74,6 +76,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "linear_cross_entropy": {"N": 64, "C": 64, "V": 503},
     "causal_attention": {"B": 1, "T": 128, "H": 2, "D": 64},
     "decode_attention": {"B": 2, "H": 2, "T": 128, "D": 64},
+    "gelu": {"shape": (256, 3072)},
 }
 DIRECTIONS = ("forward", "backward", "both")
 COMPILED = ("tritongpt", "compile", "flex")  # of the variants: those that --warm compiles

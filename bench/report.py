@@ -122,6 +122,7 @@ WORDS = {
     "torch eager": "our model, PyTorch's operations, not compiled",
     "tritongpt eager": "tritongpt, not compiled",
     "tritongpt tuned": "tritongpt, tiles of the sweep",
+    "without activation": "tritongpt, PyTorch's GELU",
     "without attention": "tritongpt, PyTorch's attention",
     "without layer_norm": "tritongpt, PyTorch's LayerNorm",
     "without cross_entropy": "tritongpt, PyTorch's cross-entropy",

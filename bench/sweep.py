@@ -33,6 +33,8 @@ from kernels.cross_entropy import TILES as LOSS_TILES
 from kernels.cross_entropy import _width as loss_width
 from kernels.decode import TILES as DECODE_TILES
 from kernels.decode import Tile as DecodeTile
+from kernels.gelu import TILES as GELU_TILES
+from kernels.gelu import Tile as GeluTile
 from kernels.layer_norm import TILES as NORM_TILES
 from kernels.layer_norm import _width as norm_width
 from kernels.linear_cross_entropy import _sum as loss_in_chunks
@@ -46,6 +48,7 @@ DECIDING: dict[str, dict[str, Any]] = {
     "add_layer_norm": {"shape": (65536, 768), "mixed": True, "bias": False},
     "cross_entropy": {"N": 8192, "V": 50304},
     "linear_cross_entropy": {"N": 65536, "C": 768, "V": 50304},
+    "gelu": {"shape": (65536, 3072)},
 }
 
 
@@ -104,6 +107,11 @@ def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
         width = 64 if first.shape[-1] <= 64 else 128
         table = tiles_for(first, DECODE_TILES)
         yield Slot("(n, warps, stages, programs)", table, width, 0, candidates, op.launchers)
+    elif op.name == "gelu":
+        candidates = tuple(GeluTile(32 * w * elements, w) for w in (2, 4, 8) for elements in (8, 16, 32))
+        table = tiles_for(first, GELU_TILES)
+        for direction in ("forward", "backward"):
+            yield Slot(f"{direction} (block, warps)", table, direction, None, candidates, op.launchers)
     elif op.name == "causal_attention" and first.dtype != torch.float32 and not call.get("dropout_p"):
         width = 64 if first.shape[-1] <= 64 else 128
         by_descriptor = descriptor(first, None) is not None

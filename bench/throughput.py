@@ -38,7 +38,7 @@ from train import distributed, fit
 from train.__main__ import update
 from train.distributed import Ranks
 
-ABLATIONS = ("layer_norm", "attention", "cross_entropy")
+ABLATIONS = ("layer_norm", "attention", "activation", "cross_entropy")
 OUT_OF_MEMORY = "out of memory"
 # The part of the step that a kernel belongs to, by its name; the first pattern that fits decides. What fits
 # none is "rest": embeddings, casts, clipping, AdamW. The names are those of our kernels, of cuBLAS, cuDNN and

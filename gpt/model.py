@@ -80,15 +80,16 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, ops: kernels.Kernels):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.approximate = ACTIVATIONS[config.activation]
         self.dropout = config.dropout
+        self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.c_fc(x), approximate=self.approximate)
+        x = self.ops.gelu(self.c_fc(x), approximate=self.approximate)
         return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
@@ -98,7 +99,7 @@ class Block(nn.Module):
         self.ln_1 = LayerNorm(config, ops)
         self.attn = CausalSelfAttention(config, ops)
         self.ln_2 = LayerNorm(config, ops)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, ops)
 
     def forward(
         self, residual: Tensor, update: Tensor | None, attend: Attend | None = None

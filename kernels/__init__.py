@@ -6,7 +6,8 @@ operations it will use:
     "auto"                       Triton on an NVIDIA GPU of sm_80 or newer, PyTorch elsewhere
     "triton"                     the kernels of this folder
     "torch"                      PyTorch's own operations
-    "triton,attention=torch"     a default, then exceptions by family: layer_norm, attention, cross_entropy
+    "triton,attention=torch"     a default, then exceptions by family: layer_norm, attention,
+                                 activation, cross_entropy
     "triton,attention=flash_attn"    attention by the flash-attn package
 
 An explicit request is met or refused, never silently replaced.
@@ -15,7 +16,7 @@ Under autocast PyTorch casts the arguments of its own operations, and custom ope
 public functions apply the rule themselves, each says which, and it holds under torch.compile too: attention
 and the products of linear_cross_entropy run in the autocast dtype; the normalised output of both norms has
 the autocast dtype, which the linear layer after it would cast it to; the residual stream keeps its dtype;
-losses are fp32.
+gelu keeps the dtype of its input; losses are fp32.
 """
 
 import difflib
@@ -30,6 +31,7 @@ from torch import Tensor
 from kernels import attention as _attention
 from kernels import cross_entropy as _cross_entropy
 from kernels import decode as _decode
+from kernels import gelu as _gelu
 from kernels import layer_norm as _layer_norm
 from kernels import linear_cross_entropy as _linear_cross_entropy
 from kernels.op import Op, unavailable
@@ -40,6 +42,7 @@ OPS: tuple[Op, ...] = (
     _cross_entropy.OP,
     _linear_cross_entropy.OP,
     _decode.OP,
+    _gelu.OP,
 )
 
 # From here on these names are the operations, no longer the files they come from.
@@ -48,6 +51,7 @@ causal_attention = _attention.causal_attention
 cross_entropy = _cross_entropy.cross_entropy
 linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
 decode_attention = _decode.decode_attention
+gelu = _gelu.gelu
 
 # family -> implementation -> operation -> function
 FAMILIES: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {}
@@ -67,6 +71,7 @@ class Kernels:
     cross_entropy: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
     decode_attention: Callable[..., Tensor]
+    gelu: Callable[..., Tensor]
 
 
 def load(spec: str = "auto", device: str = "cpu") -> Kernels:

@@ -397,6 +397,8 @@ def test_the_kernels_of_a_step_are_summed_by_part(capsys):
     assert (
         throughput.by_part([("flash_fwd_kernel<cutlass::bfloat16_t>", 1.0)], 2.0)["attention, forward"] == 1.0
     )
+    for direction in ("forward", "backward"):
+        assert throughput.by_part([(f"_gelu_{direction}_kernel", 1.0)], 2.0)[f"GELU, {direction}"] == 1.0
     throughput.print_parts({"tritongpt": ours, "nanogpt": theirs}, {"loss": 25.0})
     table = {line[:20].strip(): line[20:].split() for line in capsys.readouterr().out.splitlines()}
     assert table["ms a step"] == ["tritongpt", "nanogpt", "at", "least"]
@@ -442,7 +444,7 @@ def test_a_sweep_starts_with_what_a_step_launches_and_owns_whole_blocks():
 
 
 @pytest.mark.parametrize(
-    "name", ["layer_norm", "add_layer_norm", "cross_entropy", "causal_attention", "decode_attention"]
+    "name", ["layer_norm", "add_layer_norm", "cross_entropy", "causal_attention", "decode_attention", "gelu"]
 )
 def test_a_sweep_launches_each_candidate_and_leaves_the_table_as_it_was(name, monkeypatch):
     """On tensors without data, as an H100 would be given them."""

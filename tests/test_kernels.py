@@ -141,6 +141,7 @@ KERNELS = {  # operation -> what it launches forward, then backward
     "cross_entropy": (["_loss_kernel"], ["_gradient_kernel"]),
     "linear_cross_entropy": (["_loss_kernel"] * 3, []),  # three chunks, gradients in forward
     "decode_attention": (["_split_kernel", "_combine_kernel"], []),
+    "gelu": (["_gelu_forward_kernel"] * 2, ["_gelu_backward_kernel"] * 2),  # 1104 elements, and 6
 }
 
 
@@ -331,6 +332,7 @@ def test_large_shapes(op: Op, device: str, poisoned: None) -> None:
         "cross_entropy": {"N": 2000, "V": 50257},
         "linear_cross_entropy": {"N": 5000, "C": 256, "V": 50257, "chunk_size": 2048},
         "decode_attention": {"B": 3, "H": 12, "T": 1025, "D": 64},
+        "gelu": {"shape": (20001, 3071)},
     }[op.name]
     call = make(op, torch.bfloat16, device, sample)
     gradients = upstream(op, call)
@@ -354,6 +356,7 @@ LARGE: dict[str, dict[str, Any]] = {  # of many programs, where a race would sho
     "cross_entropy": {"N": 2048, "V": 50257},
     "linear_cross_entropy": {"N": 2048, "C": 256, "V": 50257, "chunk_size": 512},
     "decode_attention": {"B": 16, "H": 12, "T": 1000, "D": 64},
+    "gelu": {"shape": (4096, 3072)},
 }
 
 

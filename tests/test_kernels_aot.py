@@ -6,9 +6,11 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from bench.aot import Build, Figures, _instructions, _one_by_one, faults
-from kernels.op import Launch
+from kernels import OPS
+from kernels.op import Launch, record
 
 
 def test_every_tile_compiles_within_the_rules() -> None:
@@ -24,6 +26,7 @@ def test_every_tile_compiles_within_the_rules() -> None:
     assert result.returncode == 0, broken + result.stdout[-200:] + result.stderr
     for architecture in ("sm_80", "sm_89", "sm_90", "sm_100"):
         assert f"{architecture} _attention_dkdv_kernel" in result.stdout
+    assert "instructions an element" in result.stdout
 
 
 GOOD = Figures(
@@ -35,6 +38,7 @@ GOOD = Figures(
     shared=99 << 10,
     tensor_memory=0,
     instructions=500,
+    loop_instructions=0,
     tensor_core={"HMMA": 8, "HGMMA": 8, "UTCHMMA": 8},
     expected=8,
     one_by_one=False,
@@ -64,6 +68,35 @@ def test_rules(architecture: int, change: dict[str, object], sentence: str) -> N
     assert not faults(build, replace(GOOD, loop_spills=2))
     (fault,) = faults(build, replace(GOOD, **change))
     assert sentence in fault
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "whole", "loop", "count"),
+    [
+        (90, torch.bfloat16, 304, 0, None),
+        (90, torch.bfloat16, 305, 0, "19.1"),
+        (90, torch.float16, 305, 0, "19.1"),
+        (90, torch.float32, 500, 0, None),
+        (80, torch.bfloat16, 500, 0, None),
+        (90, torch.bfloat16, 500, 304, None),
+        (90, torch.bfloat16, 500, 320, "20.0"),
+    ],
+)
+def test_instructions_an_element_are_limited(architecture, dtype, whole, loop, count) -> None:
+    """By the loop where there is one: 16 elements a thread, 19 instructions for each."""
+    arguments = {"X": torch.empty(0, dtype=dtype), "BLOCK": 2048}
+    build = Build(architecture, Launch(None, arguments, num_warps=4, num_stages=1), most_instructions=19)
+    sentences = faults(build, replace(GOOD, instructions=whole, loop_instructions=loop))
+    assert sentences == ([f"{count} instructions an element, of 19 at most"] if count else [])
+
+
+def test_limited_kernels_are_launched_with_a_block() -> None:
+    assert sum(bool(op.instructions) for op in OPS) == 1
+    for op in OPS:
+        with record(assume=90) as launches:
+            op.launchers(**op.make(dtype=torch.bfloat16, device="meta", **op.shipped[0]))
+        arguments = {launch.kernel.__name__: launch.arguments for launch in launches}
+        assert all("BLOCK" in arguments[name] for name in op.instructions)
 
 
 def test_waits_after_every_product_are_found() -> None:

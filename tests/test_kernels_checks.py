@@ -137,6 +137,11 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: kernels.decode_attention(QUERY[..., :8], CACHE[..., :8], CACHE[..., :8], LENGTHS),
         r"decode_attention: q \(2, 3, 8\) has D=8; D from 16 to 128 is allowed",
     ),
+    "an unknown GELU": (
+        lambda: kernels.gelu(X, "sigmoid"),
+        "gelu: approximate='sigmoid' must be one of none, tanh",
+    ),
+    "a GELU of integers": (lambda: kernels.gelu(TARGET), "gelu: input is torch.int64; float32, float16"),
     "a head without classes": (
         lambda: kernels.linear_cross_entropy(X, HEAD[:0], TARGET),
         r"linear_cross_entropy: linear_weight \(0, 8\) has no classes",

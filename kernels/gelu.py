@@ -1,0 +1,284 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (a Triton kernel's arguments have no Python types)
+"""GELU, exact or by the tanh approximation: the activation of GPT-2's MLP.
+
+Forward, with Phi and phi the standard normal's distribution and density:
+
+    y = x Phi(x)                  or, for "tanh", y = x s(x)
+                                  s(x) = (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))
+                                  u(x) = sqrt(2 / pi) (x + 0.044715 x^3)
+
+Backward:
+
+    dx = dy (Phi(x) + x phi(x))   or, for "tanh", dx = dy (s + x s (1 - s) 2u'(x))
+
+Each tensor is read and written once, so memory should be the limit. At the full bandwidth of an H200 that
+leaves time for 27 instructions an element forward and 41 backward. With CUDA's erf a kernel has 36 and 47, in
+SASS of sm_90. So in half precision Phi comes from Zelen and Severo: with t = 1 / (1 + 0.2316419 |x|),
+
+    Phi(-|x|) = phi(x) (b1 t + b2 t^2 + ... + b5 t^5)        within 7.5e-8
+
+This needs one reciprocal and one exponential, and backward's phi is the same exponential: 18 and 21
+instructions. The error is far below the rounding of the result. In the left tail it is smaller than that of
+(1 + erf) / 2, which cancels there. It is too large for fp32, so fp32 keeps erf. "tanh" needs one exponential
+and one reciprocal too, 11 and 17 instructions. Its sigmoid form does not cancel in the left tail, as 1 + tanh
+does.
+
+The output is not formed again in backward to save its memory. The product after GELU saves it, so only an
+operation that contains this product could, and it would write as many bytes again as forward does.
+`activation_checkpointing` saves more. The bias of the layer before is not added here: the product adds it
+before it rounds to half precision, at no cost.
+
+Source: Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415; Abramowitz and Stegun, 1964, Handbook of
+Mathematical Functions, 26.2.17 (the same polynomial gives erf in 7.1.26)
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.op import (
+    INTERPRETED,
+    INTERPRETER,
+    UNTUNED,
+    Cost,
+    Op,
+    check_tensors,
+    jit,
+    launch,
+    operator,
+    round_to,
+    tiles_for,
+    tl,
+)
+
+APPROXIMATIONS = ("none", "tanh")
+# A number of elements that Triton knows to be a multiple of 16 lets a masked load have 16 bytes.
+ALIGN = 16
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+# phi(x) = 2^(HALF_LOG2E x^2 + LOG2_PHI_0), both negative
+HALF_LOG2E = tl.constexpr(-0.7213475204444817)
+LOG2_PHI_0 = tl.constexpr(-1.3257480647361592)
+# 2u(x) = x (SLOPE + CUBIC x^2)
+SLOPE = tl.constexpr(1.5957691216057308)
+CUBIC = tl.constexpr(0.07135481627260025)
+THREE_CUBIC = tl.constexpr(0.21406444881780076)
+# The same, over -ln 2: exp(-2u) = 2^(x (SLOPE_LOG2E + CUBIC_LOG2E x^2))
+SLOPE_LOG2E = tl.constexpr(-2.302208198144325)
+CUBIC_LOG2E = tl.constexpr(-0.1029432395800235)
+# Abramowitz and Stegun 26.2.17: p, then b1 to b5
+P = tl.constexpr(0.2316419)
+B1 = tl.constexpr(0.319381530)
+B2 = tl.constexpr(-0.356563782)
+B3 = tl.constexpr(1.781477937)
+B4 = tl.constexpr(-1.821255978)
+B5 = tl.constexpr(1.330274429)
+
+
+def gelu_reference(input: Tensor, approximate: str = "none") -> Tensor:
+    """`F.gelu`: any shape, result like input; approximate is "none" (erf) or "tanh"."""
+    return F.gelu(input, approximate=approximate)
+
+
+@jit
+def _reciprocal(x, EXACT: tl.constexpr):
+    """1 / x for x >= 1. This is one instruction, within an ulp of the exact result; `/` needs several."""
+    if EXACT or INTERPRETED:
+        return 1 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@jit
+def _normal(x, EXACT: tl.constexpr):
+    """(Phi(x), phi(x)) of the standard normal."""
+    phi = tl.exp2(x * x * HALF_LOG2E + LOG2_PHI_0)
+    if EXACT:
+        return tl.erf(x * SQRT_HALF) * 0.5 + 0.5, phi
+    else:
+        t = _reciprocal(tl.abs(x) * P + 1, EXACT)
+        tail = ((((t * B5 + B4) * t + B3) * t + B2) * t + B1) * t * phi
+        return tl.where(x >= 0, 1 - tail, tail), phi
+
+
+@jit
+def _sigmoid(x, EXACT: tl.constexpr):
+    """(s(x), 2u'(x)) of the tanh approximation."""
+    square = x * x
+    s = _reciprocal(tl.exp2((square * CUBIC_LOG2E + SLOPE_LOG2E) * x) + 1, EXACT)
+    return s, square * THREE_CUBIC + SLOPE
+
+
+@jit
+def _program_block(n, BLOCK: tl.constexpr):
+    """(where the program's block starts, offsets in it, which of them are below n)."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
+    # The comparison is in int32: in int64 it would take two instructions.
+    return start, i, i < tl.minimum(n - start, BLOCK).to(tl.int32)
+
+
+@jit
+def _gelu_forward_kernel(
+    X,  # (n,) in
+    Y,  # (n,) out
+    n,
+    TANH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    EXACT: tl.constexpr = X.dtype.element_ty == tl.float32
+    start, i, inside = _program_block(n, BLOCK)
+    x = tl.load(X + start + i, mask=inside).to(tl.float32)
+    if TANH:
+        share, _ = _sigmoid(x, EXACT)
+    else:
+        share, _ = _normal(x, EXACT)
+    tl.store(Y + start + i, round_to(x * share, Y.dtype.element_ty), mask=inside)
+
+
+@jit
+def _gelu_backward_kernel(
+    DY,  # (n,) in
+    X,  # (n,) in
+    DX,  # (n,) out
+    n,
+    TANH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    EXACT: tl.constexpr = X.dtype.element_ty == tl.float32
+    start, i, inside = _program_block(n, BLOCK)
+    x = tl.load(X + start + i, mask=inside).to(tl.float32)
+    dy = tl.load(DY + start + i, mask=inside).to(tl.float32)
+    if TANH:
+        s, slope = _sigmoid(x, EXACT)
+        # x (1 - s) first: it is 0 where s is 1, and slope may be huge there.
+        derivative = s + x * (s - s * s) * slope
+    else:
+        Phi, phi = _normal(x, EXACT)
+        derivative = Phi + x * phi
+    tl.store(DX + start + i, round_to(dy * derivative, DX.dtype.element_ty), mask=inside)
+
+
+class Tile(NamedTuple):
+    block: int  # elements of a program
+    warps: int
+
+
+# 16 elements a thread: with 8, the addresses and the mask cost an instruction an element more.
+TILES = {
+    INTERPRETER: {"forward": Tile(128, 1), "backward": Tile(128, 1)},
+    UNTUNED: {"forward": Tile(2048, 4), "backward": Tile(2048, 4)},
+}
+
+
+def _launch(kernel, direction: str, approximate: str, *tensors: Tensor) -> None:
+    """Runs `kernel` over contiguous tensors of one shape.
+
+    The last n % 16 elements have a launch of their own: they would turn every load of the others into loads of
+    single elements. The sizes of a model leave none.
+    """
+    tile = tiles_for(tensors[0], TILES)[direction]
+    n = tensors[0].numel()
+    aligned = n - n % ALIGN
+    for first, last in ((0, aligned), (aligned, n)):
+        if first < last:
+            parts = tensors if last - first == n else [t.view(-1)[first:last] for t in tensors]
+            launch(
+                kernel, (-(-(last - first) // tile.block),), *parts, last - first,
+                TANH=approximate == "tanh", BLOCK=tile.block, num_warps=tile.warps,
+            )  # fmt: skip
+
+
+def _forward(input: Tensor, approximate: str) -> Tensor:
+    out = _forward_like(input, approximate)
+    _launch(_gelu_forward_kernel, "forward", approximate, input.contiguous(), out)
+    return out
+
+
+def _backward(dout: Tensor, input: Tensor, approximate: str) -> Tensor:
+    dinput = _backward_like(dout, input, approximate)
+    tensors = dout.contiguous(), input.contiguous(), dinput
+    _launch(_gelu_backward_kernel, "backward", approximate, *tensors)
+    return dinput
+
+
+def _forward_like(input, approximate):
+    return input.new_empty(input.shape)
+
+
+def _backward_like(dout, input, approximate):
+    return input.new_empty(input.shape)
+
+
+_forward_op = operator("gelu", _forward, _forward_like)
+_backward_op = operator("gelu_backward", _backward, _backward_like)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    input, ctx.approximate = inputs
+    ctx.save_for_backward(input)
+
+
+def _call(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+    return _backward_op(dout, *ctx.saved_tensors, ctx.approximate), None
+
+
+_forward_op.register_autograd(_call, setup_context=_save)
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """`F.gelu`: input of any shape -> the same shape, contiguous; approximate is "none" (erf) or "tanh".
+
+    The result has the input's dtype, under autocast too, as PyTorch has it. Raises ValueError for what it
+    cannot do.
+    """
+    check_tensors("gelu", input=input)
+    if approximate not in APPROXIMATIONS:
+        raise ValueError(f"gelu: approximate={approximate!r} must be one of {', '.join(APPROXIMATIONS)}")
+    return _forward_op(input, approximate)
+
+
+def _inputs(dtype: torch.dtype, device: str, shape: tuple[int, ...], **options: Any) -> dict[str, Any]:
+    """The standard deviation of 3 reaches both tails."""
+    return {"input": (torch.randn(*shape, device=device) * 3).to(dtype), **options}
+
+
+def _cost(input: Tensor, **_: Any) -> Cost:
+    # forward: input -> output; backward: doutput, input -> dinput
+    return Cost(2 * input.nbytes, 3 * input.nbytes, 15 * input.numel(), 18 * input.numel())
+
+
+def _launchers(input, approximate="none"):
+    _backward(_forward(input, approximate), input, approximate)
+
+
+OP = Op(
+    name="gelu",
+    family="activation",
+    implementations={"triton": gelu, "torch": gelu_reference},
+    reference=gelu_reference,
+    make=_inputs,
+    cost=_cost,
+    samples=(
+        {"shape": (1, 1)},
+        {"shape": (7, 768)},
+        {"shape": (2, 5, 111)},
+        {"shape": (3, 59), "approximate": "tanh"},
+        {"shape": (4, 96), "approximate": "tanh"},
+        {"shape": (1023,)},
+        {"shape": (0, 64)},
+    ),
+    shipped=(
+        {"shape": (65536, 3072)},
+        {"shape": (65536, 3072), "approximate": "tanh"},
+        {"shape": (65536, 3072), "dtype": torch.float16},
+        {"shape": (65536, 3072), "dtype": torch.float32},
+        {"shape": (65536, 3072), "dtype": torch.float32, "approximate": "tanh"},
+    ),
+    launchers=_launchers,
+    instructions={"_gelu_forward_kernel": 19, "_gelu_backward_kernel": 24},
+)
