@@ -125,13 +125,14 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList([Block(config, ops) for _ in range(config.n_layer)])
         self.ln_f = LayerNorm(config, ops)
         self.activation_checkpointing = config.activation_checkpointing
+        self.ops = ops
 
     def forward(
         self, idx: Tensor, position: Tensor | None = None, attend: Sequence[Attend] | None = None
     ) -> Tensor:
-        if position is None:
-            position = torch.arange(idx.size(1), device=idx.device)
-        residual, update = self.drop(self.wte(idx) + self.wpe(position)), None
+        # Positions 0, 1, 2, ... are the first rows of wpe. The gradient of that slice is a sum over the batch.
+        positions = self.wpe.weight[: idx.size(1)] if position is None else self.wpe(position)
+        residual, update = self.drop(self.ops.embedding(idx, self.wte.weight) + positions), None
         for i, block in enumerate(self.h):
             how = None if attend is None else attend[i]
             if self.activation_checkpointing and torch.is_grad_enabled():

@@ -6,7 +6,8 @@ operations it will use:
     "auto"                       Triton on an NVIDIA GPU of sm_80 or newer, PyTorch elsewhere
     "triton"                     the kernels of this folder
     "torch"                      PyTorch's own operations
-    "triton,attention=torch"     a default, then exceptions by family: layer_norm, attention, cross_entropy
+    "triton,attention=torch"     a default, then exceptions by family: layer_norm, attention, cross_entropy,
+                                 embedding
     "triton,attention=flash_attn"    attention by the flash-attn package
 
 An explicit request is met or refused, never silently replaced.
@@ -14,8 +15,8 @@ An explicit request is met or refused, never silently replaced.
 Under autocast PyTorch casts the arguments of its own operations, and custom operations go unnoticed. So the
 public functions apply the rule themselves, each says which, and it holds under torch.compile too: attention
 and the products of linear_cross_entropy run in the autocast dtype; the normalised output of both norms has
-the autocast dtype, which the linear layer after it would cast it to; the residual stream keeps its dtype;
-losses are fp32.
+the autocast dtype, which the linear layer after it would cast it to; embeddings and the residual stream keep
+their dtype; losses are fp32.
 """
 
 import difflib
@@ -30,6 +31,7 @@ from torch import Tensor
 from kernels import attention as _attention
 from kernels import cross_entropy as _cross_entropy
 from kernels import decode as _decode
+from kernels import embedding as _embedding
 from kernels import layer_norm as _layer_norm
 from kernels import linear_cross_entropy as _linear_cross_entropy
 from kernels.op import Op, unavailable
@@ -39,6 +41,7 @@ OPS: tuple[Op, ...] = (
     _attention.OP,
     _cross_entropy.OP,
     _linear_cross_entropy.OP,
+    _embedding.OP,
     _decode.OP,
 )
 
@@ -47,6 +50,7 @@ layer_norm, add_layer_norm = _layer_norm.layer_norm, _layer_norm.add_layer_norm
 causal_attention = _attention.causal_attention
 cross_entropy = _cross_entropy.cross_entropy
 linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
+embedding = _embedding.embedding
 decode_attention = _decode.decode_attention
 
 # family -> implementation -> operation -> function
@@ -66,6 +70,7 @@ class Kernels:
     causal_attention: Callable[..., Tensor]
     cross_entropy: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
+    embedding: Callable[..., Tensor]
     decode_attention: Callable[..., Tensor]
 
 

@@ -113,6 +113,18 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: kernels.linear_cross_entropy(X, HEAD, TARGET, chunk_size=0),
         "linear_cross_entropy: chunk_size=0 must be at least 1",
     ),
+    "ids that are floats": (
+        lambda: kernels.embedding(X, HEAD),
+        "embedding: input is torch.float32 on cpu; it must be torch.int64 or torch.int32 on cpu",
+    ),
+    "ids elsewhere": (
+        lambda: kernels.embedding(TARGET.to("meta"), HEAD),
+        "embedding: input is torch.int64 on meta; it must be torch.int64 or torch.int32 on cpu",
+    ),
+    "a weight of one dimension": (
+        lambda: kernels.embedding(TARGET, W),
+        r"embedding: weight \(8,\) must be \(V, C\)",
+    ),
     "a cache of other heads": (
         lambda: kernels.decode_attention(QUERY, CACHE[:, :1], CACHE[:, :1], LENGTHS),
         r"decode_attention: q \(2, 3, 16\) and k_cache \(2, 1, 9, 16\) must be \(B, H, D\) and",

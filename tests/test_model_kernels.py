@@ -18,7 +18,13 @@ from train.__main__ import update
 from train.distributed import Ranks
 from train.metrics import read
 
-SPECS = ["triton", "triton,attention=torch", "torch,layer_norm=triton", "torch,cross_entropy=triton"]
+SPECS = [
+    "triton",
+    "triton,attention=torch",
+    "torch,layer_norm=triton",
+    "torch,cross_entropy=triton",
+    "torch,embedding=triton",
+]
 # kernel -> launches in one forward and backward of a model of L layers
 LAUNCHES = {
     "layer_norm": dict.fromkeys(
@@ -28,6 +34,7 @@ LAUNCHES = {
         ("_attention_forward_kernel", "_attention_dq_kernel", "_attention_dkdv_kernel"), lambda L: L
     ),
     "cross_entropy": {"_loss_kernel": lambda L: 1},
+    "embedding": dict.fromkeys(("_embedding_sum_kernel", "_embedding_combine_kernel"), lambda L: 1),
 }
 
 
@@ -106,7 +113,7 @@ def test_a_training_has_the_losses_of_pytorchs_operations(device):
                 idx, targets = batch(device, B=1, T=5, V=11, seed=step % 4)
                 loss, _ = update(model, optimizer, scaler, [(idx, targets)], 1, 1.0, nullcontext)
                 losses[spec].append(loss.item())
-        assert len(launches) == (steps * (3 + 3 + 3 + 3 + 1) if spec == "triton" else 0)
+        assert len(launches) == (steps * (3 + 3 + 3 + 3 + 1 + 2) if spec == "triton" else 0)
     assert losses["torch"][-1] < 0.85 * losses["torch"][0]
     assert losses["triton"][:20] == pytest.approx(losses["torch"][:20], rel=1e-4)
     # PyTorch's embedding backward adds in any order on a GPU, and 200 steps make much of little.
