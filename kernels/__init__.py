@@ -3,7 +3,8 @@
 `kernels.<name>` is the Triton operation. `load(spec)` is called once, when a model is built, and returns the
 operations it will use:
 
-    "auto"                       Triton on an NVIDIA GPU of sm_80 or newer, PyTorch elsewhere
+    "auto"                       Triton on an NVIDIA GPU of sm_80 or newer, PyTorch elsewhere; attention is
+                                 PyTorch's where Triton's would be slower (`attention.pays_off`)
     "triton"                     the kernels of this folder
     "torch"                      PyTorch's own operations
     "triton,attention=torch"     a default, then exceptions by family: layer_norm, attention, cross_entropy,
@@ -34,7 +35,7 @@ from kernels import decode as _decode
 from kernels import embedding as _embedding
 from kernels import layer_norm as _layer_norm
 from kernels import linear_cross_entropy as _linear_cross_entropy
-from kernels.op import Op, unavailable
+from kernels.op import Op, architecture_of, unavailable
 
 OPS: tuple[Op, ...] = (
     *_layer_norm.OPS,
@@ -74,16 +75,23 @@ class Kernels:
     decode_attention: Callable[..., Tensor]
 
 
-def load(spec: str = "auto", device: str = "cpu") -> Kernels:
+def load(
+    spec: str = "auto", device: str = "cpu", head_size: int = 64, dtype: torch.dtype = torch.bfloat16
+) -> Kernels:
     """The operations named by `spec`, for tensors on `device` ("cpu", "cuda:0", ...).
 
-    Raises ValueError for a spec that names an unknown implementation or family, or one that cannot run there.
+    `head_size` and `dtype` are those that attention will have. Raises ValueError for a spec that names an
+    unknown implementation or family, or one that cannot run there.
     """
     default, *exceptions = spec.split(",")
     why_not = unavailable(torch.device(device))
+    on_gpu = torch.device(device).type == "cuda" and why_not is None
     if default == "auto":
-        default = "triton" if torch.device(device).type == "cuda" and why_not is None else "torch"
-    chosen = dict.fromkeys(FAMILIES, default)
+        chosen = dict.fromkeys(FAMILIES, "triton" if on_gpu else "torch")
+        if on_gpu and not _attention.pays_off(architecture_of(torch.device(device)), head_size, dtype):
+            chosen["attention"] = "torch"
+    else:
+        chosen = dict.fromkeys(FAMILIES, default)
     for exception in exceptions:
         family, _, implementation = exception.partition("=")
         if family not in FAMILIES:
@@ -95,6 +103,12 @@ def load(spec: str = "auto", device: str = "cpu") -> Kernels:
             raise ValueError(_unknown(spec, f"implementation of {family}", implementation, FAMILIES[family]))
         if implementation == "triton" and why_not is not None:
             raise ValueError(f"kernels={spec!r}: {family} cannot be Triton's here: {why_not}")
+        least, most = _attention.MIN_D, _attention.MAX_D
+        if (family, implementation) == ("attention", "triton") and not least <= head_size <= most:
+            raise ValueError(
+                f"kernels={spec!r}: attention takes head sizes n_embd / n_head from {least} to {most}, not "
+                f"{head_size}; choose another n_head, or --kernels={_canonical(chosen | {family: 'torch'})}"
+            )
         if implementation == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
             raise ValueError(f"kernels={spec!r}: the package is not installed (pip install flash-attn)")
         operations |= FAMILIES[family][implementation]
