@@ -43,6 +43,7 @@ TRITON_TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 
@@ -118,7 +119,6 @@ class Figures:
     stack: int  # bytes a thread
     spills: int  # LDL and STL, anywhere
     loop_spills: int  # those inside a loop
-    loop_instructions: int  # all that are inside one
     shared: int  # bytes a block
     tensor_memory: int  # columns
     instructions: int
@@ -226,7 +226,6 @@ def _figures(
         stack=stack,
         spills=len(spills),
         loop_spills=sum(spills),
-        loop_instructions=sum(inside for name, inside in names if name != "NOP"),
         shared=shared,
         tensor_memory=columns,
         instructions=sum(name != "NOP" for name, _ in names),

@@ -50,6 +50,7 @@ SHAPES: dict[str, list[dict[str, Any]]] = {
         {"N": N, "C": C, "V": 50304} for N in (65536, 16384) for C in (768, 1024, 1280, 1600)
     ],
     "causal_attention": [dict(zip("BTHD", heads)) for heads in HEADS],
+    "embedding": [{"shape": (64, 1024), "V": 50304, "C": C} for C in (768, 1600)],
     "decode_attention": [dict(zip("BHTD", cache)) | {"ragged": False} for cache in CACHES],
     "gelu": [*({"shape": (65536, C)} for C in (3072, 6400)), {"shape": (65536, 3072), "approximate": "tanh"}],
 }
@@ -75,6 +76,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "loss_and_gradient": {"N": 64, "V": 5003},
     "linear_cross_entropy": {"N": 64, "C": 64, "V": 503},
     "causal_attention": {"B": 1, "T": 128, "H": 2, "D": 64},
+    "embedding": {"shape": (4, 64), "V": 503, "C": 64},
     "decode_attention": {"B": 2, "H": 2, "T": 128, "D": 64},
     "gelu": {"shape": (256, 3072)},
 }

@@ -42,13 +42,15 @@ from kernels.op import INTERPRETED, Op, architecture, tiles_for, unavailable
 
 DEVICE = "cuda"
 CHUNK = {"rows": ((16384,),)}  # as `chunk_rows` has it for GPT-2's vocabulary
-# What a step of the 124M launches: these decide an entry before the shapes that an Op ships.
+# What a step of the 124M launches, or a step of its generation: these decide an entry before the shapes that
+# an Op ships.
 DECIDING: dict[str, dict[str, Any]] = {
     "causal_attention": {"B": 64, "T": 1024, "H": 12, "D": 64},
     "add_layer_norm": {"shape": (65536, 768), "mixed": True, "bias": False},
     "cross_entropy": {"N": 8192, "V": 50304},
     "linear_cross_entropy": {"N": 65536, "C": 768, "V": 50304},
     "gelu": {"shape": (65536, 3072)},
+    "decode_attention": {"B": 32, "H": 12, "T": 1024, "D": 64, "ragged": False},
 }
 
 
@@ -57,7 +59,7 @@ class Slot:
     """One entry of a table of tiles: `table[key]` or `table[key][index]`, and what may stand there."""
 
     name: str
-    table: dict[Any, tuple[Any, ...]]
+    table: dict[Any, Any]
     key: Any
     index: int | None  # None: the entry is the tile
     candidates: tuple[Any, ...]
@@ -103,8 +105,13 @@ def slots(op: Op, call: dict[str, Any]) -> Iterator[Slot]:
         chunks = tuple((rows,) for rows in (4096, 8192, 16384, 32768))
         yield Slot("rows of a chunk", CHUNK, "rows", 0, chunks, _in_chunks)
     elif op.name == "decode_attention":
-        candidates = tuple(DecodeTile(*t) for t in product((16, 32, 64), (2, 4, 8), (2, 3, 4), (2, 4, 8)))
         width = 64 if first.shape[-1] <= 64 else 128
+        # 16 or 32 values of a tile in a lane: more spill or fill the registers, fewer load too little ahead.
+        settings = product((16, 32), (2, 4, 8), (3, 4), (2, 3, 4))
+        candidates = tuple(
+            DecodeTile(values * 32 * warps // width, warps, stages, programs)
+            for values, warps, stages, programs in settings
+        )
         table = tiles_for(first, DECODE_TILES)
         yield Slot("(n, warps, stages, programs)", table, width, 0, candidates, op.launchers)
     elif op.name == "gelu":

@@ -14,7 +14,7 @@ https://arxiv.org/abs/1608.05859 (tied embeddings).
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from gpt.device import DTYPES
 from gpt.flops import flops_per_token, peak_flops
 
 Attend = Callable[[Tensor], Tensor]  # qkv (B, T, 3, H, D) -> (B, T, H, D)
@@ -126,13 +127,14 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList([Block(config, ops) for _ in range(config.n_layer)])
         self.ln_f = LayerNorm(config, ops)
         self.activation_checkpointing = config.activation_checkpointing
+        self.ops = ops
 
     def forward(
         self, idx: Tensor, position: Tensor | None = None, attend: Sequence[Attend] | None = None
     ) -> Tensor:
-        if position is None:
-            position = torch.arange(idx.size(1), device=idx.device)
-        residual, update = self.drop(self.wte(idx) + self.wpe(position)), None
+        # Positions 0, 1, 2, ... are the first rows of wpe. Their gradient is a sum over the batch.
+        positions = self.wpe.weight[: idx.size(1)] if position is None else self.wpe(position)
+        residual, update = self.drop(self.ops.embedding(idx, self.wte.weight) + positions), None
         for i, block in enumerate(self.h):
             how = None if attend is None else attend[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -144,9 +146,13 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """The language model. `kernels="auto"` means what is fastest on `device`, where the model is to live."""
+    """The language model. `kernels="auto"` means what is fastest on `device`, where the model is to live.
 
-    def __init__(self, config: GPTConfig, device: str = "cpu"):
+    `dtype` is the precision that it will compute in: "float32", "bfloat16" or "float16". In `self.config`,
+    kernels names the operations that were chosen.
+    """
+
+    def __init__(self, config: GPTConfig, device: str = "cpu", dtype: str = "bfloat16"):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("vocab_size is not set: give the number of symbols, such as 50304")
@@ -157,8 +163,10 @@ class GPT(nn.Module):
             )
         if config.activation not in ACTIVATIONS:
             raise ValueError(f"activation={config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        self.config = config
-        self.ops = kernels.load(config.kernels, device)
+        # A head size that the chosen attention does not take is refused here, not in the first step.
+        head_size = config.n_embd // config.n_head
+        self.ops = kernels.load(config.kernels, device, head_size, DTYPES[dtype])
+        self.config = replace(config, kernels=self.ops.spec)
         self.transformer = Transformer(config, self.ops)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied

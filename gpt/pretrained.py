@@ -77,10 +77,12 @@ def load_weights(model: GPT, weights: dict[str, torch.Tensor], source: str | Pat
     model.load_state_dict(weights)
 
 
-def from_checkpoint(path: Path, device: str = "cpu", **overrides: Any) -> tuple[GPT, dict[str, Any]]:
+def from_checkpoint(
+    path: Path, device: str = "cpu", dtype: str = "bfloat16", **overrides: Any
+) -> tuple[GPT, dict[str, Any]]:
     """(model on `device`, checkpoint); `overrides` are fields of GPTConfig, such as dropout or kernels."""
     checkpoint = read_checkpoint(path)
-    model = GPT(model_config(checkpoint, **overrides), device)
+    model = GPT(model_config(checkpoint, **overrides), device, dtype)
     load_weights(model, checkpoint["model"], path)
     return model.to(device), checkpoint
 
@@ -105,7 +107,9 @@ def is_hugging_face(source: str) -> bool:
     return False
 
 
-def from_hugging_face(name: str, override_args: dict[str, Any], device: str = "cpu") -> GPT:
+def from_hugging_face(
+    name: str, override_args: dict[str, Any], device: str = "cpu", dtype: str = "bfloat16"
+) -> GPT:
     """A GPT2LMHeadModel by name or folder, in float32, with the GELU it was trained with: the same logits.
 
     Raises ValueError for what is no GPT-2, is not whole, or computes something else than a GPT does here.
@@ -153,7 +157,7 @@ def from_hugging_face(name: str, override_args: dict[str, Any], device: str = "c
         n_embd=c.n_embd, bias=has_bias, activation=ACTIVATION[c.activation_function],
         **{"dropout": ours["dropout"], **override_args},
     )  # fmt: skip
-    model = GPT(config, device)
+    model = GPT(config, device, dtype)
     load_weights(model, {k: v for k, v in weights.items() if has_bias or k not in biases}, name)
     return model.to(device)
 
@@ -170,21 +174,25 @@ def hugging_face_tokenizer(name: str) -> dict[str, Any]:
     return {"kind": "char", "symbols": sorted(model["vocab"], key=model["vocab"].__getitem__)}
 
 
-def load(source: str, device: str = "cpu", **overrides: Any) -> tuple[GPT, dict[str, Any]]:
+def load(
+    source: str, device: str = "cpu", dtype: str = "bfloat16", **overrides: Any
+) -> tuple[GPT, dict[str, Any]]:
     """The model that `source` names, on `device`, and the tokenizer it was trained with, by `to_dict`.
 
     `source` is the path of a ckpt.pt, of a folder of Hugging Face's, or the name of one of OpenAI's GPT-2s;
-    `overrides` are dropout and kernels. Raises ValueError, OSError.
+    `dtype` is the precision that it will compute in, `overrides` are dropout and kernels. Raises ValueError,
+    OSError.
     """
     if is_hugging_face(source):
-        model, described = from_hugging_face(source, overrides, device), hugging_face_tokenizer(source)
+        model = from_hugging_face(source, overrides, device, dtype)
+        described = hugging_face_tokenizer(source)
         size = model.config.vocab_size or 0
         if size < tokenizer.vocab_size(described):
             raise ValueError(
                 f"{source} knows {size} symbols: its tokenizer is not {tokenizer.name(described)}"
             )
         return model, described
-    model, checkpoint = from_checkpoint(Path(source), device, **overrides)
+    model, checkpoint = from_checkpoint(Path(source), device, dtype, **overrides)
     if "tokenizer" in checkpoint:
         described = checkpoint["tokenizer"]
     else:  # nanoGPT's: it looks for the data set by name

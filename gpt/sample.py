@@ -56,7 +56,8 @@ def load(config: SampleConfig, device: str) -> tuple[GPT, tokenizer.Tokenizer]:
     """The model in eval mode on `device`, and the tokenizer it was trained with."""
     resume = config.init_from == "resume"
     source = str(best_or_latest(Path(config.out_dir))) if resume else config.init_from
-    model, described = pretrained.load(source, device, dropout=0.0, kernels=config.kernels)
+    dtype = resolve_dtype(config.dtype, device)
+    model, described = pretrained.load(source, device, dtype, dropout=0.0, kernels=config.kernels)
     return model.eval(), tokenizer.from_dict(described)
 
 

@@ -3,11 +3,12 @@
 `kernels.<name>` is the Triton operation. `load(spec)` is called once, when a model is built, and returns the
 operations it will use:
 
-    "auto"                       Triton on an NVIDIA GPU of sm_80 or newer, PyTorch elsewhere
+    "auto"                       Triton on an NVIDIA GPU of sm_80 or newer, PyTorch elsewhere; attention is
+                                 PyTorch's where Triton's would be slower (`attention.pays_off`)
     "triton"                     the kernels of this folder
     "torch"                      PyTorch's own operations
     "triton,attention=torch"     a default, then exceptions by family: layer_norm, attention,
-                                 activation, cross_entropy
+                                 activation, cross_entropy, embedding
     "triton,attention=flash_attn"    attention by the flash-attn package
 
 An explicit request is met or refused, never silently replaced.
@@ -15,8 +16,8 @@ An explicit request is met or refused, never silently replaced.
 Under autocast PyTorch casts the arguments of its own operations, and custom operations go unnoticed. So the
 public functions apply the rule themselves, each says which, and it holds under torch.compile too: attention
 and the products of linear_cross_entropy run in the autocast dtype; the normalised output of both norms has
-the autocast dtype, which the linear layer after it would cast it to; the residual stream keeps its dtype;
-gelu keeps the dtype of its input; losses are fp32.
+the autocast dtype, which the linear layer after it would cast it to; embeddings, gelu and the residual
+stream keep their dtype; losses are fp32.
 """
 
 import difflib
@@ -31,16 +32,18 @@ from torch import Tensor
 from kernels import attention as _attention
 from kernels import cross_entropy as _cross_entropy
 from kernels import decode as _decode
+from kernels import embedding as _embedding
 from kernels import gelu as _gelu
 from kernels import layer_norm as _layer_norm
 from kernels import linear_cross_entropy as _linear_cross_entropy
-from kernels.op import Op, unavailable
+from kernels.op import Op, architecture_of, unavailable
 
 OPS: tuple[Op, ...] = (
     *_layer_norm.OPS,
     _attention.OP,
     _cross_entropy.OP,
     _linear_cross_entropy.OP,
+    _embedding.OP,
     _decode.OP,
     _gelu.OP,
 )
@@ -50,6 +53,7 @@ layer_norm, add_layer_norm = _layer_norm.layer_norm, _layer_norm.add_layer_norm
 causal_attention = _attention.causal_attention
 cross_entropy = _cross_entropy.cross_entropy
 linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
+embedding = _embedding.embedding
 decode_attention = _decode.decode_attention
 gelu = _gelu.gelu
 
@@ -70,20 +74,28 @@ class Kernels:
     causal_attention: Callable[..., Tensor]
     cross_entropy: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
+    embedding: Callable[..., Tensor]
     decode_attention: Callable[..., Tensor]
     gelu: Callable[..., Tensor]
 
 
-def load(spec: str = "auto", device: str = "cpu") -> Kernels:
+def load(
+    spec: str = "auto", device: str = "cpu", head_size: int = 64, dtype: torch.dtype = torch.bfloat16
+) -> Kernels:
     """The operations named by `spec`, for tensors on `device` ("cpu", "cuda:0", ...).
 
-    Raises ValueError for a spec that names an unknown implementation or family, or one that cannot run there.
+    `head_size` and `dtype` are those that attention will have. Raises ValueError for a spec that names an
+    unknown implementation or family, or one that cannot run there.
     """
     default, *exceptions = spec.split(",")
     why_not = unavailable(torch.device(device))
+    on_gpu = torch.device(device).type == "cuda" and why_not is None
     if default == "auto":
-        default = "triton" if torch.device(device).type == "cuda" and why_not is None else "torch"
-    chosen = dict.fromkeys(FAMILIES, default)
+        chosen = dict.fromkeys(FAMILIES, "triton" if on_gpu else "torch")
+        if on_gpu and not _attention.pays_off(architecture_of(torch.device(device)), head_size, dtype):
+            chosen["attention"] = "torch"
+    else:
+        chosen = dict.fromkeys(FAMILIES, default)
     for exception in exceptions:
         family, _, implementation = exception.partition("=")
         if family not in FAMILIES:
@@ -95,6 +107,12 @@ def load(spec: str = "auto", device: str = "cpu") -> Kernels:
             raise ValueError(_unknown(spec, f"implementation of {family}", implementation, FAMILIES[family]))
         if implementation == "triton" and why_not is not None:
             raise ValueError(f"kernels={spec!r}: {family} cannot be Triton's here: {why_not}")
+        least, most = _attention.MIN_D, _attention.MAX_D
+        if (family, implementation) == ("attention", "triton") and not least <= head_size <= most:
+            raise ValueError(
+                f"kernels={spec!r}: attention takes head sizes n_embd / n_head from {least} to {most}, not "
+                f"{head_size}; choose another n_head, or --kernels={_canonical(chosen | {family: 'torch'})}"
+            )
         if implementation == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
             raise ValueError(f"kernels={spec!r}: the package is not installed (pip install flash-attn)")
         operations |= FAMILIES[family][implementation]

@@ -456,6 +456,15 @@ def _constants(qkv: Tensor, tile: Tile) -> dict[str, Any]:
     }
 
 
+def pays_off(arch: int, D: int, dtype: torch.dtype) -> bool:
+    """Whether these kernels are at least as fast as PyTorch's attention, as far as we know.
+
+    Measured on an H200 against cuDNN's: 1.33x at D=64, T=1024, and 0.84x at D=128, T=2048. In float32 the
+    tiles are for checking.
+    """
+    return MIN_D <= D <= MAX_D and dtype != torch.float32 and not (arch == 90 and D > 64)
+
+
 def _dense(x: Tensor) -> Tensor:
     """With the last dimension contiguous, and T's stride such that 32 bits count a tile: else a copy."""
     return x if x.stride(-1) == 1 and x.stride(1) < 1 << 24 else x.contiguous()

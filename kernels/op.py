@@ -150,7 +150,12 @@ def _gpu(device: torch.device) -> tuple[int, int, int | None]:
 
 def architecture(tensor: Tensor) -> int:
     """80, 89, 90 or 100: the key of the tile tables; INTERPRETER without a GPU."""
-    return _assumed[-1] if _assumed else _gpu(tensor.device)[0]
+    return architecture_of(tensor.device)
+
+
+def architecture_of(device: torch.device) -> int:
+    """The same of a device that can run Triton's kernels. Raises ValueError for another."""
+    return _assumed[-1] if _assumed else _gpu(device)[0]
 
 
 def tiles_for(tensor: Tensor, table: dict[int, dict[Any, Any]]) -> dict[Any, Any]:

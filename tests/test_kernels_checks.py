@@ -113,6 +113,18 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: kernels.linear_cross_entropy(X, HEAD, TARGET, chunk_size=0),
         "linear_cross_entropy: chunk_size=0 must be at least 1",
     ),
+    "ids that are floats": (
+        lambda: kernels.embedding(X, HEAD),
+        "embedding: input is torch.float32 on cpu; it must be torch.int64 or torch.int32 on cpu",
+    ),
+    "ids elsewhere": (
+        lambda: kernels.embedding(TARGET.to("meta"), HEAD),
+        "embedding: input is torch.int64 on meta; it must be torch.int64 or torch.int32 on cpu",
+    ),
+    "a weight of one dimension": (
+        lambda: kernels.embedding(TARGET, W),
+        r"embedding: weight \(8,\) must be \(V, C\)",
+    ),
     "a cache of other heads": (
         lambda: kernels.decode_attention(QUERY, CACHE[:, :1], CACHE[:, :1], LENGTHS),
         r"decode_attention: q \(2, 3, 16\) and k_cache \(2, 1, 9, 16\) must be \(B, H, D\) and",
@@ -201,6 +213,67 @@ def test_auto_on_a_cpu_is_torch() -> None:
 @pytest.mark.gpu
 def test_auto_on_a_gpu_is_triton() -> None:
     assert kernels.load("auto", "cuda").spec == "triton"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes this machine one with a GPU of that architecture, as far as `load` asks."""
+
+    def pretend(architecture: int) -> None:
+        monkeypatch.setattr(kernels, "unavailable", lambda device: None)
+        monkeypatch.setattr(kernels_op, "_gpu", lambda device: (architecture, 132))
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head_size", "dtype", "attention"),
+    [
+        (90, 8, torch.bfloat16, "torch"),
+        (90, 16, torch.bfloat16, "triton"),
+        (90, 64, torch.float16, "triton"),
+        (90, 64, torch.float32, "torch"),
+        (90, 80, torch.bfloat16, "torch"),
+        (90, 128, torch.bfloat16, "torch"),
+        (90, 256, torch.bfloat16, "torch"),
+        (80, 80, torch.bfloat16, "triton"),
+        (80, 128, torch.float16, "triton"),
+        (80, 256, torch.bfloat16, "torch"),
+        (80, 128, torch.float32, "torch"),
+    ],
+)
+def test_auto_leaves_to_pytorch_the_attention_that_ours_would_lose(
+    architecture: int, head_size: int, dtype: torch.dtype, attention: str, gpu: Callable[[int], None]
+) -> None:
+    gpu(architecture)
+    operations = kernels.load("auto", "cuda", head_size, dtype)
+    assert operations.spec == ("triton" if attention == "triton" else "triton,attention=torch")
+    implementations = kernels.FAMILIES["attention"][attention]
+    assert operations.causal_attention is implementations["causal_attention"]
+    assert operations.decode_attention is implementations["decode_attention"]
+
+
+@pytest.mark.parametrize("spec", ["triton", "triton,layer_norm=torch", "torch,attention=triton"])
+@pytest.mark.parametrize("head_size", [8, 256])
+def test_an_explicit_request_for_a_head_size_that_ours_does_not_take_is_refused(
+    spec: str, head_size: int, gpu: Callable[[int], None]
+) -> None:
+    gpu(90)
+    with pytest.raises(ValueError) as error:
+        kernels.load(spec, "cuda", head_size)
+    sentence = f"attention takes head sizes n_embd / n_head from 16 to 128, not {head_size}; choose another"
+    assert sentence in str(error.value)
+    way_out = str(error.value).split("--kernels=")[1]
+    assert kernels.load(way_out, "cuda", head_size).spec == way_out
+
+
+@pytest.mark.parametrize("spec", ["triton", "auto,attention=triton"])
+@pytest.mark.parametrize(("head_size", "dtype"), [(128, torch.bfloat16), (64, torch.float32)])
+def test_an_explicit_request_is_met_where_auto_would_choose_another(
+    spec: str, head_size: int, dtype: torch.dtype, gpu: Callable[[int], None]
+) -> None:
+    gpu(90)
+    assert kernels.load(spec, "cuda", head_size, dtype).spec == "triton"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,15 @@ import torch
 from gpt.model import GPT, GPTConfig
 from kernels.op import record
 from tests.runs import TINY, run, surroundings
+from tests.test_faults import assert_same_run
 from train import distributed
 from train.__main__ import update
+from train.config import parse, resolve
 from train.distributed import Ranks
 from train.metrics import read
 
-SPECS = ["triton", "triton,attention=torch", "torch,layer_norm=triton", "torch,cross_entropy=triton"]
-SPECS += ["torch,activation=triton"]
+SPECS = ["triton", "triton,attention=torch"]
+SPECS += [f"torch,{family}=triton" for family in ("layer_norm", "activation", "cross_entropy", "embedding")]
 # kernel -> launches in one forward and backward of a model of L layers
 LAUNCHES = {
     "layer_norm": dict.fromkeys(
@@ -30,6 +33,7 @@ LAUNCHES = {
     ),
     "activation": dict.fromkeys(("_gelu_forward_kernel", "_gelu_backward_kernel"), lambda L: L),
     "cross_entropy": {"_loss_kernel": lambda L: 1},
+    "embedding": dict.fromkeys(("_embedding_sum_kernel", "_embedding_combine_kernel"), lambda L: 1),
 }
 
 
@@ -109,7 +113,7 @@ def test_a_training_has_the_losses_of_pytorchs_operations(device):
                 idx, targets = batch(device, B=1, T=5, V=11, seed=step % 4)
                 loss, _ = update(model, optimizer, scaler, [(idx, targets)], 1, 1.0, nullcontext)
                 losses[spec].append(loss.item())
-        assert len(launches) == (steps * (3 + 3 + 3 + 3 + 2 + 1) if spec == "triton" else 0)
+        assert len(launches) == (steps * (3 + 3 + 3 + 3 + 2 + 1 + 2) if spec == "triton" else 0)
     assert losses["torch"][-1] < 0.85 * losses["torch"][0]
     assert losses["triton"][:20] == pytest.approx(losses["torch"][:20], rel=1e-4)
     # PyTorch's embedding backward adds in any order on a GPU, and 200 steps make much of little.
@@ -136,6 +140,58 @@ def test_a_run_records_its_kernels_and_evaluates_with_them(workplace, device):
     for a, b in zip(*(read(Path(d, "metrics.jsonl")) for d in ("triton", "torch")), strict=True):
         keys = [k for k in a if "loss" in k]
         assert [a[k] for k in keys] == pytest.approx([b[k] for k in keys], rel=1e-4)
+
+
+def test_a_head_size_that_our_attention_does_not_take_is_refused_before_anything_is_written(
+    workplace, device
+):
+    pytest.importorskip("tyro")
+    sentence = "head sizes n_embd / n_head from 16 to 128, not 8; choose another n_head, or --kernels=t"
+    with pytest.raises(ValueError, match=sentence):
+        run("--kernels=triton", "--n_embd=16", f"--device={device}")
+    with pytest.raises(ValueError, match=sentence):
+        build("triton", device, n_embd=16)
+    assert not Path("out").exists()
+    assert build("triton,attention=torch", device, n_embd=16).config.kernels == "triton,attention=torch"
+
+
+def test_auto_asks_for_the_heads_of_the_model_and_for_its_precision(monkeypatch):
+    """As on an H100: at 128, and in float32, attention is PyTorch's, and the model's config says so."""
+    pytest.importorskip("tyro")
+    monkeypatch.setattr("kernels.unavailable", lambda device: None)
+    monkeypatch.setattr("kernels.op._gpu", lambda device: (90, 132))
+    size = dict(block_size=8, vocab_size=9, n_layer=1, n_embd=128)
+    for n_head, dtype, spec in (
+        (2, "bfloat16", "triton"),
+        (1, "bfloat16", "triton,attention=torch"),
+        (2, "float32", "triton,attention=torch"),
+    ):
+        assert GPT(GPTConfig(**size, n_head=n_head), "cuda", dtype).config.kernels == spec
+        config, _ = parse([f"--n_head={n_head}", "--n_embd=128", f"--dtype={dtype}", "--compile=False"])
+        on_gpu = Ranks(0, 1, "cuda:0", None)
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
+            assert resolve(config, on_gpu).model.kernels == spec
+            assert resolve(replace(config, init_from="resume"), on_gpu).model.kernels == "auto"
+
+
+@pytest.mark.gpu
+def test_two_runs_have_the_same_bits_and_a_resumed_one_too(workplace):
+    """Compiled, in bf16, on our kernels. PyTorch's attention and its embedding's gradient differ each time.
+
+    Inductor may choose the tile of a reduction by timing it, and keeps the choice on disk: the runs share it.
+    """
+    pytest.importorskip("tyro")
+    flags = """
+        --device=cuda --dtype=bfloat16 --compile=True --kernels=triton --n_layer=4 --n_head=2 --n_embd=128
+        --block_size=128 --batch_size=32 --eval_interval=10 --lr_decay_iters=20 --max_iters=20 --bias=True
+    """.split()
+    for out_dir, lengths in (("first", [20]), ("second", [20]), ("resumed", [10, 20])):
+        for length in lengths:
+            torch.compiler.reset()
+            run(*flags, f"--max_iters={length}", "--init_from=auto", out_dir=out_dir)
+    assert_same_run("first", "second")
+    assert_same_run("first", "resumed")
 
 
 @pytest.mark.parametrize("spec", SPECS)

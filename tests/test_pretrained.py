@@ -172,7 +172,7 @@ def test_a_folder_is_sampled_from_and_trained_on(workplace, monkeypatch, capsys)
     _, expected, _ = command(sample.main, monkeypatch, capsys, *flags)
     _, found, _ = command(sample.main, monkeypatch, capsys, *flags, "--init_from=hf")
     assert found == expected and found.startswith("king")
-    config, given = parse(["--init_from=hf", "--dataset=tiny"])
+    config, given = parse(["--init_from=hf", "--dataset=tiny", "--dtype=float32"])
     model, _ = initial_model(
         config, given, tokenizer.describe_dataset(Path("data/tiny")), Ranks(0, 1, "cpu", None)
     )

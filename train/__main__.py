@@ -72,12 +72,13 @@ def train(
     """
     given = given or {}
     out_dir, data_dir = Path(config.out_dir), Path("data", config.dataset)
-    if ranks.is_main:
-        checkpoint.make_folder(out_dir)
     torch.manual_seed(config.seed + ranks.rank)
     torch.backends.cuda.matmul.allow_tf32 = True  # where float32 is asked for on a GPU; no effect on a CPU
 
+    # Settings that this machine cannot meet are refused before anything is written.
     config = resolve(config, ranks)
+    if ranks.is_main:
+        checkpoint.make_folder(out_dir)
     tokens = describe(data_dir)
     model, resumed = checkpoint.initial_model(config, given, tokens, ranks)
     config = replace(config, model=model.config)

@@ -49,10 +49,11 @@ def initial_model(
     source, latest = ranks.broadcast(_source(config) if ranks.is_main else None)
     if source == "scratch":
         vocab_size = wanted.vocab_size or tokenizer.padded_vocab_size(tokens)
-        return GPT(replace(wanted, vocab_size=vocab_size), device).to(device), {}
+        return GPT(replace(wanted, vocab_size=vocab_size), device, config.dtype).to(device), {}
 
     if is_hugging_face(source):
-        model = from_hugging_face(source, {"dropout": wanted.dropout, "kernels": wanted.kernels}, device)
+        overrides = {"dropout": wanted.dropout, "kernels": wanted.kernels}
+        model = from_hugging_face(source, overrides, device, config.dtype)
         checkpoint: dict[str, Any] = {"tokenizer": hugging_face_tokenizer(source)}
     else:
         source_path = latest if source == "resume" else Path(source)
@@ -62,7 +63,7 @@ def initial_model(
         overrides = {
             name: getattr(wanted, name) for name in ("dropout", "kernels", "activation_checkpointing")
         }
-        model, checkpoint = from_checkpoint(source_path, device, **overrides)
+        model, checkpoint = from_checkpoint(source_path, device, config.dtype, **overrides)
     where = str(latest) if source == "resume" else source
     if (trained_with := checkpoint.get("tokenizer", tokens)) != tokens:
         raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import kernels
 from gpt import cli
-from gpt.device import resolve_compile, resolve_dtype
+from gpt.device import DTYPES, resolve_compile, resolve_dtype
 from gpt.model import GPTConfig
 from train.distributed import Ranks
 
@@ -157,14 +157,20 @@ def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
         )
     if config.strategy == "fsdp" and not ranks.backend:
         raise ValueError("strategy='fsdp' shards over ranks: start it with torchrun, one process a GPU")
-    operations = kernels.load(config.model.kernels, ranks.device)
+    model, dtype = config.model, resolve_dtype(config.dtype, ranks.device)
+    is_new = config.init_from == "scratch"
+    shape = (model.n_embd // model.n_head, DTYPES[dtype]) if is_new else ()
+    operations = kernels.load(model.kernels, ranks.device, *shape)
+    # On a GPU "auto" depends on the head size. A model that is loaded brings its own, so GPT decides.
+    if is_new or ranks.device_type != "cuda":
+        model = replace(model, kernels=operations.spec)
     return replace(
         config,
         device=ranks.device,
         backend=ranks.backend or "none",
-        dtype=resolve_dtype(config.dtype, ranks.device),
+        dtype=dtype,
         compile=resolve_compile(config.compile, ranks.device),
-        model=replace(config.model, kernels=operations.spec),
+        model=model,
     )
 
 

@@ -89,9 +89,9 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
     resume = config.init_from == "resume"
     source = str(pretrained.best_or_latest(Path(config.out_dir))) if resume else config.init_from
     torch.backends.cuda.matmul.allow_tf32 = True
-    model, described = pretrained.load(source, ranks.device, dropout=0.0, kernels=config.kernels)
-    model.eval()
     dtype = resolve_dtype(config.dtype, ranks.device)
+    model, described = pretrained.load(source, ranks.device, dtype, dropout=0.0, kernels=config.kernels)
+    model.eval()
     result: dict[str, Any] = {"model": source, "dtype": dtype}
     with torch.no_grad(), autocast(ranks.device, dtype):
         if config.data:

@@ -1,0 +1,247 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
+# (a Triton kernel's arguments have no Python types)
+# ruff: noqa: RUF005
+# (Triton has no starred tuples)
+"""The embedding of token ids, whose gradient has the same bits every run.
+
+Forward:
+
+    y[i] = weight[id[i]]
+
+Backward:
+
+    dweight[v] = sum of dy[i] over all i with id[i] = v, in the order of i
+
+Forward is PyTorch's gather, so torch.compile fuses it with what follows: the sum with the position embedding
+and the first norm's cast. Only backward is our operator. PyTorch's and Inductor's add the rows with atomics,
+in any order, and the sum of floats depends on the order.
+
+Backward sorts the ids, stably, and cuts the sorted list into blocks of equal length. A program walks the rows
+of one block and sums each run of equal ids in fp32. A run inside a block is a row of dweight. A run that
+crosses a border leaves one partial sum a block, and a second kernel adds them up in order: one program for
+each run, which it finds by the block where the run starts. So a frequent id costs no more than a rare one.
+All sizes depend on the number of ids alone, and nothing waits for the GPU.
+
+Source: the plan is that of PyTorch's deterministic `index_put_`, with partial sums where that has one warp
+for a run.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.op import (
+    INTERPRETER,
+    UNTUNED,
+    Cost,
+    Op,
+    check_tensors,
+    jit,
+    launch,
+    operator,
+    round_to,
+    tiles_for,
+    tl,
+)
+
+
+def embedding_reference(input: Tensor, weight: Tensor) -> Tensor:
+    """`F.embedding`: ids (...), weight (V, C) -> (..., C)."""
+    return F.embedding(input, weight)
+
+
+@jit
+def _embedding_sum_kernel(
+    DY,  # (N, C) in
+    IDS,  # (N,) in, int32, sorted
+    ORDER,  # (N,) in, int64: the row of dy that belongs to each of IDS
+    DW,  # (V, C) out: the rows of the runs that lie inside a block
+    PARTS,  # (2, blocks, C) out, fp32: the sum of the run that enters the block, of the one that leaves it
+    N,
+    C,
+    dy_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    block, blocks = tl.program_id(0), tl.num_programs(0)
+    first = block * ROWS
+    col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    before = tl.load(IDS + tl.maximum(first - 1, 0))
+    acc = tl.zeros((COLUMNS,), tl.float32)
+    for ahead in range(first, tl.minimum(first + ROWS, N), AHEAD):
+        # The loads do not depend on where runs end, so AHEAD rows are on their way at once.
+        dys = ()
+        for j in tl.static_range(AHEAD):
+            row = tl.load(ORDER + tl.minimum(ahead + j, N - 1))
+            dys = dys + (tl.load(DY + row * dy_stride + col, mask=col < C, other=0).to(tl.float32),)
+        for j in tl.static_range(AHEAD):
+            i = ahead + j
+            id = tl.load(IDS + tl.minimum(i, N - 1))
+            run_ends = (i + 1 >= N) | (tl.load(IDS + tl.minimum(i + 1, N - 1)) != id)
+            acc += dys[j]
+            if (i < N) & (run_ends | (i + 1 == first + ROWS)):
+                entered = (first > 0) & (id == before)
+                if entered | (run_ends == 0):
+                    part = tl.where(entered, block, blocks + block).to(tl.int64)
+                    tl.store(PARTS + part * C + col, acc, mask=col < C)
+                else:
+                    gradient = round_to(acc, DW.dtype.element_ty)
+                    tl.store(DW + id.to(tl.int64) * C + col, gradient, mask=col < C)
+                acc = tl.zeros((COLUMNS,), tl.float32)
+
+
+@jit
+def _embedding_combine_kernel(
+    IDS,  # (N,) in, int32, sorted
+    PARTS,  # (2, blocks, C) in, fp32
+    DW,  # (V, C) out: the rows of the runs that lie in several blocks
+    N,
+    C,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The run that leaves this block, if it starts in it."""
+    block, blocks = tl.program_id(0), tl.num_programs(0)
+    border = (block + 1) * ROWS
+    if border < N:
+        id = tl.load(IDS + border)
+        started = (block == 0) | (tl.load(IDS + tl.maximum(block * ROWS - 1, 0)) != id)
+        if started & (tl.load(IDS + border - 1) == id):
+            col = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+            acc = tl.load(PARTS + (blocks + block).to(tl.int64) * C + col, mask=col < C, other=0)
+            first = block + 1
+            entered = BLOCKS
+            while entered == BLOCKS:
+                part = first + tl.arange(0, BLOCKS)
+                same = tl.load(IDS + part.to(tl.int64) * ROWS, mask=part < blocks, other=-1) == id
+                at = PARTS + part.to(tl.int64)[:, None] * C + col[None, :]
+                acc += tl.sum(tl.load(at, mask=same[:, None] & (col < C)[None, :], other=0), 0)
+                entered = tl.sum(same.to(tl.int32), 0)
+                first += BLOCKS
+            tl.store(DW + id.to(tl.int64) * C + col, round_to(acc, DW.dtype.element_ty), mask=col < C)
+
+
+class Tile(NamedTuple):
+    """Ids a block, columns a program, rows that are loaded ahead; partial sums that are combined at once."""
+
+    rows: int
+    columns: int
+    ahead: int
+    blocks: int
+
+
+# One warp has 256 columns, 16 bytes a lane in half precision and 32 in fp32. With 4 rows ahead and 32 warps
+# a multiprocessor that is 64 and 128 KiB in flight.
+TILES = {INTERPRETER: {0: Tile(4, 64, 2, 2)}, UNTUNED: {0: Tile(32, 256, 4, 16)}}
+
+
+def _backward(dout: Tensor, ids: Tensor, rows: int) -> Tensor:
+    """dout (..., C), ids (...) -> dweight (rows, C) in the dtype of dout."""
+    C = dout.shape[-1]
+    dweight = dout.new_zeros(rows, C)
+    dy = dout.reshape(-1, C)
+    dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+    N = len(dy)
+    if dweight.numel() and N:
+        # Half the passes of a sort in 64 bits.
+        order_ids, order = torch.sort(ids.reshape(-1).to(torch.int32), stable=True)
+        tile = tiles_for(dy, TILES)[0]
+        grid = -(-N // tile.rows), -(-C // tile.columns)
+        parts = dy.new_empty(2, grid[0], C, dtype=torch.float32)
+        launch(
+            _embedding_sum_kernel, grid, dy, order_ids, order, dweight, parts, N, C, dy.stride(0),
+            ROWS=tile.rows, COLUMNS=tile.columns, AHEAD=tile.ahead, num_warps=1,
+        )  # fmt: skip
+        launch(
+            _embedding_combine_kernel, grid, order_ids, parts, dweight, N, C,
+            ROWS=tile.rows, COLUMNS=tile.columns, BLOCKS=tile.blocks, num_warps=4,
+        )  # fmt: skip
+    return dweight
+
+
+def _backward_like(dout, ids, rows):
+    return dout.new_empty(rows, dout.shape[-1])
+
+
+_backward_op = operator("embedding_backward", _backward, _backward_like)
+
+
+class _Embedding(torch.autograd.Function):
+    """An autograd.Function because torch.compile looks into its forward, and not into an operator's."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(input)
+        ctx.rows = weight.shape[0]
+        return F.embedding(input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        return None, _backward_op(dout, ids, ctx.rows)
+
+
+def embedding(input: Tensor, weight: Tensor) -> Tensor:
+    """`F.embedding`: ids (...) of int64 or int32 from 0 to V - 1, weight (V, C) -> (..., C).
+
+    The result and the weight's gradient have the weight's dtype, under autocast too, as PyTorch's have. The
+    gradient is summed in fp32, always in the same order. Raises ValueError for what it cannot do.
+    """
+    check_tensors("embedding", weight=weight)
+    if input.dtype not in (torch.int64, torch.int32) or input.device != weight.device:
+        raise ValueError(
+            f"embedding: input is {input.dtype} on {input.device}; "
+            f"it must be torch.int64 or torch.int32 on {weight.device}, where weight is"
+        )
+    if weight.dim() != 2:
+        raise ValueError(f"embedding: weight {tuple(weight.shape)} must be (V, C)")
+    return _Embedding.apply(input, weight)
+
+
+def _inputs(
+    dtype: torch.dtype, device: str, shape: tuple[int, ...], V: int, C: int, used: int | None = None
+) -> dict[str, Any]:
+    """With `used`, only that many of the V ids occur."""
+    ids = torch.randperm(V)[: V if used is None else used]
+    return {
+        "input": ids[torch.randint(len(ids), shape)].to(device),
+        "weight": torch.randn(V, C, device=device).to(dtype),
+    }
+
+
+def _cost(input: Tensor, weight: Tensor) -> Cost:
+    """Forward reads a row and writes it; backward reads dy and writes all of dweight."""
+    n, size = input.numel() * weight.shape[1], weight.element_size()
+    return Cost(2 * n * size + input.nbytes, n * size + input.nbytes + weight.nbytes, 0, n)
+
+
+def _launchers(input, weight):
+    _backward(weight.new_empty(*input.shape, weight.shape[1]), input, len(weight))
+
+
+OP = Op(
+    name="embedding",
+    family="embedding",
+    implementations={"triton": embedding, "torch": embedding_reference},
+    reference=embedding_reference,
+    make=_inputs,
+    cost=_cost,
+    samples=(
+        {"shape": (1,), "V": 1, "C": 1},
+        {"shape": (2, 7), "V": 50, "C": 59},
+        {"shape": (3, 11), "V": 9, "C": 96, "used": 4},
+        {"shape": (45,), "V": 5, "C": 33, "used": 1},
+        {"shape": (5, 8), "V": 300, "C": 16},
+        {"shape": (4,), "V": 3, "C": 64},
+        {"shape": (0, 3), "V": 7, "C": 8},
+    ),
+    shipped=(
+        {"shape": (64, 1024), "V": 50304, "C": 768},
+        {"shape": (64, 1024), "V": 50304, "C": 768, "dtype": torch.float32},
+    ),
+    launchers=_launchers,
+)
