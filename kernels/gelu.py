@@ -178,7 +178,7 @@ TILES = {
 def _launch(kernel, direction: str, approximate: str, *tensors: Tensor) -> None:
     """Runs `kernel` over contiguous tensors of one shape.
 
-    The last n % 16 elements have a launch of their own: they would turn every load of the others into loads
+    The last n % 16 elements have a launch of their own, because their mask would turn every load into loads
     of single elements. The sizes of a model leave none.
     """
     tile = tiles_for(tensors[0], TILES)[direction]
