@@ -112,7 +112,7 @@ def test_a_token_is_computed_once(samples):
     """The prompt once whatever the samples, then a token a row; past block_size the window."""
     model = build()
     seen = []
-    model.transformer.wte.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
+    model.transformer.drop.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape[:2])))
     generated(model, prompts(5, 3), 14, RANDOM, samples)
     # 5 + 11 tokens fill the block; two more move the window; the last one drawn is not looked at
     assert seen == [(2, 5)] + 11 * [(2 * samples, 1)] + 2 * [(2 * samples, 16)]
