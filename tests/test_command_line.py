@@ -1,5 +1,6 @@
 """Flags, config files, presets, sampling and preparation as a user types them, and every mistake."""
 
+import io
 import pickle
 import re
 import sys
@@ -529,3 +530,19 @@ def test_a_tokenizer_survives_the_checkpoint():
     chars = tokenizer.CharTokenizer(["a", "b", "é"])
     again = tokenizer.from_dict(chars.to_dict())
     assert again.encode("béa") == [1, 2, 0] and again.decode([2, 1, 9]) == "éb\ufffd"
+
+
+def test_a_character_that_the_console_cannot_show_is_printed_as_its_number(monkeypatch):
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), encoding="cp1252", newline=""))
+
+    def main():
+        print("é\u0416")
+        print("\u4e2d", file=sys.stderr)
+
+    cli.run(main)
+    written = []
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        written.append(stream.buffer.getvalue())
+    assert written == [b"\xe9\\u0416\n", b"\\u4e2d\n"]
