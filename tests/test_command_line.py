@@ -181,7 +181,8 @@ def test_a_printed_config_leaves_a_loaded_model_its_shape_and_a_resumed_run_its_
         flags = flags if "first/" in source else [*TINY, source, "--out_dir=first"]
         _, out, _ = command(loop.main, monkeypatch, capsys, *flags, "--print_config")
         Path("mine.py").write_text(out)
-        code, _, err = command(loop.main, monkeypatch, capsys, "mine.py", "--out_dir=first", "--max_iters=6")
+        out_dir = "--out_dir=tuned" if "first/" in source else "--out_dir=first"
+        code, _, err = command(loop.main, monkeypatch, capsys, "mine.py", out_dir, "--max_iters=6")
         assert code == 0, err
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from gpt.pretrained import from_hugging_face, load, read_checkpoint, save_checkp
 from tests.runs import run
 from tests.test_command_line import command
 from tests.test_generate import stir
-from train.checkpoint import initial_model
+from train.checkpoint import find_start, initial_model
 from train.config import parse
 from train.distributed import Ranks
 
@@ -173,9 +174,9 @@ def test_a_folder_is_sampled_from_and_trained_on(workplace, monkeypatch, capsys)
     _, found, _ = command(sample.main, monkeypatch, capsys, *flags, "--init_from=hf")
     assert found == expected and found.startswith("king")
     config, given = parse(["--init_from=hf", "--dataset=tiny"])
-    model, _ = initial_model(
-        config, given, tokenizer.describe_dataset(Path("data/tiny")), Ranks(0, 1, "cpu", None)
-    )
+    ranks, described = Ranks(0, 1, "cpu", None), tokenizer.describe_dataset(Path("data/tiny"))
+    elsewhere = replace(config, out_dir="tuned")
+    model, _ = initial_model(config, given, described, ranks, find_start(elsewhere, given, ranks))
     assert all(torch.equal(w, state["model"][n]) for n, w in model.state_dict().items())
 
 
