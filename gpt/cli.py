@@ -16,6 +16,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from io import TextIOWrapper
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args
@@ -157,7 +158,14 @@ def _row(left: str, text: str, width: int, column: int = 34) -> list[str]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command; what the user can mend is one sentence on stderr and exit code 1, not a traceback."""
+    """Runs a command; what the user can mend is one sentence on stderr and exit code 1, not a traceback.
+
+    A character that the console has no code for is printed as its number, such as \\u0416.
+    """
+    # A sample may have a character that the console cannot show: that must not end a training.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except BrokenPipeError:  # nobody reads on, as after `| head`

@@ -1,7 +1,8 @@
 """python -m gpt.convert FROM TO: a trained model between ckpt.pt and a folder of Hugging Face's.
 
-FROM is a ckpt.pt, this project's or nanoGPT's, a folder of a GPT2LMHeadModel, or gpt2, ..., gpt2-xl. TO is a
-name that ends in .pt, or else a folder to be made. Weights and tokenizer go over, the optimizer does not.
+FROM is a ckpt.pt, this project's or nanoGPT's, the folder of a run or of a GPT2LMHeadModel, or gpt2, ...,
+gpt2-xl. TO is a name that ends in .pt, or else a folder to be made. Weights and tokenizer go over, the
+optimizer does not.
 """
 
 import sys

@@ -40,20 +40,38 @@ class Sampling:
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """logits (B, V) -> ids (B,): temperature, then top_k, then top_p, then one draw for the whole batch."""
+    """logits (B, V) -> ids (B,): top_k, then temperature, then top_p, then one draw for the whole batch.
+
+    The id is -1 where the logits of a row are NaN or infinite: `check_drawn` says so.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    highest = logits.amax(-1, keepdim=True)
+    can_draw = highest.isfinite()
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / sampling.temperature
+        return logits.argmax(-1).where(can_draw[:, 0], -1)
     if sampling.top_k is not None:
         kth = torch.topk(logits, min(sampling.top_k, logits.size(-1))).values[:, [-1]]
         logits = logits.masked_fill(logits < kth, -torch.inf)
+    # After the subtraction the likeliest is 0, so no temperature makes it overflow. The bounds keep
+    # 1 / temperature finite in float32.
+    logits = (logits - highest).where(can_draw, 0) / min(max(sampling.temperature, 1e-30), 1e30)
     probabilities = F.softmax(logits, dim=-1)
     if sampling.top_p is not None and sampling.top_p < 1:
         falling, order = probabilities.sort(descending=True)
         likelier = falling.cumsum(-1) - falling
         kept = falling.masked_fill(likelier >= sampling.top_p, 0)
         probabilities = torch.zeros_like(kept).scatter(1, order, kept)  # the draw needs no sum of 1
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].where(can_draw[:, 0], -1)
+
+
+def check_drawn(ids: Tensor) -> None:
+    """Raises ValueError where `choose` could draw no id. Waits for the GPU."""
+    if (ids < 0).any():
+        raise ValueError(
+            "the logits of the model are not finite, so no token can be drawn: a weight is NaN, or a number "
+            "is too large for float16; try --dtype=float32, or a checkpoint from before the loss became NaN "
+            "(metrics.jsonl has the losses)"
+        )
 
 
 @torch.no_grad()
@@ -68,8 +86,8 @@ def stream(
     """Continues each of `prompts`, ids (T,) on the model's device, `samples` times.
 
     Yields, `max_new_tokens` times, the next id of every row, (len(prompts) * samples,), on the device: the
-    samples of the first prompt, then those of the second. Nothing here waits for a GPU. Raises ValueError for
-    an empty prompt, and for a model that is training and would drop out.
+    samples of the first prompt, then those of the second; see `check_drawn`. Nothing here waits for a GPU.
+    Raises ValueError for an empty prompt, and for a model that is training and would drop out.
     """
     if model.training and model.config.dropout:
         raise ValueError("the model is in training mode and would drop out: call model.eval() first")
@@ -96,6 +114,7 @@ def stream(
         yield chosen
         if not remaining:
             return
+        chosen = chosen.clamp(min=0)  # -1 is not a row of the embedding
         tokens.scatter_(1, lengths[:, None], chosen[:, None])
         lengths += 1
         longest += 1

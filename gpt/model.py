@@ -274,10 +274,12 @@ class GPT(nn.Module):
 
         The context is the last block_size tokens. Put the model into eval mode first. The sampling is that of
         `gpt.generate.choose`; prompts of different lengths, several samples of each, and tokens as they come
-        are `gpt.generate.stream`'s.
+        are `gpt.generate.stream`'s. Raises ValueError where the logits are not finite.
         """
-        from gpt.generate import Sampling, stream  # it imports this file
+        from gpt.generate import Sampling, check_drawn, stream  # it imports this file
 
         sampling = Sampling(temperature, top_k, top_p)
         new = list(stream(self, list(idx), max_new_tokens, sampling, generator=generator))
-        return torch.cat((idx, *(ids[:, None] for ids in new)), dim=1)
+        continued = torch.cat((idx, *(ids[:, None] for ids in new)), dim=1)
+        check_drawn(continued)
+        return continued

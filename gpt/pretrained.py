@@ -18,13 +18,16 @@ MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size",
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 ACTIVATION = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # theirs -> ours
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# Causal masks that older versions of nanoGPT and transformers kept among the weights.
 MASKS = (".attn.bias", ".attn.masked_bias")
+WRAPPERS = ("module", "_orig_mod")  # DDP and torch.compile put these into the names of the weights
 OWN_KEY = "tritongpt"  # in config.json: what a GPT2Config has no name for
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A ckpt.pt of this project or of nanoGPT, on the CPU; a compiled model's prefix is taken off its keys.
+    """A ckpt.pt of this project or of nanoGPT, on the CPU, with the names that the weights have in GPT.
 
+    Names that DDP and torch.compile add are taken off, and causal masks are left out.
     Only plain values and tensors are read: a file that would run code is refused. Raises ValueError, OSError.
     """
     if not path.is_file():
@@ -53,8 +56,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no GPT checkpoint: it lacks {', '.join(sorted(missing))}")
     if not all(isinstance(checkpoint[name], dict) for name in ("model", "model_args")):
         raise ValueError(f"{path} is no GPT checkpoint: its model and model_args are no dicts")
-    prefix = "_orig_mod."
-    checkpoint["model"] = {key.removeprefix(prefix): value for key, value in checkpoint["model"].items()}
+    checkpoint["model"] = {
+        ".".join(part for part in key.split(".") if part not in WRAPPERS): value
+        for key, value in checkpoint["model"].items()
+        if not key.endswith(MASKS)
+    }
     return checkpoint
 
 
@@ -92,6 +98,21 @@ def best_or_latest(out_dir: Path) -> Path:
     latest, best = out_dir / "ckpt.pt", out_dir / "best.pt"
     wants_best = not read_checkpoint(latest).get("config", {}).get("always_save_checkpoint", True)
     return best if wants_best and best.exists() else latest
+
+
+def checkpoint_in(source: str) -> str:
+    """The path of the checkpoint where `source` is the folder of a run; else `source`.
+
+    What lies in a folder decides: config.json makes it Hugging Face's. Raises ValueError, OSError.
+    """
+    folder = Path(source)
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return source
+    if not (folder / "ckpt.pt").is_file():
+        raise ValueError(
+            f"the folder {source} has neither a run's ckpt.pt nor the config.json of a Hugging Face model"
+        )
+    return str(best_or_latest(folder))
 
 
 def is_hugging_face(source: str) -> bool:
@@ -179,10 +200,11 @@ def load(
 ) -> tuple[GPT, dict[str, Any]]:
     """The model that `source` names, on `device`, and the tokenizer it was trained with, by `to_dict`.
 
-    `source` is the path of a ckpt.pt, of a folder of Hugging Face's, or the name of one of OpenAI's GPT-2s;
-    `dtype` is the precision that it will compute in, `overrides` are dropout and kernels. Raises ValueError,
-    OSError.
+    `source` is the path of a ckpt.pt, of a run's folder, of a folder of Hugging Face's, or the name of one of
+    OpenAI's GPT-2s; `dtype` is the precision that it will compute in, `overrides` are dropout and kernels.
+    Raises ValueError, OSError.
     """
+    source = checkpoint_in(source)
     if is_hugging_face(source):
         model = from_hugging_face(source, overrides, device, dtype)
         described = hugging_face_tokenizer(source)

@@ -9,7 +9,7 @@ import torch
 
 from gpt import cli, pretrained, tokenizer
 from gpt.device import autocast, resolve_compile, resolve_device, resolve_dtype
-from gpt.generate import Sampling, stream
+from gpt.generate import Sampling, check_drawn, stream
 from gpt.model import GPT
 from gpt.pretrained import best_or_latest
 
@@ -24,7 +24,7 @@ class SampleConfig:
     """
 
     # model
-    init_from: str = "resume"  # resume (the checkpoint in out_dir), a ckpt.pt, gpt2, ..., a folder of theirs
+    init_from: str = "resume"  # resume (the checkpoint in out_dir), a ckpt.pt or its folder, gpt2, ...
     out_dir: str = "out"  # where the checkpoint is
 
     # prompts and samples
@@ -119,10 +119,14 @@ def continuations(
     samples: int,
     generator: torch.Generator | None = None,
 ) -> Iterator[list[Continuation]]:
-    """`samples` continuations of each prompt, those of the first prompt first, after every token."""
+    """`samples` continuations of each prompt, those of the first prompt first, after every token.
+
+    Raises ValueError where the logits are not finite.
+    """
     texts = [Continuation(tokens, config.stop) for _ in prompts for _ in range(samples)]
     rows = [torch.tensor(prompt, device=model.lm_head.weight.device) for prompt in prompts]
     for ids in stream(model, rows, config.max_new_tokens, config.sampling(), samples, generator):
+        check_drawn(ids)
         for text, token in zip(texts, ids.tolist(), strict=True):
             text.add(token)
         yield texts

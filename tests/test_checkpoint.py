@@ -1,17 +1,23 @@
 """Checkpoints: nanoGPT's format both ways, whole whatever happens, refused when not what they seem."""
 
+import errno
+import fcntl
 import os
 import pickle
 import resource
 import threading
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
 
 from gpt import pretrained
-from tests.runs import run
+from gpt.convert import convert
+from tests.runs import TINY, run
+from tests.test_command_line import command
+from train import __main__ as loop
 from train import checkpoint, distributed, metrics
 from train.__main__ import train
 from train.config import parse
@@ -375,3 +381,93 @@ def test_gpt2_by_folder_starts_a_fine_tuning(workplace):
     torch.testing.assert_close(
         model.eval()(idx, idx, return_logits=True)[0], hf.eval()(idx).logits, rtol=1e-4, atol=1e-5
     )
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize("source", ["scratch", "out", "out/ckpt.pt", "hf"])
+def test_a_new_run_does_not_replace_the_checkpoints_of_another(workplace, source):
+    run("--max_iters=4")
+    if source == "hf":
+        convert("out/ckpt.pt", Path("hf"))
+    before = contents("out")
+    with pytest.raises(ValueError) as error:
+        run(f"--init_from={source}", "--max_iters=2")
+    said = str(error.value)
+    today = datetime.now().date().isoformat()
+    assert said.startswith(f"out/ckpt.pt is the checkpoint of another run (step 4, saved {today} ")
+    assert "--init_from=resume" in said and "--out_dir=FOLDER" in said
+    assert contents("out") == before
+
+
+@pytest.mark.parametrize("name", ["best.pt", "ckpt-4.pt"])
+@pytest.mark.parametrize("source", ["scratch", "auto"])
+def test_one_checkpoint_that_cannot_be_read_is_not_replaced_either(workplace, name, source):
+    run("--max_iters=4")
+    for path in Path("out").glob("*.pt"):
+        path.unlink()
+    Path("out", name).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=rf"out/{name} is the checkpoint of another run \(unreadable, saved"):
+        run(f"--init_from={source}")
+    assert Path("out", name).read_bytes() == b"damaged"
+
+
+def test_a_folder_without_checkpoints_is_free(workplace):
+    """What a run that stopped before its first one has left, and a file of the user."""
+    run("--max_iters=4")
+    for path in Path("out").glob("*.pt"):
+        path.unlink()
+    Path("out/ckpt-mine.pt").write_bytes(b"mine")
+    assert run("--max_iters=6")["iter_num"] == 6
+    assert [r["iter"] for r in metrics.read(Path("out/metrics.jsonl")) if "loss" in r] == list(range(6))
+    assert Path("out/ckpt-mine.pt").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("source", ["resume", "auto"])
+def test_resuming_takes_the_data_that_the_run_was_trained_on(workplace, capsys, source):
+    straight = run(out_dir="straight")
+    run("--max_iters=4")
+    flags = [flag for flag in TINY if not flag.startswith("--dataset")]
+    config, given = parse([*flags, f"--init_from={source}"])
+    capsys.readouterr()
+    train(config, distributed.start("auto", "cpu"), given)
+    said = capsys.readouterr().out
+    assert "dataset: tiny, as in out/ckpt.pt\n" in said and "not as before: dataset" not in said
+    state = torch.load("out/ckpt.pt", weights_only=True)
+    assert (state["config"]["dataset"], parse(["out/config.py"])[0].dataset) == ("tiny", "tiny")
+    assert all(torch.equal(weight, state["model"][name]) for name, weight in straight["model"].items())
+
+
+def test_data_that_a_flag_names_are_taken_when_resuming(workplace):
+    run("--max_iters=4")
+    with pytest.raises(FileNotFoundError, match="data/moved"):
+        run("--init_from=resume", "--dataset=moved")
+
+
+def test_a_second_run_at_the_same_time_stops_and_the_first_goes_on(workplace, monkeypatch, capsys):
+    flags = [*TINY, "--device=cpu", "--max_iters=4", "--out_dir=out"]
+    config, given = parse(flags)
+    ranks = distributed.start("auto", "cpu")
+    with checkpoint.locked_folder(config, ranks):
+        for source in ("scratch", "auto"):
+            code, _, err = command(loop.main, monkeypatch, capsys, *flags, f"--init_from={source}")
+            assert code == 1 and f"another run writes to out now (process {os.getpid()} on " in err
+        assert [path.name for path in Path("out").iterdir()] == [".lock"], "the second has written nothing"
+        command(loop.main, monkeypatch, capsys, *flags, "--eval_only=True")
+        assert [path.name for path in Path("out").iterdir()] == [".lock"]
+        code, _, err = command(loop.main, monkeypatch, capsys, *flags, "--out_dir=elsewhere")
+        assert code == 0, err
+        train(config, ranks, given)
+    code, _, err = command(loop.main, monkeypatch, capsys, *flags, "--init_from=resume", "--max_iters=6")
+    assert code == 0 and torch.load("out/ckpt.pt")["iter_num"] == 6, err
+
+
+def test_a_file_system_without_locks_stops_no_run(workplace, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    code, _, err = command(loop.main, monkeypatch, capsys, *TINY, "--max_iters=4", "--out_dir=out")
+    assert code == 0 and torch.load("out/ckpt.pt")["iter_num"] == 4, err

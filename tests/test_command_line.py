@@ -1,5 +1,6 @@
 """Flags, config files, presets, sampling and preparation as a user types them, and every mistake."""
 
+import io
 import pickle
 import re
 import sys
@@ -180,7 +181,8 @@ def test_a_printed_config_leaves_a_loaded_model_its_shape_and_a_resumed_run_its_
         flags = flags if "first/" in source else [*TINY, source, "--out_dir=first"]
         _, out, _ = command(loop.main, monkeypatch, capsys, *flags, "--print_config")
         Path("mine.py").write_text(out)
-        code, _, err = command(loop.main, monkeypatch, capsys, "mine.py", "--out_dir=first", "--max_iters=6")
+        out_dir = "--out_dir=tuned" if "first/" in source else "--out_dir=first"
+        code, _, err = command(loop.main, monkeypatch, capsys, "mine.py", out_dir, "--max_iters=6")
         assert code == 0, err
 
 
@@ -529,3 +531,19 @@ def test_a_tokenizer_survives_the_checkpoint():
     chars = tokenizer.CharTokenizer(["a", "b", "é"])
     again = tokenizer.from_dict(chars.to_dict())
     assert again.encode("béa") == [1, 2, 0] and again.decode([2, 1, 9]) == "éb\ufffd"
+
+
+def test_a_character_that_the_console_cannot_show_is_printed_as_its_number(monkeypatch):
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), encoding="cp1252", newline=""))
+
+    def main():
+        print("é\u0416")
+        print("\u4e2d", file=sys.stderr)
+
+    cli.run(main)
+    written = []
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        written.append(stream.buffer.getvalue())
+    assert written == [b"\xe9\\u0416\n", b"\\u4e2d\n"]

@@ -172,3 +172,40 @@ def test_no_datasets_package(model, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)
     code, _, err = command(evaluate.main, monkeypatch, capsys, "--device=cpu", "--hellaswag=hub")
     assert code == 1 and err == "error: --hellaswag=hub needs the package datasets: pip install datasets\n"
+
+
+def scaled(factor):
+    """The model with its embedding, which is its head, times `factor`."""
+    state = torch.load("out/ckpt.pt", weights_only=True)
+    for name in ("lm_head.weight", "transformer.wte.weight"):
+        state["model"][name] = state["model"][name] * factor
+    torch.save(state, "out/ckpt.pt")
+
+
+def strict(text):
+    return json.loads(text, parse_constant=pytest.fail)
+
+
+def test_a_perplexity_beyond_what_a_float_holds_is_null(model, monkeypatch, capsys):
+    write_tokens(30)
+    scaled(1e4)
+    code, out, err = command(evaluate.main, monkeypatch, capsys, "--device=cpu", "--data=data/val.bin")
+    found = strict(out)["tokens"]
+    assert code == 0 and found["loss"] > 710 and found["perplexity"] is None, err
+    assert found["bits_per_byte"] > 100
+
+
+def test_losses_that_are_nan_are_null_and_an_error(model, monkeypatch, capsys):
+    write_tokens(30)
+    scaled(math.nan)
+    example = {"ctx": "abc", "endings": ["d", "e", "f", "g"], "label": 0}
+    Path("h.jsonl").write_text(json.dumps(example) + "\n")
+    for flags in (["--data=data/val.bin"], ["--hellaswag=h.jsonl"]):
+        code, out, err = command(
+            evaluate.main, monkeypatch, capsys, "--device=cpu", "--result=r.json", *flags
+        )
+        assert code == 1 and "the losses of out/ckpt.pt are not finite" in err
+        assert strict(out) == strict(Path("r.json").read_text())
+        figures = strict(out).get("tokens") or strict(out)["hellaswag"]
+        names = {"loss", "perplexity", "bits_per_byte", "acc", "acc_norm"} & figures.keys()
+        assert len(names) >= 2 and all(figures[name] is None for name in names)

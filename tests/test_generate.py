@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpt import generate as generation
-from gpt.generate import Sampling, choose, stream
+from gpt.generate import Sampling, check_drawn, choose, stream
 from gpt.model import GPT, GPTConfig
 from gpt.pretrained import from_hugging_face
 from gpt.sample import Continuation
@@ -317,3 +317,37 @@ def test_a_replayed_graph_gives_the_tokens_of_the_model(kernels, sampling, devic
     expected = cacheless(model, start, 20, sampling)
     for _ in range(2):
         assert_same(generated(model, start, 20, sampling), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("temperature", [1e-4, 1e-8, 1e-39, 1e-320])
+def test_a_low_temperature_takes_the_likeliest_token(temperature, dtype):
+    logits = torch.tensor([[3.0, 60000.0, 59000.0], [-5.0, -9.0, -1.0]]).to(dtype)
+    for options in ({}, {"top_k": 2}, {"top_p": 0.9}):
+        assert choose(logits, Sampling(temperature, **options)).tolist() == [1, 2]
+
+
+def test_the_draw_in_float16_is_that_of_the_same_logits_in_float32():
+    logits = (4 * torch.randn(64, 41, generator=torch.Generator().manual_seed(0))).half()
+    drawn = [
+        choose(x, Sampling(0.3, top_k=30), torch.Generator().manual_seed(1)) for x in (logits, logits.float())
+    ]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-8, 1])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_rows_whose_logits_are_not_finite_are_told(temperature, bad):
+    logits = torch.tensor([[0.0, 9.0, 0.0], [0.0, bad, 0.0], [9.0, -torch.inf, 0.0]])
+    ids = choose(logits, Sampling(temperature, top_k=1))
+    assert ids.tolist() == [1, -1, 0]
+    check_drawn(ids[[0, 2]])
+    with pytest.raises(ValueError, match="logits of the model are not finite"):
+        check_drawn(ids)
+
+
+def test_a_model_with_nan_says_so_instead_of_sampling():
+    model = build()
+    model.transformer.h[1].mlp.c_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="logits of the model are not finite"):
+        model.generate(prompts(4)[0][None], 3)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from gpt.pretrained import from_hugging_face, load, read_checkpoint, save_checkp
 from tests.runs import run
 from tests.test_command_line import command
 from tests.test_generate import stir
-from train.checkpoint import initial_model
+from train.checkpoint import find_start, initial_model
 from train.config import parse
 from train.distributed import Ranks
 
@@ -173,9 +174,9 @@ def test_a_folder_is_sampled_from_and_trained_on(workplace, monkeypatch, capsys)
     _, found, _ = command(sample.main, monkeypatch, capsys, *flags, "--init_from=hf")
     assert found == expected and found.startswith("king")
     config, given = parse(["--init_from=hf", "--dataset=tiny", "--dtype=float32"])
-    model, _ = initial_model(
-        config, given, tokenizer.describe_dataset(Path("data/tiny")), Ranks(0, 1, "cpu", None)
-    )
+    ranks, described = Ranks(0, 1, "cpu", None), tokenizer.describe_dataset(Path("data/tiny"))
+    elsewhere = replace(config, out_dir="tuned")
+    model, _ = initial_model(config, given, described, ranks, find_start(elsewhere, given, ranks))
     assert all(torch.equal(w, state["model"][n]) for n, w in model.state_dict().items())
 
 
@@ -262,3 +263,54 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
     assert str(error.value) == (
         "'gpt2' could not be loaded: We couldn't connect to the hub; the path of a local folder works too"
     )
+
+
+@pytest.mark.parametrize("wrapped", ["{}", "_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}"])
+def test_masks_and_the_names_of_wrappers_are_left_out(tmp_path, wrapped):
+    """What older versions of nanoGPT save, under DDP and torch.compile, in the order of the user."""
+    model = build()
+    save_checkpoint(model, CHARS, tmp_path / "ckpt.pt")
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    for i in range(2):
+        state["model"][f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 24, 24).tril()
+        state["model"][f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    state["model"] = {wrapped.format(name): weight for name, weight in state["model"].items()}
+    torch.save(state, tmp_path / "wrapped.pt")
+    loaded = load(str(tmp_path / "wrapped.pt"))[0].state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_a_wrapper_inside_the_model_is_left_out(tmp_path):
+    model = build()
+    save_checkpoint(model, CHARS, tmp_path / "ckpt.pt")
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    state["model"] = {name.replace(".h.1.", ".h.1._orig_mod."): w for name, w in state["model"].items()}
+    torch.save(state, tmp_path / "blocks.pt")
+    loaded = load(str(tmp_path / "blocks.pt"))[0].state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_the_folder_of_a_run_stands_for_its_checkpoint(workplace, monkeypatch, capsys):
+    """Of its best checkpoint where the run was told so, as with --out_dir."""
+    run("--max_iters=4", "--always_save_checkpoint=False")
+    best = torch.load("out/best.pt", weights_only=True)
+    best["model"]["transformer.wpe.weight"] += 1  # to be told from ckpt.pt
+    Path("out/best.pt").unlink()
+    torch.save(best, "out/best.pt")
+    convert.convert("out", Path("converted.pt"))
+    found = read_checkpoint(Path("converted.pt"))["model"]
+    assert all(torch.equal(found[name], weight) for name, weight in best["model"].items())
+    flags = ["--device=cpu", "--num_samples=1", "--max_new_tokens=20", "--start=king"]
+    _, expected, _ = command(sample.main, monkeypatch, capsys, *flags, "--out_dir=out")
+    code, text, _ = command(sample.main, monkeypatch, capsys, *flags, "--init_from=out")
+    assert (code, text) == (0, expected) and text.startswith("king")
+    tuned = run("--init_from=out", "--max_iters=1", "--learning_rate=0", "--min_lr=0", out_dir="tuned")
+    assert tuned["iter_num"] == 1, "a new run, not the old one resumed"
+    assert all(torch.equal(tuned["model"][name], weight) for name, weight in best["model"].items())
+
+
+def test_a_folder_with_neither_kind_of_model_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    with pytest.raises(ValueError, match=r"folder empty has neither a run's ckpt\.pt nor the config\.json"):
+        load("empty")

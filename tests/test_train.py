@@ -259,3 +259,11 @@ def test_fine_tuning_takes_weights_and_nothing_else(workplace):
     assert start["iter_num"] == 1
     shorter = run("--init_from=out/ckpt.pt", "--block_size=8", "--max_iters=1", out_dir="shorter")
     assert shorter["model"]["transformer.wpe.weight"].shape == (8, 32)
+
+
+def test_a_sample_that_cannot_be_drawn_does_not_end_the_training(workplace, monkeypatch, capsys):
+    import gpt.generate
+
+    monkeypatch.setattr(gpt.generate, "choose", lambda logits, *_: torch.full_like(logits[:, 0], -1).long())
+    assert run("--eval_sample=5")["iter_num"] == 8
+    assert capsys.readouterr().out.count("no sample: the logits of the model are not finite") == 3

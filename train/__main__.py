@@ -45,7 +45,7 @@ def main() -> None:
             if ranks.is_main:
                 print(text, end="")
         else:
-            with open_view() as view:
+            with open_view() as view, checkpoint.locked_folder(config, ranks):
                 train(config, ranks, given, StopRequest(), view)
     except (RuntimeError, MemoryError) as error:
         if fit.out_of_memory(error):
@@ -71,16 +71,19 @@ def train(
     `given` are the values of the flags that were set explicitly, `view` is where the run is shown.
     """
     given = given or {}
-    out_dir, data_dir = Path(config.out_dir), Path("data", config.dataset)
+    out_dir = Path(config.out_dir)
     torch.manual_seed(config.seed + ranks.rank)
     torch.backends.cuda.matmul.allow_tf32 = True  # where float32 is asked for on a GPU; no effect on a CPU
 
     # Settings that this machine cannot meet are refused before anything is written.
     config = resolve(config, ranks)
+    start = checkpoint.find_start(config, given, ranks)
     if ranks.is_main:
         checkpoint.make_folder(out_dir)
+    config = replace(config, dataset=start.dataset)
+    data_dir = Path("data", config.dataset)
     tokens = describe(data_dir)
-    model, resumed = checkpoint.initial_model(config, given, tokens, ranks)
+    model, resumed = checkpoint.initial_model(config, given, tokens, ranks, start)
     config = replace(config, model=model.config)
     step: int = resumed.get("iter_num", 0)
     best_val_loss = float(resumed.get("best_val_loss", torch.inf))
@@ -301,7 +304,10 @@ def sample(model: GPT, tokens: Tokenizer, config: TrainConfig) -> str:
     generator = torch.Generator(config.device).manual_seed(config.seed)
     model.eval()
     with torch.compiler.set_stance("force_eager"), autocast(config.device, config.dtype):
-        text = generate(model, tokens, [tokens.start_id], settings, generator)
+        try:
+            text = generate(model, tokens, [tokens.start_id], settings, generator)
+        except ValueError as error:  # logits that are not finite: the training goes on without a sample
+            text = f"no sample: {error}"
     model.train()
     return text
 

@@ -6,15 +6,19 @@ so what is called ckpt.pt is whole whatever happens. ckpt-STEP.pt are the last f
 second name: where a disk has damaged the latest, resuming goes back to the one before.
 """
 
+import fcntl
 import os
 import re
 import shutil
+import socket
 import zipfile
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import Tensor
@@ -25,6 +29,7 @@ from gpt.model import GPT
 from gpt.pretrained import (
     GPT2_NAMES,
     MODEL_ARGS,
+    checkpoint_in,
     from_checkpoint,
     from_hugging_face,
     hugging_face_tokenizer,
@@ -36,21 +41,81 @@ from train.distributed import Ranks
 from train.optim import Muon, moments_of
 
 
+class Start(NamedTuple):
+    """What a run starts from."""
+
+    source: str  # scratch, resume, or what else init_from says
+    latest: Path  # the checkpoint to resume
+    dataset: str  # the data to train on
+
+
+def find_start(config: TrainConfig, given: Container[str], ranks: Ranks) -> Start:
+    """Looks at the disk on the first rank, so that all ranks agree. `given` are the flags that were set.
+
+    Raises ValueError where a new run would replace the checkpoints of another one.
+    """
+    return ranks.broadcast(_find_start(config, given) if ranks.is_main else None)
+
+
+def _find_start(config: TrainConfig, given: Container[str]) -> Start:
+    source, dataset, latest = config.init_from, config.dataset, Path(config.out_dir, "ckpt.pt")
+    if source in ("auto", "resume"):
+        latest = newest_whole(latest)
+    if source == "auto":
+        source = "resume" if latest.exists() else "scratch"
+    if source == "resume":
+        recorded = read_checkpoint(latest).get("config", {}).get("dataset")
+        if recorded and "dataset" not in given and recorded != dataset:
+            print(f"dataset: {recorded}, as in {latest}", flush=True)
+            dataset = recorded
+    elif not config.eval_only:
+        _refuse_to_replace(Path(config.out_dir))
+    if config.init_from == "scratch" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        print(
+            "torchrun starts this run again if a rank dies, and a run from scratch does not replace a "
+            "checkpoint: --init_from=auto goes on",
+            flush=True,
+        )
+    return Start(source, latest, dataset)
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    """Raises ValueError where there are checkpoints, which a new run would replace."""
+    candidates = [folder / "ckpt.pt", *_numbered(folder).values(), folder / "best.pt"]
+    newest = max((path for path in candidates if path.exists()), key=_modified, default=None)
+    if newest is None:
+        return
+    try:
+        step = f"step {read_checkpoint(newest).get('iter_num', 'unknown')}"
+    except (ValueError, OSError):
+        step = "unreadable"
+    when = datetime.fromtimestamp(_modified(newest)).isoformat(" ", "minutes")
+    raise ValueError(
+        f"{newest} is the checkpoint of another run ({step}, saved {when}), and a new run would replace it: "
+        f"--init_from=resume goes on from it, --out_dir=FOLDER starts in another folder; to start again in "
+        f"{folder}, delete its checkpoints first"
+    )
+
+
+def _modified(path: Path) -> float:
+    return path.stat().st_mtime
+
+
 def initial_model(
-    config: TrainConfig, given: Container[str], tokens: dict[str, Any], ranks: Ranks
+    config: TrainConfig, given: Container[str], tokens: dict[str, Any], ranks: Ranks, start: Start
 ) -> tuple[GPT, dict[str, Any]]:
-    """The model that `config.init_from` names, and the checkpoint to resume ({} for a new run).
+    """The model that `start` names, and the checkpoint to resume ({} for a new run).
 
     `given` are the flags that were set, `tokens` describes the tokenizer of the data. Raises ValueError where
     flags, checkpoint and data disagree.
     """
     wanted, device = config.model, ranks.device
-    # The first rank looks at the disk for all: they are to agree.
-    source, latest = ranks.broadcast(_source(config) if ranks.is_main else None)
+    source, latest, _ = start
     if source == "scratch":
         vocab_size = wanted.vocab_size or tokenizer.padded_vocab_size(tokens)
         return GPT(replace(wanted, vocab_size=vocab_size), device, config.dtype).to(device), {}
 
+    source = checkpoint_in(source)
     if is_hugging_face(source):
         overrides = {"dropout": wanted.dropout, "kernels": wanted.kernels}
         model = from_hugging_face(source, overrides, device, config.dtype)
@@ -252,15 +317,48 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
-def _source(config: TrainConfig) -> tuple[str, Path]:
-    """("scratch", "resume" or what else init_from says, the checkpoint to resume)."""
-    latest = Path(config.out_dir, "ckpt.pt")
-    found = newest_whole(latest) if config.init_from in ("auto", "resume") else latest
-    if config.init_from == "scratch" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-        print("torchrun would start this run again from step 0 if a rank died: --init_from=auto goes on")
-    if config.init_from == "auto":
-        return ("resume" if found.exists() else "scratch"), found
-    return config.init_from, found
+@contextmanager
+def locked_folder(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
+    """Makes out_dir and keeps a second run out of it while the code inside runs. Raises ValueError, OSError.
+
+    The system gives the lock back when the process dies, so that resuming works at once. Where there are no
+    locks, as on some network file systems, runs go on without. eval_only writes nothing, and takes no lock.
+    """
+    if config.eval_only or not ranks.is_main:
+        yield
+        return
+    make_folder(Path(config.out_dir))
+    lock = _lock(Path(config.out_dir))
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _lock(folder: Path) -> TextIO | None:
+    """The open file that holds the lock, or None without locks. Raises ValueError where it is taken."""
+    try:
+        file = (folder / ".lock").open("a+")
+    except OSError:  # of another user, who shares the folder
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read() or "an unknown process"
+        file.close()
+        raise ValueError(
+            f"another run writes to {folder} now ({holder}): wait until it ends, or give this run another "
+            "--out_dir"
+        ) from None
+    except OSError:  # some network file systems
+        file.close()
+        return None
+    file.truncate(0)
+    now = datetime.now().isoformat(" ", "minutes")
+    print(f"process {os.getpid()} on {socket.gethostname()}, since {now}", end="", file=file, flush=True)
+    return file
 
 
 def _numbered(folder: Path) -> dict[int, Path]:

@@ -30,7 +30,7 @@ class TrainConfig:
 
     # run and output
     out_dir: str = "out"  # where ckpt.pt, config.py and metrics.jsonl go
-    init_from: str = "scratch"  # scratch, resume, auto (resume if there is a checkpoint), gpt2*, or a ckpt.pt
+    init_from: str = "scratch"  # scratch, resume, auto (resume if it can), gpt2*, a ckpt.pt or its folder
     seed: int = 1337  # of weights, dropout and data order
     log_interval: int = 1  # steps between printed lines
     print_config: bool = False  # print every setting as a config file, with what auto is here, and end
@@ -48,7 +48,7 @@ class TrainConfig:
     keep_last: int = 2  # checkpoints kept as ckpt-STEP.pt: what resume falls back to if ckpt.pt is damaged
 
     # data
-    dataset: str = "openwebtext"  # folder in data/ with train.bin and val.bin, or shards of them
+    dataset: str = "openwebtext"  # folder in data/ with train.bin and val.bin, or shards; resume has its own
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all ranks
     batch_size: int | Literal["auto"] = 12  # sequences of block_size tokens in a micro-batch; auto: what fits
 
@@ -178,13 +178,16 @@ def config_file(config: TrainConfig, given: Mapping[str, Sequence[str]] | None =
     """A resolved configuration as the config file of the same run, on the same kind of machine.
 
     `given`, the values of the flags that were set, where no model is loaded yet: the model that init_from
-    names keeps its own shape, and a batch_size that is auto is the one that says how long a step is.
+    names keeps its own shape, a resumed run its data, and a batch_size that is auto is the one that says how
+    long a step is.
     """
     values = config.flat()
     values.pop("print_config")
     if given is not None and config.init_from not in ("scratch", "auto"):
         for name in set(SHAPE).difference(given):
             del values[name]
+    if given is not None and config.init_from in ("resume", "auto") and "dataset" not in given:
+        del values["dataset"]  # a checkpoint has it
     values["device"] = config.device.removesuffix(":0")  # "cuda": under torchrun, each rank's own
     values["backend"] = "auto" if config.backend == "none" else config.backend
     heading = "# Every setting of a run; python -m train FILE.py makes it again.\n"

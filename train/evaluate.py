@@ -1,4 +1,5 @@
 """python -m train.evaluate: what a trained model is worth, as one JSON object; under torchrun by all ranks.
+A figure that is not finite is null; where a loss is not, the exit code is 1.
 
 On a token file: the mean loss of every token but the first, in order, each once; perplexity; bits per byte.
 A window's tokens have at least block_size - stride tokens before them, but at the start of the file: a
@@ -29,6 +30,7 @@ from gpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 from train import distributed, fit
 from train.data import TokenFile, to_device
 from train.distributed import Ranks
+from train.metrics import to_json
 
 
 @dataclass
@@ -39,7 +41,7 @@ class EvaluateConfig:
     """
 
     # model
-    init_from: str = "resume"  # resume (the checkpoint in out_dir), a ckpt.pt, gpt2, ..., a folder of theirs
+    init_from: str = "resume"  # resume (the checkpoint in out_dir), a ckpt.pt or its folder, gpt2, ...
     out_dir: str = "out"  # where the checkpoint is
 
     # what to evaluate
@@ -77,10 +79,16 @@ def main() -> None:
             raise
         raise ValueError(f"out of memory: try a smaller batch_size than {config.batch_size}") from error
     if ranks.is_main:
-        text = json.dumps(result, indent=1)
+        text = to_json(result, indent=1)
         print(text)
         if config.result:
             Path(config.result).write_text(text + "\n")
+        figures = (result.get("tokens", {}).get("loss", 0), result.get("hellaswag", {}).get("acc", 0))
+        if not all(map(math.isfinite, figures)):
+            raise ValueError(
+                f"the losses of {result['model']} are not finite: a weight is NaN, or a number is too large "
+                "for float16; try --dtype=float32, or an earlier checkpoint"
+            )
     distributed.stop(ranks)
 
 
@@ -132,9 +140,11 @@ def on_tokens(model: GPT, described: dict[str, Any], config: EvaluateConfig, ran
         size += sizes[scored].sum() if sizes is not None else 0
     nats, count, size = _sum(ranks, nats, count, size)
     assert count == len(file) - 1
+    loss = nats / count
     return {
         "file": str(path), "tokens": int(count), "block_size": block_size, "stride": stride,
-        "loss": nats / count, "perplexity": math.exp(nats / count),
+        # exp(710) is more than a float holds
+        "loss": loss, "perplexity": math.exp(loss) if loss < 709 else math.inf,
         "bytes": int(size) or None, "bits_per_byte": nats / math.log(2) / size if size else None,
     }  # fmt: skip
 
@@ -146,6 +156,8 @@ def on_hellaswag(model: GPT, tokens: Tokenizer, config: EvaluateConfig, ranks: R
     for batch in _batches(iter(examples[ranks.rank :: ranks.world_size]), config.batch_size):
         rows = [row for context, endings, _ in batch for row in _endings(model, tokens, context, endings)]
         losses = _losses(model, rows, ranks.device).sum(1).tolist()
+        if any(map(math.isnan, losses)):
+            right = right_norm = math.nan
         for _, endings, label in batch:
             of_each, losses = losses[: len(endings)], losses[len(endings) :]
             lengths, rows = [len(r.ids) - r.first for r in rows[: len(endings)]], rows[len(endings) :]

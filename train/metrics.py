@@ -224,17 +224,20 @@ class Metrics:
         return (last - done) * self.seconds + to_come * (measures[-1] if measures else 0.0)
 
     def _write(self, record: dict[str, Any]) -> None:
-        """What is not finite becomes null: JSON has no name for it."""
         beginning, self.beginning = self.beginning, None
         if self.file is not None:
             for told in (beginning, record) if beginning else (record,):
-                plain = json.loads(json.dumps(told), parse_constant=lambda name: None)
-                self.file.write(json.dumps(plain) + "\n")
+                self.file.write(to_json(told) + "\n")
             self.file.flush()
 
     def _synchronize(self) -> None:
         if self.ranks.device.startswith("cuda"):
             torch.cuda.synchronize()
+
+
+def to_json(record: dict[str, Any], indent: int | None = None) -> str:
+    """What is not finite becomes null: JSON has no name for it."""
+    return json.dumps(json.loads(json.dumps(record), parse_constant=lambda name: None), indent=indent)
 
 
 def _event(name: str, step: int, **fields: Any) -> dict[str, Any]:
