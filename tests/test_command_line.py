@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import subprocess
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from gpt import cli, sample, tokenizer
 from gpt import generate as generation
-from tests.runs import TINY, run
+from tests.runs import TINY, run, surroundings
 from train import __main__ as loop
 from train import distributed, evaluate
 from train.config import PRESETS, TrainConfig, config_file, parse
@@ -138,8 +139,34 @@ def test_a_switch_alone_means_true(workplace, monkeypatch, capsys):
     assert config.model.n_layer == 3 and set(given) >= {"eval_only", "compile", "wandb_log", "n_layer"}
     assert parse(["--compile", "auto"])[0].compile == "auto"
     assert parse(["--bias"])[0].model.bias is True
-    code, _, err = command(loop.main, monkeypatch, capsys, "--eval_only", "true")
-    assert code == 2 and "true" in err
+    code, _, err = command(loop.main, monkeypatch, capsys, "--eval_only=so")
+    assert code == 2 and err == "error: --eval_only=so must be True or False\n"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--compile=false --bias=true --wandb_log=0 --decay_lr=FALSE --eval_only=1",
+        "--compile 0 --bias TRUE --wandb_log false --decay_lr False --eval_only true",
+    ],
+)
+def test_a_switch_is_true_or_false_in_any_case(flags):
+    config = parse(flags.split())[0]
+    switches = (config.compile, config.model.bias, config.wandb_log, config.decay_lr, config.eval_only)
+    assert switches == (False, True, False, False, True)
+
+
+def test_a_whole_number_may_be_written_as_a_float(workplace, monkeypatch, capsys):
+    Path("mine.py").write_text("max_iters = 6e5\nbatch_size = 1e1\nvocab_size = 640 / 2\ncompile = 'false'\n")
+    config, given = parse(["--warmup_iters=1e2", "--lr_decay_iters", "2E5", "mine.py"])
+    numbers = (config.max_iters, config.batch_size, config.model.vocab_size)
+    numbers += (config.warmup_iters, config.lr_decay_iters)
+    assert numbers == (600000, 10, 320, 100, 200000) and {type(n) for n in numbers} == {int}
+    assert config.compile is False and given["max_iters"] == ["600000"]
+    for value in ("6.5", "inf", "nan", "1e30", "x"):
+        code, out, err = command(loop.main, monkeypatch, capsys, f"--max_iters={value}")
+        assert (code, out) == (2, "")
+        assert err == f"error: --max_iters={value} must be a whole number of at most 64 bits\n"
 
 
 @pytest.mark.parametrize(
@@ -278,6 +305,114 @@ def test_a_mistake_in_a_config_file_is_one_sentence(workplace, monkeypatch, caps
     Path("mine.py").write_text(content)
     code, _, err = command(loop.main, monkeypatch, capsys, "mine.py")
     assert code == 1 and err.startswith(f"error: mine.py, {message}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("n_layer = 2\n\nmax_iters = 6.5", "mine.py, line 3: max_iters=6.5 must be a whole number"),
+        ("dropout = 'much'", "mine.py, line 1: dropout=much must be a number"),
+        ("optimizer = 'sgd'", "mine.py, line 1: optimizer=sgd must be adamw or muon"),
+        ("n_head = 2\nexec(open('base.py').read())", "mine.py, line 2: n_layer=None must be a whole number"),
+        ("import json\njson.loads('{')", "mine.py, line 2: JSONDecodeError"),
+        ("\nfrom worse import *", "{here}/worse.py, line 2: NameError: name 'x' is not defined"),
+        ("\nfrom worst import *", "{here}/worst.py, line 3: SyntaxError"),
+    ],
+)
+def test_a_mistake_in_a_config_file_has_the_file_and_its_line(
+    workplace, monkeypatch, capsys, content, message
+):
+    Path("base.py").write_text("n_layer = None")
+    Path("worse.py").write_text("n_layer = 2\nn_head = x")
+    Path("worst.py").write_text("n_layer = 2\n\nn_head = = 3")
+    Path("mine.py").write_text(content)
+    code, _, err = command(loop.main, monkeypatch, capsys, "mine.py")
+    assert code == 1 and err.count("\n") == 1
+    assert err.startswith("error: " + message.format(here=workplace.resolve())), err
+
+
+BASE = "n_layer = 3\ndataset = 'plays_char'\n"
+WAYS = {
+    "exec": "exec(open('base.py').read())",
+    "exec beside itself": "import os\nexec(open(os.path.join(os.path.dirname(__file__), 'base.py')).read())",
+    "import": "from base import *",
+    "some": "from base import n_layer, dataset",
+    "globals": "for name, value in [('n_layer', 3), ('dataset', 'plays_char')]:\n    globals()[name] = value",
+    "update": "globals().update(n_layer=3, dataset='plays_char')",
+    "function": "def small():\n    global n_layer, dataset\n    n_layer, dataset = 3, 'plays_char'\nsmall()",
+    "module": "import base\nn_layer = base.n_layer\ndataset = base.dataset",
+    "exec in globals": "exec(open('base.py').read(), globals())",
+    "main": "if __name__ == '__main__':\n    n_layer: int = 3\n    dataset = 'plays_char'",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_config_file_sets_what_it_leaves_in_its_namespace(tmp_path, monkeypatch, capsys, way):
+    """As nanoGPT's configurator, which executes the file among train.py's own names."""
+    monkeypatch.chdir(tmp_path)
+    Path("base.py").write_text(BASE)
+    Path("mine.py").write_text(f"{WAYS[way]}\nlearning_rate = 1e-3\n")
+    search_path = sys.path[:]
+    config, given = parse(["mine.py", "--min_lr=1e-5"])
+    assert (config.model.n_layer, config.dataset, config.learning_rate) == (3, "plays_char", 1e-3)
+    assert given.keys() == {"n_layer", "dataset", "learning_rate", "min_lr"}
+    assert sys.path == search_path and "base" not in sys.modules
+    text = config_file(config)
+    assert "n_layer = 3\n" in text and "dataset = 'plays_char'\n" in text
+    assert capsys.readouterr().err == ""
+
+
+def test_two_config_files_import_two_modules_of_one_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, value in (("a", "n_layer = 2"), ("b", "n_head = 4")):
+        Path(folder, "parts").mkdir(parents=True)
+        Path(folder, "base.py").write_text(value)
+        Path(folder, "parts", "more.py").write_text(
+            value.replace("n_", "eval_").replace("head", "iters").replace("layer", "interval")
+        )
+        Path(folder, "c.py").write_text("from base import *\nfrom parts.more import *\n")
+    given = parse(["a/c.py", "b/c.py"])[1]
+    assert given == {"n_layer": ["2"], "eval_interval": ["2"], "n_head": ["4"], "eval_iters": ["4"]}
+
+
+def test_a_config_file_sees_what_was_set_before_it(tmp_path):
+    files = [tmp_path / "a.py", tmp_path / "b.py"]
+    files[0].write_text("min_lr = learning_rate / 10\nout_dir = out_dir + '-a'\nwidth = 32\n")
+    files[1].write_text("n_embd = 2 * width if decay_lr else 0\nmax_iters = max_iters * 2\n")
+    flags = ["--learning_rate=1e-2", "--out_dir", "x", "--decay_lr=true", "--max_iters=1e3"]
+    config, _ = parse([*flags, *map(str, files)])
+    assert (config.min_lr, config.out_dir, config.model.n_embd, config.max_iters) == (1e-3, "x-a", 64, 2000)
+
+
+def test_names_that_a_config_file_only_uses_set_nothing(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "total = sum(seed for seed in (1, 2))\nclass Small:\n    n_layer = 2\n"
+        "def twice(n_head):\n    batch_size = n_head\n    return 2 * batch_size\n"
+        "n_embd = twice(block_size)\nbeta1 = 0.9\n_learning_rate = 3\n"
+    )
+    config, given = parse(["--seed=7", "--block_size=8", str(file)])
+    assert (config.seed, config.model.n_layer, config.batch_size, config.model.n_embd) == (7, 12, 12, 16)
+    # beta1 is asked for, although it is the default: a checkpoint that differs is an error, not a surprise.
+    assert given == {"seed": ["7"], "block_size": ["8"], "n_embd": ["16"], "beta1": ["0.9"]}
+    assert capsys.readouterr().err == ""
+
+
+def test_a_config_file_is_utf8_with_or_without_a_byte_order_mark(tmp_path):
+    """Where the locale is another too: open() would read Latin-1 there."""
+    (tmp_path / "mine.py").write_bytes("\ufeffwandb_run_name = 'größe'\nn_layer = 3\n".encode())
+    (tmp_path / "latin.py").write_bytes(b"# coding: latin-1\nwandb_project = 'gr\xf6\xdfe'\n")
+    program = (
+        "import sys; from train.config import *; c = parse(sys.argv[1:])[0]; save_config(c, Path('.'));"
+        "assert parse(['config.py'])[0] == c;"
+        "print(ascii([c.wandb_run_name, c.wandb_project, c.model.n_layer]))"
+    )
+    environment = surroundings(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    result = subprocess.run(
+        [sys.executable, "-c", program, "mine.py", "latin.py"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.stdout == ascii(["größe", "größe", 3]) + "\n", result.stderr
 
 
 def test_torchrun_gives_each_rank_its_own_gpu(monkeypatch):
