@@ -124,7 +124,10 @@ def read_value(flag: Flag, value: Any) -> Any:
     """
     text = str(value)
     if flag.type is UserPath:
-        return read_path(text)
+        try:
+            return read_path(text)
+        except ValueError as error:
+            raise ValueError(f"{flag.name}={error}") from None
     types = list(_alternatives(flag.type))
     if str in types or text in types:
         return text
