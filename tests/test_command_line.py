@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from gpt import cli, sample, tokenizer
+from gpt import cli, convert, sample, tokenizer
 from gpt import generate as generation
 from tests.runs import TINY, run, surroundings
 from train import __main__ as loop
-from train import distributed, evaluate
+from train import distributed, evaluate, plot
 from train.config import PRESETS, TrainConfig, config_file, parse
 from train.prepare import __main__ as prepare
 from train.prepare import corpora
@@ -574,6 +574,182 @@ def test_sampling_from_nanogpts_checkpoint_needs_its_meta_file(workplace, monkey
     Path("data/tiny/meta.pkl").unlink()
     code, _, err = command(sample.main, monkeypatch, capsys, *flags)
     assert code == 1 and "knows 21 symbols and does not say which" in err and "data/tiny/meta.pkl" in err
+
+
+PROGRAMS = {
+    "train": loop.main, "sample": sample.main, "convert": convert.main, "prepare": prepare.main,
+    "evaluate": evaluate.main, "plot": plot.main,
+}  # fmt: skip
+
+
+def in_every_program(monkeypatch, capsys, folder, spell):
+    """A text, a tokenizer, a training, a sample, ... with every path inside `folder`; what each printed."""
+    outs = []
+    for line in f"""
+        prepare tokenizer input={folder}/text.txt,{folder}/more*.txt vocab_size=300 output={folder}/tok.json
+        prepare text input={folder}/text.txt name=mine tokenizer={folder}/tok.json
+        train {folder}/c.py out_dir={folder}/run dataset={folder}/corpus max_iters=2
+        sample out_dir={folder}/run start=FILE:{folder}/prompt.txt num_samples=1 max_new_tokens=3 device=cpu
+        sample init_from={folder}/run/ckpt.pt prompts={folder}/prompt.txt num_samples=1 max_new_tokens=3
+        evaluate out_dir={folder}/run data={folder}/corpus/val.bin result={folder}/r.json device=cpu
+        convert {folder}/run/ckpt.pt {folder}/again.pt vocab_size=64
+        plot {folder}/run x=tokens out={folder}/picture.png
+    """.split("\n")[1:-1]:
+        program, *args = line.split()
+        flags = [word for arg in args for word in (spell(arg) if "=" in arg else [arg])]
+        code, out, err = command(PROGRAMS[program], monkeypatch, capsys, *flags)
+        assert code == 0, (line, err)
+        outs.append(out)
+    return outs
+
+
+@pytest.mark.parametrize("spell", [lambda arg: [f"--{arg}"], lambda arg: f"--{arg}".split("=", 1)])
+def test_every_program_takes_a_tilde_and_a_value_after_a_space(workplace, monkeypatch, capsys, spell, text):
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("matplotlib")
+    home = workplace / "home"
+    monkeypatch.setenv("HOME", str(home))
+    home.mkdir()
+    Path("data/tiny").rename(home / "corpus")
+    (home / "text.txt").write_text(text)
+    (home / "more1.txt").write_text(text)
+    (home / "prompt.txt").write_bytes("\ufeffthe king".encode())
+    tiny = [flag[2:].split("=") for flag in TINY if not flag.startswith(("--dataset", "--max_iters"))]
+    values = [f"{name} = {value!r}" for name, value in tiny]
+    (home / "c.py").write_text("\n".join([*values, "vocab_size = 64", "dataset = '~/corpus'"]))
+    outs = in_every_program(monkeypatch, capsys, "~", spell)
+    assert outs[3].startswith("the king") and outs[4].startswith("the king")
+    assert {p.name for p in home.iterdir() if p.name[0] != "."} == {  # .cache is matplotlib's
+        "corpus", "text.txt", "more1.txt", "prompt.txt", "c.py", "tok.json", "run", "r.json", "again.pt",
+        "picture.png",
+    }  # fmt: skip
+    assert {p.name for p in workplace.iterdir()} == {"home", "data"}
+    assert torch.load(home / "again.pt", weights_only=True)["model_args"]["vocab_size"] == 64
+    assert parse([str(home / "c.py")])[0].dataset == str(home / "corpus")
+    assert parse([str(home / "run/config.py")])[0].out_dir == str(home / "run")
+
+
+def test_a_tilde_that_is_not_a_path_stays(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parse(["--wandb_run_name=~/x", "--out_dir=a~/b", "--init_from=~"])[0]
+    assert (config.wandb_run_name, config.out_dir, config.init_from) == ("~/x", "a~/b", "/home/me")
+
+
+def test_prompt_files_are_utf8_whatever_the_locale_is(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffgröße\n".encode())
+    (tmp_path / "latin.txt").write_bytes("größe\n".encode("latin-1"))
+    program = (
+        "from gpt.sample import *; from gpt.sample import _prompts\n"
+        "print(ascii(_prompts(SampleConfig(prompts='p.txt')) + _prompts(SampleConfig(start='FILE:p.txt'))))\n"
+        "cli.run(lambda: _prompts(SampleConfig(start='FILE:latin.txt')))"
+    )
+    environment = surroundings(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.stdout == ascii(["größe", "größe\n"]) + "\n"
+    assert result.stderr == "error: latin.txt is not UTF-8 text: byte 2; convert it to UTF-8\n"
+
+
+def started(tmp_path, *args, **environment):
+    """(exit code, stderr) of a program in `tmp_path`; None in `environment` takes one away."""
+    env = {k: v for k, v in surroundings(**environment).items() if v is not None}
+    result = subprocess.run(
+        [sys.executable, *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    return result.returncode, result.stderr
+
+
+def test_a_rank_without_the_rest_of_torchrun_is_told(workplace):
+    code, err = started(workplace, "-m", "train", *TINY, RANK="0", WORLD_SIZE="1", MASTER_ADDR=None)
+    assert (code, err) == (
+        1,
+        "error: RANK=0 is set, as for a rank of torchrun, and MASTER_ADDR, MASTER_PORT not: "
+        "start it with torchrun, or unset RANK for a run in one process\n",
+    )
+
+
+@pytest.mark.parametrize("file", ["__init__.py", "readme.txt"])
+def test_another_package_called_kernels_is_told(tmp_path, file):
+    """Hugging Face's, or a folder that stands where Python looks first."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / file).write_text("def get_kernel(name): pass\n")
+    program = f"import sys, runpy; sys.path[:0] = [{str(tmp_path)!r}]\n"
+    if file == "readme.txt":  # as an editable install is looked for last, a folder without __init__.py wins
+        program += "import types; sys.modules['kernels'] = kernels = types.ModuleType('kernels')\n"
+        program += f"kernels.__path__ = [{str(tmp_path / 'kernels')!r}]\n"
+    program += "runpy.run_module('train', run_name='__main__')"
+    code, err = started(tmp_path, "-c", program)
+    assert code == 1 and err.count("\n") == 1
+    assert err.startswith(f"error: the package kernels in {tmp_path}/kernels is not this project's")
+    assert "pip uninstall kernels" in err
+
+
+@pytest.mark.parametrize("name", ["wandb", "datasets"])
+def test_a_folder_with_the_name_of_a_package_that_is_missing_is_told(workplace, monkeypatch, capsys, name):
+    installed = [p for p in sys.path if Path(p, name).is_dir()]
+    monkeypatch.setattr(sys, "path", [str(workplace), *(p for p in sys.path if p not in installed)])
+    for module in [m for m in sys.modules if m.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    Path(name).mkdir()
+    Path("rows.jsonl").write_text('{"text": "a"}\n')
+    main, flags = {
+        "wandb": (loop.main, [*TINY, "--wandb_log"]),
+        "datasets": (prepare.main, ["text", "--input=rows.jsonl", "--name=x", "--tokenizer=char"]),
+    }[name]
+    code, _, err = command(main, monkeypatch, capsys, *flags)
+    assert code == 1 and err.count("\n") == 1 and f"the package {name}: pip install" in err
+    sys.modules.pop(name, None)
+
+
+def test_a_seed_beyond_64_bits_is_told(monkeypatch, capsys):
+    for main in (loop.main, sample.main):
+        code, _, err = command(main, monkeypatch, capsys, f"--seed={2**64}")
+        assert code == 2
+        assert err == f"error: --seed={2**64} must be a whole number of at most 64 bits\n"
+    assert parse([f"--seed={2**64 - 1}"])[0].seed == 2**64 - 1
+
+
+@pytest.mark.parametrize("name", ["", ".", "./"])
+def test_a_data_set_without_a_name_is_refused(workplace, monkeypatch, capsys, text, name):
+    Path("mine.txt").write_text(text)
+    before = sorted(Path("data").rglob("*"))
+    flags = ["text", "--input=mine.txt", "--tokenizer=char", f"--name={name}"]
+    code, _, err = command(prepare.main, monkeypatch, capsys, *flags)
+    assert (code, err) == (1, f"error: name={name!r} names no data set: give one, such as --name=mine\n")
+    assert sorted(Path("data").rglob("*")) == before
+
+
+def test_the_tokenizers_files_have_a_folder_or_a_sentence(tmp_path, monkeypatch):
+    """An empty TIKTOKEN_CACHE_DIR means none to tiktoken, and was the working folder to us."""
+    import os
+
+    import tiktoken
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    folders = []
+
+    def offline(name):
+        folders.append(os.environ["TIKTOKEN_CACHE_DIR"])
+        if len(folders) == 1:
+            raise OSError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    monkeypatch.setattr(tokenizer, "_fill_tiktoken_cache", lambda cache: folders.append(str(cache)))
+    tokenizer._gpt2_bpe()
+    assert folders == [str(tmp_path / "home/.cache/tritongpt/tiktoken")] * 3
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # of a user without a home
+    with pytest.raises(ValueError, match="set HOME or TIKTOKEN_CACHE_DIR"):
+        tokenizer._gpt2_bpe()
+    with pytest.raises(ValueError, match=r"^~/x: this user has no home folder; set HOME, or "):
+        cli.read_path("~/x")
+    (tmp_path / "mine.py").write_text("out_dir = '~/x'")
+    with pytest.raises(ValueError, match=r"mine.py, line 1: out_dir=~/x: this user has no home folder"):
+        parse(["mine.py"])
 
 
 def test_text_of_ones_own_by_character(workplace, monkeypatch, capsys):
