@@ -1,11 +1,12 @@
 """Every command line of the project: a dataclass becomes flags, config files become flags before them.
 
-A config file is Python that assigns to the names of the flags, as nanoGPT's are. It is turned into
-`--name=value`, so a value from a file meets the same checks and the same messages as one from the shell.
+A config file is Python that sets the names of the flags, as nanoGPT's are. It is turned into `--name=value`,
+so a value from a file meets the same checks and the same messages as one from the shell.
 """
 
 import ast
 import difflib
+import importlib
 import inspect
 import math
 import os
@@ -14,14 +15,18 @@ import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from io import TextIOWrapper
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
 Config = TypeVar("Config")
+UserPath = Annotated[str, Path]  # the type of a flag that names a file or a folder: ~ is the user's home
+SWITCH = {"true": True, "1": True, "false": False, "0": False}
 
 
 def parse(config_class: type[Config], args: Sequence[str], prog: str, presets: Path | None = None) -> Config:
@@ -46,30 +51,58 @@ def parse_given(
         raise ValueError("the command line needs the package tyro: pip install tyro") from None
 
     described = {flag.name: flag for flag in describe(config_class)}
-    known, scope = list(described), _defaults(config_class)
+    scope = _defaults(config_class) | {"__name__": "__main__"}  # as nanoGPT's, which run in its train.py
     flags: list[str] = []
-    rest = list(args)
-    while rest:
-        arg = rest.pop(0)
-        flag = described.get(arg.removeprefix("--").replace("-", "_"))
-        if not arg.startswith("-"):
-            flags += _flags_of_file(_find(arg, presets), known, scope)
-        elif "=" in arg:
-            flags.append(arg)
-        elif flag and flag.is_switch and "".join(rest[:1]).lower() not in ("true", "false", "auto"):
-            flags.append(f"{arg}=True")
-        else:  # `--key value`
-            flags += [arg, *rest[:1]]
-            rest = rest[1:]
+    for word, value in words(config_class, args):
+        name = word.removeprefix("--")
+        if not word:
+            flags += _flags_of_file(_find(value or "", presets), described, scope)
+        elif name not in described or value is None:  # tyro says what is wrong
+            flags.append(word if value is None else f"{word}={value}")
+        else:
+            try:
+                scope[name] = read_value(described[name], value)
+            except ValueError as error:
+                print(f"error: --{error}", file=sys.stderr)
+                sys.exit(2)
+            flags.append(f"{word}={scope[name]}")
     options = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
     config = tyro.cli(config_class, args=flags, prog=prog, config=options, use_underscores=True)
     given: dict[str, list[str]] = {}
-    for word, after in zip(flags, [*flags[1:], ""]):
-        name, equals, value = word.partition("=")
-        name = name.removeprefix("--").replace("-", "_")
-        if word.startswith("-") and name in known:
-            given.setdefault(name, []).append(value if equals else after)
+    for flag in flags:
+        name, _, value = flag.removeprefix("--").partition("=")
+        given.setdefault(name, []).append(value)
     return config, given
+
+
+def parse_with_paths(config_class: type[Config], args: Sequence[str], prog: str) -> tuple[Config, list[str]]:
+    """`parse` for a command that takes paths where others take config files: the flags, and the paths."""
+    parts = list(words(config_class, args))
+    flags = [name if value is None else f"{name}={value}" for name, value in parts if name]
+    return parse(config_class, flags, prog), [read_path(value or "") for name, value in parts if not name]
+
+
+def words(config_class: type, args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """(--name, value) of each flag, and ("", word) of each word that does not belong to a flag.
+
+    `--name=value` and `--name value` are the same. A switch alone is True, another flag at the end is None.
+    """
+    described = {flag.name: flag for flag in describe(config_class)}
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        if not arg.startswith("-"):
+            yield "", arg
+            continue
+        name, equals, value = arg.partition("=")
+        flag = described.get(name.removeprefix("--").replace("-", "_"))
+        name = f"--{flag.name}" if flag else name
+        if equals:
+            yield name, value
+        elif flag and flag.is_switch and "".join(rest[:1]).lower() not in (*SWITCH, "auto"):
+            yield name, "True"
+        else:
+            yield name, rest.pop(0) if rest else None
 
 
 class Flag(NamedTuple):
@@ -77,7 +110,72 @@ class Flag(NamedTuple):
     group: str  # the heading that it stands under
     help: str
     default: Any  # MISSING where a value must be given
-    is_switch: bool  # takes True and False, and alone means True
+    type: Any  # of its field
+
+    @property
+    def is_switch(self) -> bool:
+        """Takes True and False, and alone means True."""
+        return bool in (self.type, *get_args(self.type))
+
+
+def read_value(flag: Flag, value: Any) -> Any:
+    """What `value`, of the command line or of a config file, means for `flag`. Raises ValueError.
+
+    A whole number may be written as a float (6e5), True and False in any case or as 1 and 0.
+    """
+    text = str(value)
+    if flag.type is UserPath:
+        try:
+            return read_path(text)
+        except ValueError as error:
+            raise ValueError(f"{flag.name}={error}") from None
+    types = list(_alternatives(flag.type))
+    if str in types or text in types:
+        return text
+    if text == "None" and type(None) in types:
+        return None
+    if bool in types and text.lower() in SWITCH:
+        return SWITCH[text.lower()]
+    try:
+        if int in types:
+            return _whole_number(text)
+        if float in types:
+            return float(text)
+    except ValueError:
+        pass
+    kinds = {int: "a whole number of at most 64 bits", float: "a number", bool: "True or False"}
+    kinds[type(None)] = "None"
+    expected = " or ".join(kinds.get(kind, str(kind)) for kind in types)
+    raise ValueError(f"{flag.name}={text} must be {expected}")
+
+
+def _alternatives(kind: Any) -> Iterator[Any]:
+    """The types and the literal values of a union, flat."""
+    parts = get_args(kind)
+    if not parts:
+        yield kind
+    for part in parts:
+        yield from _alternatives(part)
+
+
+def _whole_number(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        if not float(text).is_integer():
+            raise
+        number = int(float(text))
+    if not -(2**63) <= number < 2**64:
+        raise ValueError("more than 64 bits")
+    return number
+
+
+def read_path(text: str) -> str:
+    """`text` with the user's home in place of a ~ at its front. Raises ValueError where no home is known."""
+    path = os.path.expanduser(text)
+    if path == "~" or path.startswith("~/"):
+        raise ValueError(f"{text}: this user has no home folder; set HOME, or write the path without ~")
+    return path
 
 
 def describe(config_class: type, group: str = "flags") -> list[Flag]:
@@ -108,8 +206,7 @@ def describe(config_class: type, group: str = "flags") -> list[Flag]:
             values = vars(field.default_factory())  # type: ignore[misc, operator]
             found += [flag._replace(default=values[flag.name]) for flag in describe(field.type, group)]
             continue
-        is_switch = bool in (field.type, *get_args(field.type))
-        found.append(Flag(field.name, group, helps.get(field.name, ""), field.default, is_switch))
+        found.append(Flag(field.name, group, helps.get(field.name, ""), field.default, field.type))
     return found
 
 
@@ -123,7 +220,9 @@ def help_text(config_class: type, prog: str, presets: Path | None = None) -> str
     if presets:
         lines += ["presets"]
         for path in sorted(presets.glob("*.py")):
-            first = path.read_text().partition("\n")[0].removeprefix("# ").partition(". ")[0].rstrip(".:")
+            first = (
+                path.read_text("utf-8").partition("\n")[0].removeprefix("# ").partition(". ")[0].rstrip(".:")
+            )
             lines += _row(path.stem, first, width)
         lines += [""]
     for group, flags in groupby(describe(config_class), lambda flag: flag.group):
@@ -181,7 +280,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _find(name: str, presets: Path | None) -> Path:
-    path = Path(name)
+    path = Path(read_path(name))
     if path.is_file():
         return path
     known = {p.stem: p for p in sorted(presets.glob("*.py"))} if presets else {}
@@ -192,21 +291,79 @@ def _find(name: str, presets: Path | None) -> Path:
     raise ValueError(f"{name!r} is neither a config file nor a preset; {hint}")
 
 
-def _flags_of_file(path: Path, known: list[str], scope: dict[str, Any]) -> list[str]:
-    """`--name=value` for what the file assigns. It sees, as nanoGPT's do, what was set before it."""
+def _flags_of_file(path: Path, described: Mapping[str, Flag], scope: dict[str, Any]) -> list[str]:
+    """`--name=value` for each flag that the file sets in `scope`, whatever sets it there.
+
+    It can be an assignment, an import, exec or globals(). The file sees what was set before it, as nanoGPT's
+    do. Names that are not flags are ignored, with a hint where one looks like a flag.
+    """
+    lines: dict[str, int] = {}  # of the statement that set a name last
     try:
-        tree = ast.parse(path.read_text(), str(path))
-        exec(compile(tree, str(path), "exec"), scope)
+        # From bytes Python itself reads the encoding: UTF-8, with or without a byte-order mark.
+        tree = ast.parse(path.read_bytes(), str(path))
+        scope["__file__"] = str(path)
+        with _importing_from(path.resolve().parent):
+            # One statement at a time, to know the line where the statement only calls what sets a name.
+            for statement in tree.body:
+                before, namespace = dict(scope), _Namespace(scope)
+                exec(compile(ast.Module([statement], []), str(path), "exec"), scope, namespace)
+                written = {name for name in scope if scope[name] is not before.get(name, MISSING)}
+                lines |= dict.fromkeys(written | namespace.written, statement.lineno)
     except Exception as error:  # whatever the file does
-        line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno
-        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
-    assigned = {
-        n.id: None for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-    }
-    for name in assigned.keys() - set(known):
-        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+        where, line = _position(error, path)
+        raise ValueError(f"{where}, line {line}: {type(error).__name__}: {error}") from None
+    flags = []
+    for name, line in lines.items():
+        if name in described and name in scope:
+            try:
+                flags.append(f"--{name}={read_value(described[name], scope[name])}")
+            except ValueError as error:
+                raise ValueError(f"{path}, line {line}: {error}") from None
+        # Modules and functions that the file imports or defines are not settings.
+        plain = isinstance(scope.get(name), (bool, int, float, str)) and not name.startswith("_")
+        close = difflib.get_close_matches(name, described, n=1, cutoff=0.8)
+        if plain and close and name not in described:
             print(f"{path}: {name!r} is no flag and is ignored; did you mean {close[0]!r}?", file=sys.stderr)
-    return [f"--{name}={scope[name]}" for name in assigned if name in known and name in scope]
+    return flags
+
+
+class _Namespace(ChainMap[str, Any]):
+    """The names of a config file; knows which were written, also where the value is the one from before."""
+
+    def __init__(self, names: dict[str, Any]):
+        super().__init__(names)
+        self.written: set[str] = set()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        self.written.add(name)
+
+
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Modules in `folder` can be imported inside, and are forgotten after: others may have the same names."""
+    search_path, modules = sys.path[:], set(sys.modules)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path[:] = search_path
+        for name in set(sys.modules) - modules:
+            top = name.partition(".")[0]
+            file = getattr(sys.modules[name], "__file__", None) or ""
+            if top not in modules and file.startswith(str(folder / top)):
+                del sys.modules[name]
+
+
+def _position(error: Exception, path: Path) -> tuple[str, int]:
+    """The innermost file and line of the config's folder that an error came from."""
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or "", error.lineno))
+    folder = path.resolve().parent
+    own = [(name, line or 1) for name, line in places if name == str(path) or folder == Path(name).parent]
+    return own[-1] if own else (str(path), 1)
 
 
 def _defaults(config_class: type) -> dict[str, Any]:

@@ -21,9 +21,7 @@ class ConvertConfig:
 
 
 def main() -> None:
-    flags = [arg for arg in sys.argv[1:] if arg.startswith("-")]
-    paths = [arg for arg in sys.argv[1:] if not arg.startswith("-")]
-    config = cli.parse(ConvertConfig, flags, prog="python -m gpt.convert FROM TO")
+    config, paths = cli.parse_with_paths(ConvertConfig, sys.argv[1:], prog="python -m gpt.convert FROM TO")
     if len(paths) != 2:
         raise ValueError("python -m gpt.convert FROM TO [--vocab_size=N] takes two paths")
     convert(paths[0], Path(paths[1]), config.vocab_size)

@@ -13,6 +13,7 @@ https://arxiv.org/abs/1608.05859 (tied embeddings).
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,13 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from gpt.device import DTYPES
 from gpt.flops import flops_per_token, peak_flops
+
+# Hugging Face has a package of this name; whichever Python finds first is the one.
+if not hasattr(kernels, "OPS"):
+    sys.exit(
+        f"error: the package kernels in {next(iter(kernels.__path__))} is not this project's, and hides it; "
+        "move that folder away or `pip uninstall kernels`, then `pip install -e .` in this project again"
+    )
 
 Attend = Callable[[Tensor], Tensor]  # qkv (B, T, 3, H, D) -> (B, T, H, D)
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> the `approximate` of F.gelu

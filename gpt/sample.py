@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from gpt import cli, pretrained, tokenizer
+from gpt.cli import UserPath
 from gpt.device import autocast, resolve_compile, resolve_device, resolve_dtype
 from gpt.generate import Sampling, check_drawn, stream
 from gpt.model import GPT
@@ -24,12 +25,12 @@ class SampleConfig:
     """
 
     # model
-    init_from: str = "resume"  # resume (the checkpoint in out_dir), a ckpt.pt or its folder, gpt2, ...
-    out_dir: str = "out"  # where the checkpoint is
+    init_from: UserPath = "resume"  # resume (the checkpoint in out_dir), a ckpt.pt or its folder, gpt2, ...
+    out_dir: UserPath = "out"  # where the checkpoint is
 
     # prompts and samples
     start: str = "\n"  # the prompt, or FILE:path to read it from a file
-    prompts: str = ""  # a file of prompts, one a line, to be continued together instead of start
+    prompts: UserPath = ""  # a file of prompts, one a line, to be continued together instead of start
     interactive: bool = False  # ask for prompts, and continue each once
     num_samples: int = 10  # samples of each prompt
     max_new_tokens: int = 500  # tokens in each
@@ -203,11 +204,19 @@ def main() -> None:
 
 def _prompts(config: SampleConfig) -> list[str]:
     if config.prompts:
-        lines = Path(config.prompts).read_text().splitlines()
+        lines = _read(config.prompts).splitlines()
         if not lines:
             raise ValueError(f"{config.prompts} holds no prompts: write one a line")
         return lines
-    return [Path(config.start[5:]).read_text() if config.start.startswith("FILE:") else config.start]
+    return [_read(config.start[5:]) if config.start.startswith("FILE:") else config.start]
+
+
+def _read(path: str) -> str:
+    """The text of a prompt file: UTF-8 whatever the locale, with or without a byte-order mark."""
+    try:
+        return Path(cli.read_path(path)).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start}; convert it to UTF-8") from None
 
 
 if __name__ == "__main__":

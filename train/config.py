@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import kernels
 from gpt import cli
+from gpt.cli import UserPath
 from gpt.device import DTYPES, resolve_compile, resolve_dtype
 from gpt.model import GPTConfig
 from train.distributed import Ranks
@@ -29,8 +30,8 @@ class TrainConfig:
     """
 
     # run and output
-    out_dir: str = "out"  # where ckpt.pt, config.py and metrics.jsonl go
-    init_from: str = "scratch"  # scratch, resume, auto (resume if it can), gpt2*, a ckpt.pt or its folder
+    out_dir: UserPath = "out"  # where ckpt.pt, config.py and metrics.jsonl go
+    init_from: UserPath = "scratch"  # scratch, resume, auto (resume if it can), gpt2*, a ckpt.pt or its folder
     seed: int = 1337  # of weights, dropout and data order
     log_interval: int = 1  # steps between printed lines
     print_config: bool = False  # print every setting as a config file, with what auto is here, and end
@@ -48,7 +49,7 @@ class TrainConfig:
     keep_last: int = 2  # checkpoints kept as ckpt-STEP.pt: what resume falls back to if ckpt.pt is damaged
 
     # data
-    dataset: str = "openwebtext"  # folder in data/ with train.bin and val.bin, or shards; resume has its own
+    dataset: UserPath = "openwebtext"  # folder in data/ with train.bin and val.bin, or shards; resume has its own
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all ranks
     batch_size: int | Literal["auto"] = 12  # sequences of block_size tokens in a micro-batch; auto: what fits
 
@@ -202,7 +203,7 @@ def config_file(config: TrainConfig, given: Mapping[str, Sequence[str]] | None =
 def save_config(config: TrainConfig, folder: Path) -> None:
     """Writes `config_file` as config.py. Raises OSError."""
     temporary = folder / "config.py.tmp"
-    temporary.write_text(config_file(config))
+    temporary.write_text(config_file(config), "utf-8")
     temporary.replace(folder / "config.py")
 
 

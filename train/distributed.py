@@ -98,6 +98,12 @@ def start(backend: str, device: str, timeout: int = 600) -> Ranks:
         backend = "nccl" if on_gpu else "gloo"
     if backend == "nccl" and not on_gpu:
         raise ValueError(f"backend='nccl' needs GPUs, and this rank is on {device}; try --backend=gloo")
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"RANK={os.environ['RANK']} is set, as for a rank of torchrun, and {', '.join(missing)} not: "
+            "start it with torchrun, or unset RANK for a run in one process"
+        )
     patience = timedelta(seconds=timeout)
     agents, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
     dist.init_process_group(

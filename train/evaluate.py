@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from gpt import cli, pretrained, tokenizer
+from gpt.cli import UserPath
 from gpt.device import autocast, resolve_dtype
 from gpt.model import GPT
 from gpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
@@ -41,14 +42,14 @@ class EvaluateConfig:
     """
 
     # model
-    init_from: str = "resume"  # resume (the checkpoint in out_dir), a ckpt.pt or its folder, gpt2, ...
-    out_dir: str = "out"  # where the checkpoint is
+    init_from: UserPath = "resume"  # resume (the checkpoint in out_dir), a ckpt.pt or its folder, gpt2, ...
+    out_dir: UserPath = "out"  # where the checkpoint is
 
     # what to evaluate
-    data: str = ""  # a token file, such as data/openwebtext/val.bin
+    data: UserPath = ""  # a token file, such as data/openwebtext/val.bin
     stride: int = 0  # tokens from one window to the next; 0 is block_size, and the fastest
-    hellaswag: str = ""  # a jsonl file of ctx, endings and label; or hub, Hugging Face's validation set
-    result: str = ""  # a file for the JSON, beside printing it
+    hellaswag: UserPath = ""  # a jsonl file of ctx, endings and label; or hub, Hugging Face's validation set
+    result: UserPath = ""  # a file for the JSON, beside printing it
 
     # machine
     batch_size: int = 8  # windows, or examples of HellaSwag, at once on each rank
@@ -82,7 +83,7 @@ def main() -> None:
         text = to_json(result, indent=1)
         print(text)
         if config.result:
-            Path(config.result).write_text(text + "\n")
+            Path(config.result).write_text(text + "\n", "utf-8")
         figures = (result.get("tokens", {}).get("loss", 0), result.get("hellaswag", {}).get("acc", 0))
         if not all(map(math.isfinite, figures)):
             raise ValueError(

@@ -248,7 +248,7 @@ def _event(name: str, step: int, **fields: Any) -> dict[str, Any]:
 def read(path: Path) -> list[dict[str, Any]]:
     """The steps and evaluations of a metrics.jsonl, each once; a line cut short by a crash is left out."""
     records: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
@@ -269,7 +269,7 @@ def _open(path: Path) -> TextIO:
     file = path.open("a+b")
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)
-    return TextIOWrapper(file)
+    return TextIOWrapper(file, "utf-8")
 
 
 def _memory(device: str) -> int:
@@ -284,13 +284,14 @@ def _start_wandb(config: TrainConfig, say: Callable[[str], None]) -> Any:
     """Logs offline where there is neither a key nor anybody to ask for one."""
     try:
         import wandb
+
+        # The folder wandb, where offline runs are, imports too, as an empty package: ask for a name in it.
+        from wandb import init
     except ImportError:
         raise ValueError(
             "wandb_log=True needs the package wandb: pip install -e '.[wandb]', or give --wandb_log=False"
         ) from None
-    start = partial(
-        wandb.init, project=config.wandb_project, name=config.wandb_run_name, config=config.flat()
-    )
+    start = partial(init, project=config.wandb_project, name=config.wandb_run_name, config=config.flat())
     try:
         start()
     except wandb.Error as error:

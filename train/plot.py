@@ -6,7 +6,6 @@ Loss, learning rate, gradient norm and throughput. One run goes to OUT_DIR/loss.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt import cli
+from gpt.cli import UserPath
 from train.metrics import read
 
 # Okabe and Ito's, which the colour-blind tell apart.
@@ -34,7 +34,7 @@ class PlotConfig:
     """Draw the metrics of runs: python -m train.plot OUT_DIR [OUT_DIR ...]"""
 
     x: Literal["step", "tokens", "time"] = "step"  # what goes to the right; time is that of the steps alone
-    out: Path | None = None  # the picture; OUT_DIR/loss.png, or compare.png where there are several runs
+    out: UserPath = ""  # the picture; OUT_DIR/loss.png, or compare.png where there are several runs
 
 
 @dataclass
@@ -60,18 +60,13 @@ class Run:
 
 
 def main() -> None:
-    flags: list[str] = []
-    folders: list[Path] = []
-    rest = iter(sys.argv[1:])
-    for arg in rest:
-        if not arg.startswith("-"):
-            folders.append(Path(arg))
-        else:  # `--key=value`, or `--key value`
-            flags += [arg] if "=" in arg else [arg, *islice(rest, 1)]
-    config = cli.parse(PlotConfig, flags, prog="python -m train.plot OUT_DIR [OUT_DIR ...]")
+    prog = "python -m train.plot OUT_DIR [OUT_DIR ...]"
+    config, paths = cli.parse_with_paths(PlotConfig, sys.argv[1:], prog)
+    folders = [Path(path) for path in paths]
     if not folders:
         raise ValueError("give the out_dir of a run: python -m train.plot OUT_DIR [OUT_DIR ...] [--x=tokens]")
-    picture = config.out or (folders[0] / "loss.png" if len(folders) == 1 else Path("compare.png"))
+    default = folders[0] / "loss.png" if len(folders) == 1 else "compare.png"
+    picture = Path(config.out or default)
     draw(load(folders), config.x).savefig(picture, dpi=120)
     print(picture)
 

@@ -81,7 +81,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        meta = json.loads(path.read_text())
+        meta = json.loads(path.read_text("utf-8"))
         if not all(isinstance(meta[split]["tokens"], int) for split in ("train", "val")):
             raise TypeError("counts are no numbers")
         return {"vocab_size": int(meta["vocab_size"])} | meta

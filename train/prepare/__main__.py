@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt import cli
+from gpt.cli import UserPath
 from train.prepare import corpora, documents
 from train.prepare.encode import check_free, encode, is_complete
 from train.prepare.inspect import inspect
@@ -52,7 +53,7 @@ class PrepareConfig:
 
     input: str  # a file, a folder or a glob of .txt, .jsonl or .parquet; several with commas between
     name: str  # name of the data set, for --dataset
-    tokenizer: str = "gpt2"  # gpt2, char (an id for each character), or the path of a tokenizer.json
+    tokenizer: UserPath = "gpt2"  # gpt2, char (an id for each character), or the path of a tokenizer.json
     field: str = "text"  # the column of .jsonl and .parquet that holds the text
     val_fraction: float = 0.1  # share for validation, of the characters or of the documents
     processes: int = 0  # processes that encode; 0: one for each core
@@ -64,7 +65,7 @@ class TokenizerConfig:
 
     input: str  # a file, a folder or a glob of .txt, .jsonl or .parquet; several with commas between
     vocab_size: int = 16384  # tokens, <|endoftext|> among them
-    output: str = "tokenizer.json"  # for --tokenizer of `text`
+    output: UserPath = "tokenizer.json"  # for --tokenizer of `text`
     field: str = "text"  # the column of .jsonl and .parquet that holds the text
 
 
@@ -83,7 +84,10 @@ def main() -> None:
         train_tokenizer(corpus, train.vocab_size, Path(train.output))
     elif name == "text":
         config = cli.parse(PrepareConfig, args, prog)
-        check_free(folder := Path("data", config.name))
+        folder = Path("data", config.name)
+        if folder == Path("data"):
+            raise ValueError(f"name={config.name!r} names no data set: give one, such as --name=mine")
+        check_free(folder)
         corpus = documents.files(config.input, config.field, config.val_fraction)
         prepare(folder, corpus, config.tokenizer, config.processes)
     elif name not in CORPORA:

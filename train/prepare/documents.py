@@ -17,6 +17,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from gpt import cli
+
 PIECE = 1 << 20  # characters that are encoded at a time
 SPLIT_SEED = 2357  # nanoGPT's
 # Where a text can be cut and its pieces encoded one by one to the same ids: no match of GPT-2's pattern goes
@@ -96,7 +98,7 @@ def hub(path: str, field: str, val_fraction: float, processes: int, part: str | 
 def find(inputs: str) -> list[Path]:
     """The files that `inputs` names, sorted, each once. Raises FileNotFoundError."""
     found: dict[Path, None] = {}
-    for name in [inputs] if Path(inputs).exists() else inputs.split(","):
+    for name in [inputs] if Path(inputs).exists() else map(cli.read_path, inputs.split(",")):
         matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
         here: list[Path] = []
         for path in map(Path, matches):
@@ -241,14 +243,15 @@ def _joined(splits: list[Split]) -> Split:
 def _load(what: str, path: str, part: str | None = None, **options: Any) -> Any:
     """datasets.load_dataset; of whatever kind its errors are, an OSError about `what`."""
     try:
-        import datasets
+        # A folder called datasets in the working folder imports too, as an empty package: ask for a name.
+        from datasets import load_dataset
     except ImportError:
         raise ValueError(
             ".jsonl, .parquet and the Hugging Face hub are read by the package datasets: "
             "pip install -e '.[data]'"
         ) from None
     try:
-        return datasets.load_dataset(path, part, split="train", **options)
+        return load_dataset(path, part, split="train", **options)
     except Exception as error:
         reason = error.__cause__ or error
         line = (str(reason).splitlines() or [""])[0]

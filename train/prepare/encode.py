@@ -239,7 +239,7 @@ def _read_journal(folder: Path, settings: str, dtype: Any) -> dict[str, dict[str
     nothing = {"batches": 0, "tokens": 0, "bytes": 0}
     done = {name: dict(nothing) for name in ("val", "train")}
     try:
-        journal = json.loads((folder / JOURNAL).read_text())
+        journal = json.loads((folder / JOURNAL).read_text("utf-8"))
     except (OSError, ValueError):
         return done
     if journal["of"] != settings:
