@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt.model import GPTConfig
-from tests.runs import run
+from tests.runs import run, surroundings
 from train import data, shards
 from train.__main__ import read_ahead
 from train.data import TokenFile, describe
@@ -98,7 +100,9 @@ def test_ranks_read_disjoint_windows(tmp_path_factory, n, world_size, size, micr
 def test_files_that_cannot_be_read_are_told(tmp_path):
     config = GPTConfig(block_size=8, vocab_size=10)
     path = tmp_path / "train.bin"
-    with pytest.raises(FileNotFoundError, match=r"there is no .*train.bin, and no shard \*train\*.bin"):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no .*train.bin, and no shard with the word train in its name"
+    ):
         describe(tmp_path)
     path.write_bytes(b"\0" * 31)
     with pytest.raises(ValueError, match="odd number of bytes, 31"):
@@ -160,8 +164,47 @@ def test_shards_are_found_by_the_name_of_their_split(tmp_path):
     assert TokenFile(tmp_path / "train.bin", config, 0).batch(0, 1)[0].unique().tolist() == [7]
     describe(tmp_path)
     (tmp_path / "fineweb_val_000000.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no .*val.bin, and no shard \*val\*.bin"):
+    with pytest.raises(FileNotFoundError, match=r"no .*val.bin, and no shard with the word val in its name"):
         describe(tmp_path)
+
+
+def test_a_shard_belongs_to_the_split_whose_word_is_in_its_name(tmp_path):
+    names = ["medieval_train_01", "medieval_val_00", "constraint_02", "interval_03", "Train-2", "validation0"]
+    for name in names:
+        llm_c_shard(tmp_path / f"{name}.bin", [1] * 20)
+    assert [p.stem for p in shards.find(tmp_path / "train.bin")] == ["Train-2", "medieval_train_01"]
+    assert [p.stem for p in shards.find(tmp_path / "val.bin")] == ["medieval_val_00", "validation0"]
+    llm_c_shard(tmp_path / "train_val_00.bin", [1] * 20)
+    with pytest.raises(ValueError, match=r"train_val_00.bin has the words of both splits .*\(train, val\)"):
+        shards.find(tmp_path / "val.bin")
+
+
+@pytest.mark.parametrize("vocab_size", [40, 50257, 128256])
+def test_uint32_ids_without_a_header_are_refused_and_the_command_in_the_sentence_converts_them(
+    tmp_path, vocab_size
+):
+    """Read as uint16, every second one is 0, or at most 1 where the vocabulary is past 16 bits."""
+    ids = np.random.default_rng(0).integers(0, vocab_size, 3000).astype(np.uint32)
+    path = tmp_path / "train.bin"
+    ids.tofile(path)
+    config = GPTConfig(block_size=8, vocab_size=vocab_size)
+    with pytest.raises(ValueError, match=r"train.bin has uint32 ids without a header") as error:
+        TokenFile(path, config, 0)
+    convert = str(error.value).partition('python -c "')[2].removesuffix('"')
+    subprocess.run([sys.executable, "-c", convert], check=True, env=surroundings())
+    file = TokenFile(path, config, 0)
+    assert len(file) == 3000 and file.read(np.array([0]), 3000)[0].tolist() == ids.tolist()
+
+
+def test_a_text_of_one_symbol_a_line_is_not_taken_for_uint32(tmp_path):
+    path = tmp_path / "train.bin"
+    np.stack([np.arange(900) % 26 + 1, np.zeros(900)], 1).astype(np.uint16).tofile(path)
+    assert len(TokenFile(path, GPTConfig(block_size=8, vocab_size=27), 0)) == 1800
+    (tmp_path / "meta.json").write_text(
+        json.dumps({"dtype": "uint16", "vocab_size": 400, "train": {"tokens": 1800}, "val": {"tokens": 9}})
+    )
+    np.stack([np.arange(900) % 400, np.zeros(900)], 1).astype(np.uint16).tofile(path)
+    assert len(TokenFile(path, GPTConfig(block_size=8, vocab_size=400), 0)) == 1800
 
 
 def test_ids_past_16_bits_are_written_and_read_as_llm_c_does(tmp_path):
