@@ -5,6 +5,7 @@ A config file is Python that assigns to the names of the flags, as nanoGPT's are
 """
 
 import ast
+import codecs
 import difflib
 import inspect
 import math
@@ -16,6 +17,7 @@ import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from io import BytesIO, TextIOWrapper
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args
@@ -69,6 +71,24 @@ def parse_given(
         if word.startswith("-") and name in known:
             given.setdefault(name, []).append(value if equals else after)
     return config, given
+
+
+def text_encoding(head: bytes) -> str:
+    """How a text that begins with these bytes is read: by its byte-order mark, else as UTF-8.
+
+    Editors on Windows put the mark there; both encodings leave it out of the text.
+    """
+    return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that somebody wrote, without a byte-order mark. Raises ValueError, OSError."""
+    content = path.read_bytes()
+    encoding = text_encoding(content)
+    try:
+        return TextIOWrapper(BytesIO(content), encoding).read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start:,} cannot be read") from None
 
 
 class Flag(NamedTuple):
@@ -187,7 +207,7 @@ def _find(name: str, presets: Path | None) -> Path:
 def _flags_of_file(path: Path, known: list[str], scope: dict[str, Any]) -> list[str]:
     """`--name=value` for what the file assigns. It sees, as nanoGPT's do, what was set before it."""
     try:
-        tree = ast.parse(path.read_text(), str(path))
+        tree = ast.parse(read_text(path), str(path))
         exec(compile(tree, str(path), "exec"), scope)
     except Exception as error:  # whatever the file does
         line = getattr(error, "lineno", None) or traceback.extract_tb(error.__traceback__)[-1].lineno

@@ -198,11 +198,12 @@ def main() -> None:
 
 def _prompts(config: SampleConfig) -> list[str]:
     if config.prompts:
-        lines = Path(config.prompts).read_text().splitlines()
+        lines = cli.read_text(Path(config.prompts)).splitlines()
         if not lines:
             raise ValueError(f"{config.prompts} holds no prompts: write one a line")
         return lines
-    return [Path(config.start[5:]).read_text() if config.start.startswith("FILE:") else config.start]
+    from_file = config.start.startswith("FILE:")
+    return [cli.read_text(Path(config.start[5:])) if from_file else config.start]
 
 
 if __name__ == "__main__":

@@ -529,3 +529,17 @@ def test_a_tokenizer_survives_the_checkpoint():
     chars = tokenizer.CharTokenizer(["a", "b", "é"])
     again = tokenizer.from_dict(chars.to_dict())
     assert again.encode("béa") == [1, 2, 0] and again.decode([2, 1, 9]) == "éb\ufffd"
+
+
+def test_a_byte_order_mark_in_a_prompt_or_a_config_file_is_left_out(tmp_path):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "a.txt").write_text("né\nto be\n", encoding=encoding)
+        prompts = [sample._prompts(sample.SampleConfig(start=f"FILE:{tmp_path}/a.txt"))]
+        prompts += [sample._prompts(sample.SampleConfig(prompts=str(tmp_path / "a.txt")))]
+        assert prompts == [["né\nto be\n"], ["né", "to be"]]
+        (tmp_path / "a.py").write_text("max_iters = 7\nout_dir = 'né'\n", encoding=encoding)
+        config, _ = parse([str(tmp_path / "a.py")])
+        assert (config.max_iters, config.out_dir) == (7, "né")
+    (tmp_path / "a.txt").write_bytes("né".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a.txt is not UTF-8 text: byte 1 cannot be read"):
+        sample._prompts(sample.SampleConfig(start=f"FILE:{tmp_path}/a.txt"))
