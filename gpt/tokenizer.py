@@ -172,6 +172,13 @@ def describe_json(path: Path) -> dict[str, Any]:
     return {"kind": "json", "vocab_size": _json_vocab_size(description, str(path)), "json": description}
 
 
+def mark_of_end(described: dict[str, Any]) -> tuple[str, bool]:
+    """(what ends a document where a text itself says so, whether the tokenizer has one id for it)."""
+    if described["kind"] == "json" and (end := end_of_text(described["json"])):
+        return end[0], True
+    return ENDS_OF_TEXT[0], described["kind"] == "gpt2"
+
+
 def end_of_text(description: str) -> tuple[str, int] | None:
     """(name, id) of what a tokenizer.json ends a document with."""
     content = json.loads(description)

@@ -236,6 +236,31 @@ def test_a_byte_order_mark_is_no_symbol_and_utf_16_is_read_by_it(small_pieces, e
     assert characters("out") == text
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_end_of_a_document_that_a_text_names_is_counted_and_on_demand_one_token(
+    small_pieces, monkeypatch, capsys, bpe, processes
+):
+    monkeypatch.setattr(encoding, "WORTH_A_PROCESS", 1)
+    text = "Once upon a time.<|endoftext|>\nThe king's <|endoftext|>end of text" * 60
+    Path("a.txt").write_text(text)
+    at = int(len(text) * 0.9)
+    corpus = documents.files("a.txt")
+    encode(Path("plain"), corpus, "gpt2", processes)
+    assert "the text has <|endoftext|> 120 times: text of 7 tokens each." in (out := capsys.readouterr().out)
+    assert "--endoftext=True" in out and read("plain", "train") == bpe.encode_ordinary(text[:at])
+    encode(Path("marked"), corpus, "gpt2", processes, endoftext=True)
+    assert capsys.readouterr().out == "the text has <|endoftext|> 120 times: one token each\n"
+    ids = [read("marked", split) for split in ("train", "val")]
+    assert ids == [bpe.encode(part, allowed_special="all") for part in (text[:at], text[at:])]
+    assert sum(part.count(50256) for part in ids) == 120
+    encode(Path("silent"), documents.text("no such thing " * 9, "x"), "gpt2", 1)
+    assert capsys.readouterr().out == ""
+    encode(Path("char"), corpus, "char", 1)
+    assert capsys.readouterr().out == "the text has <|endoftext|> 120 times: text of 13 tokens each\n"
+    with pytest.raises(ValueError, match=r"endoftext=True needs a tokenizer that has a token .* char \(\d+ "):
+        encode(Path("x"), corpus, "char", 1, endoftext=True)
+
+
 def test_rows_without_a_text_are_no_documents(small_pieces, bpe):
     lines = [{"text": "a b"}, {"text": None}, {"text": "c"}, {"text": "d"}]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -55,6 +55,7 @@ class PrepareConfig:
     tokenizer: str = "gpt2"  # gpt2, char (an id for each character), or the path of a tokenizer.json
     field: str = "text"  # the column of .jsonl and .parquet that holds the text
     val_fraction: float = 0.1  # share for validation, of the characters or of the documents
+    endoftext: bool = False  # make <|endoftext|> in the text the token that ends a document, not text
     processes: int = 0  # processes that encode; 0: one for each core
 
 
@@ -85,7 +86,7 @@ def main() -> None:
         config = cli.parse(PrepareConfig, args, prog)
         check_free(folder := Path("data", config.name))
         corpus = documents.files(config.input, config.field, config.val_fraction)
-        prepare(folder, corpus, config.tokenizer, config.processes)
+        prepare(folder, corpus, config.tokenizer, config.processes, config.endoftext)
     elif name not in CORPORA:
         raise ValueError(
             f"no corpus is called {name!r}: {', '.join(CORPORA)} or text --input=FILES --name=NAME"
@@ -107,10 +108,12 @@ def prepare_by_name(name: str, args: Sequence[str]) -> None:
         print(f"nanoGPT counted {expected[0]:,} and {expected[1]:,}: the corpus is not the one it was")
 
 
-def prepare(folder: Path, corpus: documents.Corpus, kind: str, processes: int) -> dict[str, Any]:
+def prepare(
+    folder: Path, corpus: documents.Corpus, kind: str, processes: int, endoftext: bool = False
+) -> dict[str, Any]:
     """`encode`, and what there is to say of it. Returns what meta.json says."""
     try:
-        meta = encode(folder, corpus, kind, processes or _cores())
+        meta = encode(folder, corpus, kind, processes or _cores(), endoftext)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         raise
