@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt import sample
 from gpt.model import GPTConfig
+from gpt.tokenizer import describe_dataset, from_dict, read_meta
 from tests.runs import run, surroundings
-from train import data, shards
+from tests.test_command_line import command
+from train import data, metrics, shards
 from train.__main__ import read_ahead
 from train.data import TokenFile, describe
 from train.distributed import Ranks
@@ -322,3 +326,76 @@ def test_a_checkpoint_of_another_tokenizer_names_both(workplace):
     Path("data/tiny/meta.pkl").unlink()
     with pytest.raises(ValueError, match=r"has: char \(21 symbols\), and the data gpt2 \(50,257 symbols\)"):
         run("--init_from=resume")
+
+
+@pytest.mark.parametrize(
+    ("meta", "lack"),
+    [
+        ({"vocab_size": 30}, "has vocab_size=30, and it names no symbols (itos, stoi)"),
+        (
+            {"vocab_size": 21, "itos": dict(enumerate(range(21)))},
+            "has vocab_size=21, and its symbols are not text",
+        ),
+    ],
+)
+def test_a_meta_file_without_symbols_is_trained_on_and_says_what_sampling_lacks(
+    workplace, monkeypatch, capsys, meta, lack
+):
+    path = Path("data/tiny/meta.pkl")
+    chars = path.read_bytes()
+    path.write_bytes(pickle.dumps(meta))
+    state = run("--eval_sample=5")
+    assert state["model_args"]["vocab_size"] == meta["vocab_size"] and state["iter_num"] == 8
+    out = capsys.readouterr().out
+    assert f"samples are left out: data/tiny/meta.pkl {lack}: the model can be trained, but sampling" in out
+    flags = ["--device=cpu", "--num_samples=1", "--max_new_tokens=2", "--start=king"]
+    code, _, err = command(sample.main, monkeypatch, capsys, *flags)
+    assert code == 1 and lack in err
+    path.write_bytes(chars)  # it is found later
+    assert command(sample.main, monkeypatch, capsys, *flags)[1].startswith("king")
+    path.write_bytes(pickle.dumps(meta))
+    assert run("--init_from=resume", "--max_iters=9")["iter_num"] == 9
+
+
+def test_symbols_whose_ids_begin_at_1_are_read(workplace):
+    """nanoGPT needs the row of id 0 all the same."""
+    path = Path("data/tiny/meta.pkl")
+    symbols = read_meta(path)
+    stoi = {symbol: i for i, symbol in enumerate(symbols, 1)}
+    path.write_bytes(pickle.dumps({"vocab_size": 21, "stoi": stoi}))
+    Path("data/tiny/meta.json").unlink()
+    for split in ("train", "val"):
+        ids = np.fromfile(f"data/tiny/{split}.bin", np.uint16)
+        (ids + 1).astype(np.uint16).tofile(f"data/tiny/{split}.bin")
+    tokens = from_dict(describe_dataset(path.parent))
+    assert tokens.encode("king") == [stoi[c] for c in "king"] and tokens.start_id == 1
+    assert tokens.decode([0, *tokens.encode("king")]) == "\ufffdking"
+    assert run()["model_args"]["vocab_size"] == 22
+
+
+@pytest.mark.parametrize("vocab_size", [100, 300])
+def test_data_without_a_tokenizer_and_a_small_vocabulary_are_trained_on_without_samples(
+    workplace, capsys, vocab_size
+):
+    """A sample would begin from GPT-2's new line, 198, or be GPT-2's words for ids that are not GPT-2's."""
+    for name in ("meta.pkl", "meta.json"):
+        Path("data/tiny", name).unlink()
+    state = run(f"--vocab_size={vocab_size}", "--eval_sample=5")
+    assert state["iter_num"] == 8 and state["tokenizer"]["kind"] == "unknown"
+    out = capsys.readouterr().out
+    sentence = (
+        f"samples are left out: vocab_size={vocab_size} is too small for GPT-2's encoding, and data/tiny"
+    )
+    assert out.count(sentence) == 1
+    assert run("--init_from=resume", "--max_iters=9")["iter_num"] == 9
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "loss": 2.5}\n', "[1, 2]\n", '{"step": 1}\n{"ste'])
+def test_a_metrics_file_of_another_program_is_left_alone(workplace, line):
+    path = Path("out/metrics.jsonl")
+    path.parent.mkdir()
+    path.write_text(line)
+    for read in (run, lambda: metrics.read(path)):
+        with pytest.raises(ValueError, match=r"metrics.jsonl was not written by a training run .*--out_dir"):
+            read()
+    assert path.read_text() == line and not Path("out/ckpt.pt").exists()

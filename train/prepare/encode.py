@@ -39,7 +39,8 @@ Encoded = Iterator[tuple[NDArray[np.uint32], int]]  # the ids of a batch, and th
 
 
 def describe_tokenizer(kind: str, corpus: Corpus) -> dict[str, Any]:
-    """`kind` is gpt2, char (an id for each symbol of the corpus) or the path of a tokenizer.json."""
+    """`kind` is gpt2, char (an id for each symbol of the corpus) or the path of a tokenizer.json, or of a
+    Hugging Face folder that has a tokenizer."""
     if kind == "gpt2":
         return {"kind": "gpt2"}
     if kind == "char":
@@ -48,6 +49,11 @@ def describe_tokenizer(kind: str, corpus: Corpus) -> dict[str, Any]:
             for piece in batch():
                 symbols.update("\n" if piece is None else piece)  # a new line ends a document
         return tokenizer.CharTokenizer(sorted(symbols)).to_dict()
+    if Path(kind).is_dir():
+        described = tokenizer.describe_folder(Path(kind))
+        if described["kind"] == "unknown":
+            raise ValueError(described["why"])
+        return described
     if not Path(kind).is_file():
         raise FileNotFoundError(f"tokenizer={kind!r} is neither gpt2, char, nor the path of a tokenizer.json")
     return tokenizer.describe_json(Path(kind))
