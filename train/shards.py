@@ -29,7 +29,7 @@ def find(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    own = WORDS[path.stem]
+    own = WORDS.get(path.stem, {path.stem})
     other = set().union(*(words for split, words in WORDS.items() if split != path.stem))
     shards = []
     for shard in sorted(path.parent.glob("*.bin")):

@@ -52,7 +52,7 @@ class PrepareConfig:
 
     input: str  # a file, a folder or a glob of .txt, .jsonl or .parquet; several with commas between
     name: str  # name of the data set, for --dataset
-    tokenizer: str = "gpt2"  # gpt2, char (an id for each character), or the path of a tokenizer.json
+    tokenizer: str = "gpt2"  # gpt2, char (an id for each character), a tokenizer.json, or a model's folder
     field: str = "text"  # the column of .jsonl and .parquet that holds the text
     val_fraction: float = 0.1  # share for validation, of the characters or of the documents
     endoftext: bool = False  # make <|endoftext|> in the text the token that ends a document, not text
