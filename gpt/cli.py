@@ -5,6 +5,7 @@ so a value from a file meets the same checks and the same messages as one from t
 """
 
 import ast
+import codecs
 import difflib
 import importlib
 import inspect
@@ -19,7 +20,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
-from io import TextIOWrapper
+from io import BytesIO, TextIOWrapper
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args
@@ -103,6 +104,26 @@ def words(config_class: type, args: Sequence[str]) -> Iterator[tuple[str, str | 
             yield name, "True"
         else:
             yield name, rest.pop(0) if rest else None
+
+
+def text_encoding(head: bytes) -> str:
+    """How a text that begins with these bytes is read: by its byte-order mark, else as UTF-8.
+
+    Editors on Windows put the mark there; both encodings leave it out of the text.
+    """
+    return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+def read_text(path: Path) -> str:
+    """The text of a file that somebody wrote, without a byte-order mark. Raises ValueError, OSError."""
+    content = path.read_bytes()
+    encoding = text_encoding(content)
+    try:
+        return TextIOWrapper(BytesIO(content), encoding).read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text: byte {error.start:,} cannot be read; convert it to UTF-8"
+        ) from None
 
 
 class Flag(NamedTuple):
@@ -299,8 +320,9 @@ def _flags_of_file(path: Path, described: Mapping[str, Flag], scope: dict[str, A
     """
     lines: dict[str, int] = {}  # of the statement that set a name last
     try:
-        # From bytes Python itself reads the encoding: UTF-8, with or without a byte-order mark.
-        tree = ast.parse(path.read_bytes(), str(path))
+        # Python itself finds the encoding of bytes, but for UTF-16.
+        content = path.read_bytes()
+        tree = ast.parse(read_text(path) if text_encoding(content) == "utf-16" else content, str(path))
         scope["__file__"] = str(path)
         with _importing_from(path.resolve().parent):
             # One statement at a time, to know the line where the statement only calls what sets a name.

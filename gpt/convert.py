@@ -37,14 +37,18 @@ def convert(source: str, target: Path, vocab_size: int | None = None) -> None:
     if vocab_size is not None and vocab_size != had:
         model = resize_vocabulary(model, vocab_size, symbols)
         print(f"vocabulary: {had} rows in {source}, {vocab_size} in {target}, for {symbols} symbols")
-    elif had != symbols:
+    elif had == tokenizer.padded_vocab_size(described) != symbols:
         print(f"vocabulary: {had} rows for {symbols} symbols; --vocab_size={symbols} leaves the padding out")
+    elif had != symbols:
+        print(f"vocabulary: {had} rows for the {symbols} symbols of the tokenizer; all rows are kept")
     if target.suffix == ".pt":
         save_checkpoint(model, described, target)
         if model.config.activation != "gelu":
             print("nanoGPT's model.py has the erf GELU, this model tanh: its logits there are a little off")
     else:
         save_hugging_face(model, described, target)
+    if described["kind"] == "unknown":
+        print(f"the tokenizer is unknown: {described['why']}")
     print(f"{target}: {model.get_num_params() / 1e6:.2f}M parameters, tokenizer {described['kind']}")
 
 

@@ -2,7 +2,9 @@
 
 import difflib
 import json
+import os
 import pickle
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -184,15 +186,20 @@ def from_hugging_face(
 
 
 def hugging_face_tokenizer(name: str) -> dict[str, Any]:
-    """The tokenizer of a folder, by `to_dict`: our characters, a tokenizer.json, else GPT-2's."""
-    file, settings = Path(name, "tokenizer.json"), Path(name, "tokenizer_config.json")
-    made_for = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    if not file.is_file() or str(made_for.get("tokenizer_class", "GPT2")).startswith("GPT2"):
+    """The tokenizer of one of OpenAI's GPT-2s or of a folder, by `to_dict`.
+
+    A folder without any has GPT-2's where the embedding has GPT-2's rows, or nanoGPT's padding of them; of
+    other vocabularies the tokenizer is unknown.
+    """
+    if not Path(name).is_dir():
         return {"kind": "gpt2"}
-    model = json.loads(file.read_text(encoding="utf-8"))["model"]
-    if model.get("type") != "WordLevel":
-        return tokenizer.describe_json(file)
-    return {"kind": "char", "symbols": sorted(model["vocab"], key=model["vocab"].__getitem__)}
+    rows = json.loads(Path(name, "config.json").read_text(encoding="utf-8")).get("vocab_size", 50257)
+    described = tokenizer.describe_folder(Path(name), rows)
+    if described["kind"] == "unknown" and rows in (tokenizer.GPT2_VOCAB_SIZE, 50304):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{name} has no tokenizer: with {rows} symbols GPT-2's is taken", file=sys.stderr)
+        return {"kind": "gpt2"}
+    return described
 
 
 def load(
@@ -215,16 +222,19 @@ def load(
             )
         return model, described
     model, checkpoint = from_checkpoint(Path(source), device, dtype, **overrides)
-    if "tokenizer" in checkpoint:
-        described = checkpoint["tokenizer"]
-    else:  # nanoGPT's: it looks for the data set by name
-        folder = Path("data", checkpoint.get("config", {}).get("dataset", ""))
-        described = tokenizer.describe_dataset(folder)
-        if described["kind"] == "gpt2" and (model.config.vocab_size or 0) < tokenizer.GPT2_VOCAB_SIZE:
-            raise ValueError(
-                f"{source} knows {model.config.vocab_size} symbols and does not say which, and there is no "
-                f"{folder / 'meta.pkl'} to tell"
+    described = checkpoint.get("tokenizer")
+    dataset = checkpoint.get("config", {}).get("dataset", "")
+    # nanoGPT's checkpoints look for the data set by name; so do those whose data set lacked its symbols.
+    if described is None or (described["kind"] == "unknown" and dataset):
+        size, folder = model.config.vocab_size or 0, Path("data", dataset)
+        beside = tokenizer.describe_dataset(folder)
+        if beside["kind"] == "gpt2" and size < tokenizer.GPT2_VOCAB_SIZE:
+            beside = described or tokenizer.unknown(
+                size,
+                f"{source} knows {size} symbols and does not say which, and there is no "
+                f"{folder / 'meta.pkl'} to tell",
             )
+        described = beside
     return model, described
 
 
@@ -294,7 +304,10 @@ def save_hugging_face(model: GPT, described: dict[str, Any], folder: Path) -> No
         norms_and_linears = [key for key in weights if not key.endswith(("wte.weight", "wpe.weight"))]
         for key in norms_and_linears:  # the last dimension is the output's: Conv1D's is (in, out)
             weights[key.removesuffix("weight") + "bias"] = torch.zeros(weights[key].shape[-1])
-    files = _tokenizer_files(described)  # before anything is written: it may have to be fetched
+    # An unknown tokenizer has no files.
+    files = (
+        _tokenizer_files(described) if described["kind"] != "unknown" else {}
+    )  # before anything is written: it may have to be fetched
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -316,7 +329,7 @@ def _tokenizer_files(described: dict[str, Any]) -> dict[str, bytes]:
         files = {"tokenizer.json": described["json"].encode()}
     else:
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-        vocab = {symbol: i for i, symbol in enumerate(described["symbols"])}
+        vocab = {symbol: i for i, symbol in enumerate(described["symbols"]) if symbol}
         content = {
             "version": "1.0",
             "added_tokens": [],

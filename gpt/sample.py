@@ -204,19 +204,12 @@ def main() -> None:
 
 def _prompts(config: SampleConfig) -> list[str]:
     if config.prompts:
-        lines = _read(config.prompts).splitlines()
+        lines = cli.read_text(Path(config.prompts)).splitlines()
         if not lines:
             raise ValueError(f"{config.prompts} holds no prompts: write one a line")
         return lines
-    return [_read(config.start[5:]) if config.start.startswith("FILE:") else config.start]
-
-
-def _read(path: str) -> str:
-    """The text of a prompt file: UTF-8 whatever the locale, with or without a byte-order mark."""
-    try:
-        return Path(cli.read_path(path)).read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start}; convert it to UTF-8") from None
+    from_file = config.start.startswith("FILE:")
+    return [cli.read_text(Path(cli.read_path(config.start[5:]))) if from_file else config.start]
 
 
 if __name__ == "__main__":

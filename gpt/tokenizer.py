@@ -3,6 +3,7 @@
 A tokenizer is described by plain values (`to_dict`, `from_dict`), which is how a checkpoint carries its own.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 GPT2_VOCAB_SIZE = 50257
 GPT2_END_OF_TEXT = 50256
 GPT2_REPLACEMENT = 4210  # U+FFFD
+# Of its (id, token) but the last, sorted, as JSON.
+GPT2_SHA256 = "4c9d30e24aa2b6a802cbe721e72c4ea9f4ac076781eafb0686f6ae4019f7f130"
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # what tokenizer.json files call it
 TIKTOKEN_FILES = {  # the sha1 of a file's URL is its name in tiktoken's cache
     "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
@@ -38,10 +41,10 @@ class CharTokenizer:
     """One id for each symbol of a corpus, in the order of `symbols`."""
 
     def __init__(self, symbols: Sequence[str]):
-        self.symbols = list(symbols)
-        self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
+        self.symbols = list(symbols)  # "" where an id has none
+        self.ids = {symbol: i for i, symbol in enumerate(self.symbols) if symbol}
         self.vocab_size = len(self.symbols)
-        self.start_id = 0
+        self.start_id = next(iter(self.ids.values()), 0)
         self.end = [self.ids["\n"]] if "\n" in self.ids else []
 
     def encode(self, text: str) -> list[int]:
@@ -59,8 +62,8 @@ class CharTokenizer:
         return np.array(self.encode(text), np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids past the symbols, which a padded vocabulary can give, are shown as U+FFFD."""
-        return "".join(self.symbols[i] if i < self.vocab_size else "\ufffd" for i in ids)
+        """Ids without a symbol, which a padded vocabulary can give, are shown as U+FFFD."""
+        return "".join((i < self.vocab_size and self.symbols[i]) or "\ufffd" for i in ids)
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "char", "symbols": self.symbols}
@@ -104,7 +107,13 @@ class JsonTokenizer:
             ) from None
         self.description = description
         self.vocab_size = _json_vocab_size(description, "the tokenizer.json")
-        self.bpe = Bpe.from_str(description)
+        try:
+            self.bpe = Bpe.from_str(description)
+        except Exception as error:  # of no narrower type
+            raise ValueError(f"the tokenizer.json cannot be read ({error})") from None
+        # A file that was saved for another use may have them on: they would cut or lengthen every text.
+        self.bpe.no_truncation()
+        self.bpe.no_padding()
         end = end_of_text(description)
         self.end = [end[1]] if end else []
         self.start_id = self.end[0] if self.end else 0
@@ -134,7 +143,30 @@ def from_dict(described: dict[str, Any]) -> Tokenizer:
         return GPT2Tokenizer()
     if described["kind"] == "json":
         return JsonTokenizer(described["json"])
+    if described["kind"] == "unknown":
+        raise ValueError(described["why"])
     raise ValueError(f"a tokenizer of kind {described['kind']!r} is unknown here: char, gpt2, json are")
+
+
+def unknown(vocab_size: int, why: str) -> dict[str, Any]:
+    """Describes the tokenizer of ids that nobody can turn into text: `from_dict` raises `why`, a sentence."""
+    return {"kind": "unknown", "vocab_size": vocab_size, "why": why}
+
+
+def fits(model: dict[str, Any], data: dict[str, Any]) -> bool:
+    """Whether the ids of `data` mean to `model` what they mean to its own tokenizer, as far as is known.
+
+    The ids decide, not the text of a tokenizer.json: the same one may be written in many ways, and one that
+    adds tokens to GPT-2's encoding reads GPT-2's ids.
+    """
+    if model == data or "unknown" in (model["kind"], data["kind"]):
+        return True
+    contents = [json.loads(described["json"]) for described in (model, data) if described["kind"] == "json"]
+    if len(contents) == 2:
+        return _meaning(contents[0]) == _meaning(contents[1])
+    if {model["kind"], data["kind"]} == {"json", "gpt2"}:
+        return _is_gpt2(contents[0]) and (data["kind"] == "gpt2" or vocab_size(data) == GPT2_VOCAB_SIZE)
+    return False
 
 
 def vocab_size(described: dict[str, Any]) -> int:
@@ -146,7 +178,7 @@ def vocab_size(described: dict[str, Any]) -> int:
 def padded_vocab_size(described: dict[str, Any]) -> int:
     """Of a new model: a multiple of 64, for the tensor cores; characters as many as there are, as nanoGPT."""
     size = vocab_size(described)
-    return size if described["kind"] == "char" else -(-size // 64) * 64
+    return size if described["kind"] in ("char", "unknown") else -(-size // 64) * 64
 
 
 def name(described: dict[str, Any]) -> str:
@@ -163,13 +195,60 @@ def describe_dataset(folder: Path) -> dict[str, Any]:
     if (file := folder / "tokenizer.json").exists():
         return describe_json(file)
     meta = folder / "meta.pkl"
-    return CharTokenizer(read_meta(meta)).to_dict() if meta.exists() else {"kind": "gpt2"}
+    return describe_meta(meta) if meta.exists() else {"kind": "gpt2"}
+
+
+def describe_folder(folder: Path, rows: int | None = None) -> dict[str, Any]:
+    """The tokenizer in a folder of Hugging Face's: our characters, GPT-2's encoding, or one of its own.
+
+    It stands there as tokenizer.json, or as vocab.json with merges.txt. Its ids say whether it is GPT-2's,
+    not its class: a GPT-2 of another language is a GPT2Tokenizer too. `rows` are those of the model's
+    embedding: tokens that were added past them, and so never trained on, are left out.
+    """
+    if (folder / "tokenizer.json").is_file():
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        text = _json_of_bpe(folder)
+    else:
+        others = sorted(p.name for p in folder.glob("*") if p.suffix == ".model" or p.name == "vocab.txt")
+        there = f"a tokenizer as {others[0]}, which is not read here" if others else "no tokenizer"
+        size = rows or 0
+        return unknown(
+            size,
+            f"{folder} has {there}, so what its {size:,} symbols are is unknown: no prompt can be encoded; "
+            "put the model's tokenizer.json into the folder (transformers writes it: AutoTokenizer"
+            ".from_pretrained(...).save_pretrained(FOLDER))",
+        )
+    size = _json_vocab_size(text, str(folder / "tokenizer.json"))
+    content = json.loads(text)
+    vocab = content["model"]["vocab"]
+    if (
+        content["model"].get("type") == "WordLevel"
+        and (content.get("pre_tokenizer") or {}).get("type") == "Split"
+    ):
+        symbols = dict.fromkeys(range(size), "") | {i: symbol for symbol, i in vocab.items()}
+        return {"kind": "char", "symbols": list(symbols.values())}
+    added = content.get("added_tokens", [])
+    if rows is not None and size > rows and any(token["id"] >= rows for token in added):
+        content["added_tokens"] = [token for token in added if token["id"] < rows]
+        text = json.dumps(content, ensure_ascii=False)
+        size = _json_vocab_size(text, str(folder))
+    if _is_gpt2(content) and size == GPT2_VOCAB_SIZE:
+        return {"kind": "gpt2"}
+    return {"kind": "json", "vocab_size": size, "json": text}
 
 
 def describe_json(path: Path) -> dict[str, Any]:
     """A tokenizer.json as `to_dict` gives it, without the library that encodes by it. Raises ValueError."""
     description = path.read_text(encoding="utf-8")
     return {"kind": "json", "vocab_size": _json_vocab_size(description, str(path)), "json": description}
+
+
+def mark_of_end(described: dict[str, Any]) -> tuple[str, bool]:
+    """(what ends a document where a text itself says so, whether the tokenizer has one id for it)."""
+    if described["kind"] == "json" and (end := end_of_text(described["json"])):
+        return end[0], True
+    return ENDS_OF_TEXT[0], described["kind"] == "gpt2"
 
 
 def end_of_text(description: str) -> tuple[str, int] | None:
@@ -194,19 +273,99 @@ def _json_vocab_size(description: str, where: str) -> int:
         ) from None
 
 
-def read_meta(path: Path) -> list[str]:
-    """The symbols in nanoGPT's meta.pkl ({vocab_size, itos, stoi}) by id; nothing in the file is executed."""
+def _is_gpt2(content: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json splits and numbers text as GPT-2's encoding; it may have more tokens."""
+    vocab, splits = content["model"]["vocab"], content.get("pre_tokenizer") or {}
+    plain = splits.get("type") == "ByteLevel" and not splits.get("add_prefix_space")
+    if not isinstance(vocab, dict) or content.get("normalizer") or not plain:
+        return False
+    ids = sorted((i, token) for token, i in vocab.items() if i < GPT2_END_OF_TEXT)
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest() == GPT2_SHA256
+
+
+def _meaning(content: dict[str, Any]) -> list[Any]:
+    """What of a tokenizer.json decides about the ids of a corpus, where special tokens are text."""
+    model, splits = content["model"], content.get("pre_tokenizer")
+    if splits and splits.get("type") == "ByteLevel":
+        splits = [splits.get("add_prefix_space"), splits.get("use_regex", True)]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    if isinstance(model["vocab"], dict):
+        added = {token: i for token, i in added.items() if token not in model["vocab"]}
+    return [model["vocab"], merges, added, content.get("normalizer"), splits]
+
+
+def _json_of_bpe(folder: Path) -> str:
+    """The older layout as a tokenizer.json: vocab.json, merges.txt, and added tokens in files beside them."""
+
+    def read(name: str) -> dict[str, Any]:
+        return json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
+
+    vocab, settings = read("vocab.json"), read("tokenizer_config.json")
+    named = [*read("special_tokens_map.json").items(), *settings.items()]
+    tokens = [v["content"] if isinstance(v, dict) else v for k, v in named if k.endswith("_token") and v]
+    tokens = [token for token in [*tokens, *ENDS_OF_TEXT] if isinstance(token, str) and token in vocab]
+    ids = {token: vocab[token] for token in tokens} | read("added_tokens.json")
+    ids |= {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    bytes_of = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+    added = sorted((i, token) for token, i in ids.items())
+    has_prefix = bool(settings.get("add_prefix_space"))
+    merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    content = {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": token, **flags} for i, token in added],
+        "normalizer": None, "pre_tokenizer": bytes_of | {"add_prefix_space": has_prefix},
+        "post_processor": None, "decoder": bytes_of | {"add_prefix_space": True},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+            "end_of_word_suffix": "", "fuse_unk": False, "vocab": vocab,
+            "merges": [merge for merge in merges if merge and not merge.startswith("#version")],
+        },
+    }  # fmt: skip
+    return json.dumps(content, ensure_ascii=False)
+
+
+def describe_meta(path: Path) -> dict[str, Any]:
+    """The tokenizer in nanoGPT's meta.pkl, as `to_dict` gives it; nothing in the file is executed.
+
+    nanoGPT trains by vocab_size alone: where the symbols are missing, or are not text, the tokenizer is
+    unknown. Ids may begin at 1, and vocab_size may be larger than the symbols: those between have none.
+    Raises ValueError.
+    """
     try:
         with path.open("rb") as f:
-            itos = _PlainUnpickler(f).load()["itos"]
-        symbols = [itos[i] for i in range(len(itos))]
-        if not all(isinstance(symbol, str) for symbol in symbols):
-            raise TypeError("a symbol is not text")
-    except (pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, ValueError) as error:
+            meta = _PlainUnpickler(f).load()
+        itos = meta.get("itos") or {i: symbol for symbol, i in meta.get("stoi", {}).items()}
+        itos = itos if isinstance(itos, dict) else dict(enumerate(itos))
+        size = max([meta.get("vocab_size", 0), *(i + 1 for i in itos)])
+        if size < 1:
+            raise ValueError("it has neither vocab_size nor itos")
+    except _WouldRun as error:
+        raise ValueError(
+            f"{path} is not nanoGPT's meta.pkl of plain values: {error}, and to read that would run code; "
+            "write vocab_size, itos and stoi as numbers, strings and dicts"
+        ) from None
+    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} is not nanoGPT's meta.pkl ({type(error).__name__}: {error}); prepare the data again"
         ) from None
-    return symbols
+    if itos and all(isinstance(symbol, str) for symbol in itos.values()):
+        return {"kind": "char", "symbols": [itos.get(i, "") for i in range(size)]}
+    lack = "its symbols are not text" if itos else "it names no symbols (itos, stoi)"
+    return unknown(
+        size,
+        f"{path} has vocab_size={size}, and {lack}: the model can be trained, but sampling needs them to "
+        "turn text into ids and back",
+    )
+
+
+def read_meta(path: Path) -> list[str]:
+    """The symbols in nanoGPT's meta.pkl by id. Raises ValueError, also where it has none."""
+    described = describe_meta(path)
+    if described["kind"] == "unknown":
+        raise ValueError(described["why"])
+    return described["symbols"]
 
 
 def write_meta(path: Path, symbols: Sequence[str]) -> None:
@@ -216,11 +375,15 @@ def write_meta(path: Path, symbols: Sequence[str]) -> None:
     path.write_bytes(pickle.dumps(meta))
 
 
+class _WouldRun(pickle.UnpicklingError):
+    """A pickle names something to import."""
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Numbers, strings and containers only: what would import a name, and so could run code, is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which plain data never does")
+        raise _WouldRun(f"it refers to {module}.{name}, which plain data never does")
 
 
 def _gpt2_bpe() -> Any:

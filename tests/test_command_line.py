@@ -650,7 +650,7 @@ def test_prompt_files_are_utf8_whatever_the_locale_is(tmp_path):
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert result.stdout == ascii(["größe", "größe\n"]) + "\n"
-    assert result.stderr == "error: latin.txt is not UTF-8 text: byte 2; convert it to UTF-8\n"
+    assert result.stderr == "error: latin.txt is not UTF-8 text: byte 2 cannot be read; convert it to UTF-8\n"
 
 
 def started(tmp_path, *args, **environment):
@@ -858,3 +858,17 @@ def test_a_character_that_the_console_cannot_show_is_printed_as_its_number(monke
         stream.flush()
         written.append(stream.buffer.getvalue())
     assert written == [b"\xe9\\u0416\n", b"\\u4e2d\n"]
+
+
+def test_a_byte_order_mark_in_a_prompt_or_a_config_file_is_left_out(tmp_path):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "a.txt").write_text("né\nto be\n", encoding=encoding)
+        prompts = [sample._prompts(sample.SampleConfig(start=f"FILE:{tmp_path}/a.txt"))]
+        prompts += [sample._prompts(sample.SampleConfig(prompts=str(tmp_path / "a.txt")))]
+        assert prompts == [["né\nto be\n"], ["né", "to be"]]
+        (tmp_path / "a.py").write_text("max_iters = 7\nout_dir = 'né'\n", encoding=encoding)
+        config, _ = parse([str(tmp_path / "a.py")])
+        assert (config.max_iters, config.out_dir) == (7, "né")
+    (tmp_path / "a.txt").write_bytes("né".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a.txt is not UTF-8 text: byte 1 cannot be read"):
+        sample._prompts(sample.SampleConfig(start=f"FILE:{tmp_path}/a.txt"))

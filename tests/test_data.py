@@ -2,6 +2,9 @@
 
 import json
 import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt import sample
 from gpt.model import GPTConfig
-from tests.runs import run
-from train import data, shards
+from gpt.tokenizer import describe_dataset, from_dict, read_meta
+from tests.runs import run, surroundings
+from tests.test_command_line import command
+from train import data, metrics, shards
 from train.__main__ import read_ahead
 from train.data import TokenFile, describe
 from train.distributed import Ranks
@@ -98,7 +104,9 @@ def test_ranks_read_disjoint_windows(tmp_path_factory, n, world_size, size, micr
 def test_files_that_cannot_be_read_are_told(tmp_path):
     config = GPTConfig(block_size=8, vocab_size=10)
     path = tmp_path / "train.bin"
-    with pytest.raises(FileNotFoundError, match=r"there is no .*train.bin, and no shard \*train\*.bin"):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no .*train.bin, and no shard with the word train in its name"
+    ):
         describe(tmp_path)
     path.write_bytes(b"\0" * 31)
     with pytest.raises(ValueError, match="odd number of bytes, 31"):
@@ -160,8 +168,47 @@ def test_shards_are_found_by_the_name_of_their_split(tmp_path):
     assert TokenFile(tmp_path / "train.bin", config, 0).batch(0, 1)[0].unique().tolist() == [7]
     describe(tmp_path)
     (tmp_path / "fineweb_val_000000.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no .*val.bin, and no shard \*val\*.bin"):
+    with pytest.raises(FileNotFoundError, match=r"no .*val.bin, and no shard with the word val in its name"):
         describe(tmp_path)
+
+
+def test_a_shard_belongs_to_the_split_whose_word_is_in_its_name(tmp_path):
+    names = ["medieval_train_01", "medieval_val_00", "constraint_02", "interval_03", "Train-2", "validation0"]
+    for name in names:
+        llm_c_shard(tmp_path / f"{name}.bin", [1] * 20)
+    assert [p.stem for p in shards.find(tmp_path / "train.bin")] == ["Train-2", "medieval_train_01"]
+    assert [p.stem for p in shards.find(tmp_path / "val.bin")] == ["medieval_val_00", "validation0"]
+    llm_c_shard(tmp_path / "train_val_00.bin", [1] * 20)
+    with pytest.raises(ValueError, match=r"train_val_00.bin has the words of both splits .*\(train, val\)"):
+        shards.find(tmp_path / "val.bin")
+
+
+@pytest.mark.parametrize("vocab_size", [40, 50257, 128256])
+def test_uint32_ids_without_a_header_are_refused_and_the_command_in_the_sentence_converts_them(
+    tmp_path, vocab_size
+):
+    """Read as uint16, every second one is 0, or at most 1 where the vocabulary is past 16 bits."""
+    ids = np.random.default_rng(0).integers(0, vocab_size, 3000).astype(np.uint32)
+    path = tmp_path / "train.bin"
+    ids.tofile(path)
+    config = GPTConfig(block_size=8, vocab_size=vocab_size)
+    with pytest.raises(ValueError, match=r"train.bin has uint32 ids without a header") as error:
+        TokenFile(path, config, 0)
+    convert = str(error.value).partition('python -c "')[2].removesuffix('"')
+    subprocess.run([sys.executable, "-c", convert], check=True, env=surroundings())
+    file = TokenFile(path, config, 0)
+    assert len(file) == 3000 and file.read(np.array([0]), 3000)[0].tolist() == ids.tolist()
+
+
+def test_a_text_of_one_symbol_a_line_is_not_taken_for_uint32(tmp_path):
+    path = tmp_path / "train.bin"
+    np.stack([np.arange(900) % 26 + 1, np.zeros(900)], 1).astype(np.uint16).tofile(path)
+    assert len(TokenFile(path, GPTConfig(block_size=8, vocab_size=27), 0)) == 1800
+    (tmp_path / "meta.json").write_text(
+        json.dumps({"dtype": "uint16", "vocab_size": 400, "train": {"tokens": 1800}, "val": {"tokens": 9}})
+    )
+    np.stack([np.arange(900) % 400, np.zeros(900)], 1).astype(np.uint16).tofile(path)
+    assert len(TokenFile(path, GPTConfig(block_size=8, vocab_size=400), 0)) == 1800
 
 
 def test_ids_past_16_bits_are_written_and_read_as_llm_c_does(tmp_path):
@@ -279,3 +326,76 @@ def test_a_checkpoint_of_another_tokenizer_names_both(workplace):
     Path("data/tiny/meta.pkl").unlink()
     with pytest.raises(ValueError, match=r"has: char \(21 symbols\), and the data gpt2 \(50,257 symbols\)"):
         run("--init_from=resume")
+
+
+@pytest.mark.parametrize(
+    ("meta", "lack"),
+    [
+        ({"vocab_size": 30}, "has vocab_size=30, and it names no symbols (itos, stoi)"),
+        (
+            {"vocab_size": 21, "itos": dict(enumerate(range(21)))},
+            "has vocab_size=21, and its symbols are not text",
+        ),
+    ],
+)
+def test_a_meta_file_without_symbols_is_trained_on_and_says_what_sampling_lacks(
+    workplace, monkeypatch, capsys, meta, lack
+):
+    path = Path("data/tiny/meta.pkl")
+    chars = path.read_bytes()
+    path.write_bytes(pickle.dumps(meta))
+    state = run("--eval_sample=5")
+    assert state["model_args"]["vocab_size"] == meta["vocab_size"] and state["iter_num"] == 8
+    out = capsys.readouterr().out
+    assert f"samples are left out: data/tiny/meta.pkl {lack}: the model can be trained, but sampling" in out
+    flags = ["--device=cpu", "--num_samples=1", "--max_new_tokens=2", "--start=king"]
+    code, _, err = command(sample.main, monkeypatch, capsys, *flags)
+    assert code == 1 and lack in err
+    path.write_bytes(chars)  # it is found later
+    assert command(sample.main, monkeypatch, capsys, *flags)[1].startswith("king")
+    path.write_bytes(pickle.dumps(meta))
+    assert run("--init_from=resume", "--max_iters=9")["iter_num"] == 9
+
+
+def test_symbols_whose_ids_begin_at_1_are_read(workplace):
+    """nanoGPT needs the row of id 0 all the same."""
+    path = Path("data/tiny/meta.pkl")
+    symbols = read_meta(path)
+    stoi = {symbol: i for i, symbol in enumerate(symbols, 1)}
+    path.write_bytes(pickle.dumps({"vocab_size": 21, "stoi": stoi}))
+    Path("data/tiny/meta.json").unlink()
+    for split in ("train", "val"):
+        ids = np.fromfile(f"data/tiny/{split}.bin", np.uint16)
+        (ids + 1).astype(np.uint16).tofile(f"data/tiny/{split}.bin")
+    tokens = from_dict(describe_dataset(path.parent))
+    assert tokens.encode("king") == [stoi[c] for c in "king"] and tokens.start_id == 1
+    assert tokens.decode([0, *tokens.encode("king")]) == "\ufffdking"
+    assert run()["model_args"]["vocab_size"] == 22
+
+
+@pytest.mark.parametrize("vocab_size", [100, 300])
+def test_data_without_a_tokenizer_and_a_small_vocabulary_are_trained_on_without_samples(
+    workplace, capsys, vocab_size
+):
+    """A sample would begin from GPT-2's new line, 198, or be GPT-2's words for ids that are not GPT-2's."""
+    for name in ("meta.pkl", "meta.json"):
+        Path("data/tiny", name).unlink()
+    state = run(f"--vocab_size={vocab_size}", "--eval_sample=5")
+    assert state["iter_num"] == 8 and state["tokenizer"]["kind"] == "unknown"
+    out = capsys.readouterr().out
+    sentence = (
+        f"samples are left out: vocab_size={vocab_size} is too small for GPT-2's encoding, and data/tiny"
+    )
+    assert out.count(sentence) == 1
+    assert run("--init_from=resume", "--max_iters=9")["iter_num"] == 9
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "loss": 2.5}\n', "[1, 2]\n", '{"step": 1}\n{"ste'])
+def test_a_metrics_file_of_another_program_is_left_alone(workplace, line):
+    path = Path("out/metrics.jsonl")
+    path.parent.mkdir()
+    path.write_text(line)
+    for read in (run, lambda: metrics.read(path)):
+        with pytest.raises(ValueError, match=r"metrics.jsonl was not written by a training run .*--out_dir"):
+            read()
+    assert path.read_text() == line and not Path("out/ckpt.pt").exists()

@@ -1,5 +1,6 @@
 """Preparation: the ids that tiktoken gives and nanoGPT reads, from any input, through interrupts."""
 
+import gzip
 import hashlib
 import inspect
 import io
@@ -194,6 +195,70 @@ def test_rows_of_jsonl_and_parquet_are_documents_split_as_nanogpt_splits_openweb
         meta = encode(out, documents.files(inputs, field, 0.2), "gpt2", 1)
         assert [read(out, split) for split in ("train", "val")] == expected, inputs
         assert meta["train"]["documents"] == 76 and meta["val"]["documents"] == 19
+
+
+def characters(folder):
+    """What was prepared by character, both splits, as text."""
+    itos = tokenizer.read_meta(Path(folder, "meta.pkl"))
+    return "".join(itos[i] for split in ("train", "val") for i in read(folder, split))
+
+
+def test_a_list_of_records_is_read_as_documents_compressed_or_not(small_pieces):
+    lines = [json.dumps({"text": text}) for text in ("ab", "ba", "aab")]
+    Path("list.json").write_text(f"[{', '.join(lines)}]")
+    Path("strings.json").write_text('["ab", "ba", "aab"]')
+    Path("rows.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    Path("ROWS.JSONL").write_text("\n".join(lines))
+    for name in ("list.json", "strings.json", "rows.jsonl.gz", "ROWS.JSONL"):
+        encode(Path("out", name), documents.files(name), "char", 1)
+        assert sorted(characters(Path("out", name)).splitlines()) == ["aab", "ab", "ba"], name
+
+
+def test_a_folder_is_read_whatever_the_case_of_its_endings_and_without_what_a_mac_leaves(small_pieces):
+    Path("texts/__MACOSX").mkdir(parents=True)
+    for name in ("a.txt", "B.TXT", "c.Txt"):
+        Path("texts", name).write_text(f"{name}")
+    Path("texts/d.txt.gz").write_bytes(gzip.compress(b"d.gz"))
+    Path("texts/__MACOSX/._a.txt").write_bytes(b"\x00\x05\x16\x07\xff")
+    Path("texts/._b.txt").write_bytes(b"\x00\x05\x16\x07\xff")
+    encode(Path("out"), documents.files("texts"), "char", 1)
+    assert sorted(characters("out").splitlines()) == ["B.TXT", "a.txt", "c.Txt", "d.gz"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("ending", [".txt", ".txt.gz"])
+def test_a_byte_order_mark_is_no_symbol_and_utf_16_is_read_by_it(small_pieces, encoding, ending):
+    text = "naïve 東京\n" * 300
+    content = text.replace("\n", "\r\n").encode(encoding)
+    path = Path(f"a{ending}")
+    path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    encode(Path("out"), documents.files(str(path)), "char", 1)
+    assert characters("out") == text
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_end_of_a_document_that_a_text_names_is_counted_and_on_demand_one_token(
+    small_pieces, monkeypatch, capsys, bpe, processes
+):
+    monkeypatch.setattr(encoding, "WORTH_A_PROCESS", 1)
+    text = "Once upon a time.<|endoftext|>\nThe king's <|endoftext|>end of text" * 60
+    Path("a.txt").write_text(text)
+    at = int(len(text) * 0.9)
+    corpus = documents.files("a.txt")
+    encode(Path("plain"), corpus, "gpt2", processes)
+    assert "the text has <|endoftext|> 120 times: text of 7 tokens each." in (out := capsys.readouterr().out)
+    assert "--endoftext=True" in out and read("plain", "train") == bpe.encode_ordinary(text[:at])
+    encode(Path("marked"), corpus, "gpt2", processes, endoftext=True)
+    assert capsys.readouterr().out == "the text has <|endoftext|> 120 times: one token each\n"
+    ids = [read("marked", split) for split in ("train", "val")]
+    assert ids == [bpe.encode(part, allowed_special="all") for part in (text[:at], text[at:])]
+    assert sum(part.count(50256) for part in ids) == 120
+    encode(Path("silent"), documents.text("no such thing " * 9, "x"), "gpt2", 1)
+    assert capsys.readouterr().out == ""
+    encode(Path("char"), corpus, "char", 1)
+    assert capsys.readouterr().out == "the text has <|endoftext|> 120 times: text of 13 tokens each\n"
+    with pytest.raises(ValueError, match=r"endoftext=True needs a tokenizer that has a token .* char \(\d+ "):
+        encode(Path("x"), corpus, "char", 1, endoftext=True)
 
 
 def test_rows_without_a_text_are_no_documents(small_pieces, bpe):
@@ -578,6 +643,15 @@ def test_inspect_shows_what_is_there(workplace, monkeypatch, capsys, text):
             ["text", "--input=bad.jsonl", "--name=x"],
             "bad.jsonl could not be loaded (ArrowInvalid: JSON parse error",
         ),
+        (["text", "--input=bad.jsonl", "--name=x"], "; bad.jsonl, line 2: Expecting value at column"),
+        (["text", "--input=cut.jsonl", "--name=x"], "; cut.jsonl, line 3, the last one (the file may be cut"),
+        (["text", "--input=u.jsonl", "--name=x"], "; u.jsonl is UTF-16: convert it by iconv"),
+        (["text", "--input=le.txt", "--name=x"], "as in UTF-16; convert it: iconv -f UTF-16LE -t UTF-8"),
+        (["text", "--input=be.txt", "--name=x"], "as in UTF-16; convert it: iconv -f UTF-16BE -t UTF-8"),
+        (["text", "--input=latin.txt", "--name=x"], "latin.txt is not UTF-8 text: byte 2 cannot be read"),
+        (["text", "--input=z.txt", "--name=x"], "z.txt is compressed (zstd): decompress it first"),
+        (["text", "--input=g.txt", "--name=x"], "g.txt is compressed (gzip): decompress it first"),
+        (["text", "--input=cut.txt.gz", "--name=x"], "cut.txt.gz is not a whole .gz file: Compressed"),
         (["text", "--input=bad.parquet", "--name=x"], "bad.parquet could not be loaded ("),
         (["text", "--input=one.jsonl", "--name=x"], "there are 1 rows"),
         (["tokenizer", "--input=a.txt", "--vocab_size=200"], "vocab_size=200 must be above 256"),
@@ -592,6 +666,14 @@ def test_a_mistake_is_one_sentence(small_pieces, monkeypatch, capsys, args, mess
     Path("a.jsonl").write_text('{"n": 1, "body": "b"}\n' * 3)
     Path("bad.jsonl").write_text('{"text": "b"}\n{"text": \n')
     Path("bad.parquet").write_text("no parquet")
+    Path("cut.jsonl").write_text('{"text": "b"}\n{"text": "c"}\n{"text": "d')
+    Path("u.jsonl").write_bytes('{"text": "b"}\n'.encode("utf-16"))
+    for name in ("le", "be"):
+        Path(f"{name}.txt").write_bytes(("some text " * 20).encode(f"utf-16-{name}"))
+    Path("latin.txt").write_bytes("été déjà".encode("latin-1").replace(b"\xe9t", b"et", 1))
+    Path("z.txt").write_bytes(b"\x28\xb5\x2f\xfd rest")
+    Path("g.txt").write_bytes(gzip.compress(b"some text"))
+    Path("cut.txt.gz").write_bytes(gzip.compress(os.urandom(900))[:-20])
     Path("one.jsonl").write_text('{"text": "b"}\n')
     code, _, err = command(prepare.main, monkeypatch, capsys, *args)
     last = err.splitlines()[-1]  # what comes before is the data set library's progress

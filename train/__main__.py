@@ -85,6 +85,7 @@ def train(
     tokens = describe(data_dir)
     model, resumed = checkpoint.initial_model(config, given, tokens, ranks, start)
     config = replace(config, model=model.config)
+    tokens = known_tokenizer(tokens, resumed.get("tokenizer", tokens), model, data_dir)
     step: int = resumed.get("iter_num", 0)
     best_val_loss = float(resumed.get("best_val_loss", torch.inf))
     before: dict[str, Any] = resumed.get("config", {})
@@ -134,7 +135,11 @@ def train(
     profile = Profile(config, step, ranks, metrics)
     saver = checkpoint.Saver(out_dir, config.keep_last)
     shows_sample = config.eval_sample > 0 and (ranks.is_main or config.strategy == "fsdp")
-    example = tokenizer.from_dict(tokens) if shows_sample else None
+    example, why_not = sampler(tokens, model) if shows_sample else (None, "")
+    if tokens["kind"] == "unknown" or why_not:
+        metrics.print(f"samples are left out: {why_not or tokens['why']}")
+    if ranks.any(bool(why_not)):  # with fsdp all ranks draw a sample, or none does
+        example = None
 
     def save(is_best: bool, evaluated: bool) -> None:
         saver.wait()
@@ -296,6 +301,35 @@ def evaluate(
         losses[split] = ranks.sum(total).item() / config.eval_iters
     model.train()
     return losses
+
+
+def known_tokenizer(
+    data: dict[str, Any], before: dict[str, Any], model: GPT, data_dir: Path
+) -> dict[str, Any]:
+    """The tokenizer to keep: that of the data, or of the run `before` where the data do not name it.
+
+    Data without a tokenizer are GPT-2's, unless the model has fewer symbols than that.
+    """
+    vocab_size = model.config.vocab_size or 0
+    if data["kind"] == "gpt2" and vocab_size < tokenizer.GPT2_VOCAB_SIZE:
+        data = tokenizer.unknown(
+            vocab_size,
+            f"vocab_size={vocab_size} is too small for GPT-2's encoding, and {data_dir} has no "
+            "tokenizer.json or meta.pkl that names another",
+        )
+    return before if data["kind"] == "unknown" and before["kind"] not in ("unknown", "gpt2") else data
+
+
+def sampler(described: dict[str, Any], model: GPT) -> tuple[Tokenizer | None, str]:
+    """(what samples are written by, ""), or (None, why no sample can be drawn): a run goes on without."""
+    vocab_size = model.config.vocab_size or 0
+    try:
+        tokens = tokenizer.from_dict(described)
+    except (ValueError, OSError) as error:
+        return None, str(error)
+    if tokens.start_id >= vocab_size:
+        return None, f"they would start from the id {tokens.start_id}, and vocab_size={vocab_size}"
+    return tokens, ""
 
 
 def sample(model: GPT, tokens: Tokenizer, config: TrainConfig) -> str:

@@ -130,7 +130,7 @@ def initial_model(
         }
         model, checkpoint = from_checkpoint(source_path, device, config.dtype, **overrides)
     where = str(latest) if source == "resume" else source
-    if (trained_with := checkpoint.get("tokenizer", tokens)) != tokens:
+    if not tokenizer.fits(trained_with := checkpoint.get("tokenizer", tokens), tokens):
         raise ValueError(
             f"{where} was trained with another tokenizer or alphabet than data/{config.dataset} has: "
             f"{tokenizer.name(trained_with)}, and the data {tokenizer.name(tokens)}"

@@ -31,7 +31,7 @@ class TrainConfig:
 
     # run and output
     out_dir: UserPath = "out"  # where ckpt.pt, config.py and metrics.jsonl go
-    init_from: UserPath = "scratch"  # scratch, resume, auto (resume if it can), gpt2*, a ckpt.pt or its folder
+    init_from: UserPath = "scratch"  # scratch, resume, auto (resume if any), gpt2*, a ckpt.pt or its folder
     seed: int = 1337  # of weights, dropout and data order
     log_interval: int = 1  # steps between printed lines
     print_config: bool = False  # print every setting as a config file, with what auto is here, and end
@@ -49,7 +49,7 @@ class TrainConfig:
     keep_last: int = 2  # checkpoints kept as ckpt-STEP.pt: what resume falls back to if ckpt.pt is damaged
 
     # data
-    dataset: UserPath = "openwebtext"  # folder in data/ with train.bin and val.bin, or shards; resume has its own
+    dataset: UserPath = "openwebtext"  # folder in data/ with train.bin, val.bin or shards; resume has its own
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all ranks
     batch_size: int | Literal["auto"] = 12  # sequences of block_size tokens in a micro-batch; auto: what fits
 

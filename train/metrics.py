@@ -246,7 +246,11 @@ def _event(name: str, step: int, **fields: Any) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The steps and evaluations of a metrics.jsonl, each once; a line cut short by a crash is left out."""
+    """The steps and evaluations of a metrics.jsonl, each once; a line cut short by a crash is left out.
+
+    Raises ValueError for a file of another program.
+    """
+    _check_own(path)
     records: list[dict[str, Any]] = []
     for line in path.read_text("utf-8").splitlines():
         try:
@@ -264,8 +268,21 @@ def read(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _check_own(path: Path) -> None:
+    """Raises ValueError where the first line is not one of a run's: it may be another program's only copy."""
+    with path.open("rb") as file:
+        first = file.readline()
+    if first.endswith(b"\n") and not first.startswith((b'{"event": ', b'{"iter": ')):
+        raise ValueError(
+            f"{path} was not written by a training run of this project (it begins with {first[:60]!r}), and "
+            "is left as it is: move it elsewhere, or choose another --out_dir"
+        )
+
+
 def _open(path: Path) -> TextIO:
-    """The file to add to, without a last line that a crash has cut short."""
+    """The file to add to, without a last line that a crash has cut short. Raises ValueError."""
+    if path.exists():
+        _check_own(path)
     file = path.open("a+b")
     file.seek(0)
     file.truncate(file.read().rfind(b"\n") + 1)

@@ -5,10 +5,11 @@
     magic 20240801    llm.c's for vocabularies over 65536: the same header with version 7, uint32 ids
 
 The zero after the count holds, in files of uint32 written here, what of the count is past 32 bits.
-A split of a dataset is one file, train.bin or val.bin, or many, *train*.bin or *val*.bin.
+A split of a dataset is one file, train.bin or val.bin, or many, whose names have the word train or val.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,34 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 HEADER_INTS = 256
+WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}  # in the names of shards
 KINDS: dict[int, tuple[int, type]] = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
 
 
 def find(path: Path) -> list[Path]:
-    """The files that data/NAME/train.bin stands for: itself, else data/NAME/*train*.bin in order of name.
+    """The files that data/NAME/train.bin stands for: itself, else its shards in order of name.
 
-    Raises FileNotFoundError where there is none.
+    A shard has the word `train` (or `val`) in its name: web_train_01.bin, not constraint_01.bin. Raises
+    FileNotFoundError where there is none, ValueError where a name has both words.
     """
     if path.is_file():
         return [path]
-    shards = sorted(path.parent.glob(f"*{path.stem}*.bin"))
+    own = WORDS.get(path.stem, {path.stem})
+    other = set().union(*(words for split, words in WORDS.items() if split != path.stem))
+    shards = []
+    for shard in sorted(path.parent.glob("*.bin")):
+        words = set(re.findall("[a-z]+", shard.stem.lower()))
+        if words & own and words & other:
+            raise ValueError(
+                f"{shard} has the words of both splits in its name "
+                f"({', '.join(sorted(words & (own | other)))}): rename it, so that one is left"
+            )
+        if words & own:
+            shards.append(shard)
     if not shards:
         raise FileNotFoundError(
-            f"there is no {path}, and no shard *{path.stem}*.bin in its place: prepare the data first, see "
-            "python -m train.prepare"
+            f"there is no {path}, and no shard with the word {path.stem} in its name (such as "
+            f"web_{path.stem}_000001.bin) in its place: prepare the data first, see python -m train.prepare"
         )
     return shards
 
@@ -44,7 +58,9 @@ def open_tokens(path: Path) -> NDArray:
             raise ValueError(
                 f"{path} has an odd number of bytes, {size:,}: no file of uint16; prepare it again"
             )
-        return np.memmap(path, "<u2", mode="r") if size else np.empty(0, np.uint16)
+        ids = np.memmap(path, "<u2", mode="r") if size else np.empty(0, np.uint16)
+        _check_width(path, ids)
+        return ids
     magic, version, tokens = int(start[0]), int(start[1]), int(start[2:].view("<i8")[0])
     known_version, dtype = KINDS[magic]
     if version != known_version:
@@ -58,6 +74,28 @@ def open_tokens(path: Path) -> NDArray:
             "it is not whole; copy or prepare it again"
         )
     return np.memmap(path, dtype, mode="r", offset=4 * HEADER_INTS, shape=(tokens,))
+
+
+def _check_width(path: Path, ids: NDArray) -> None:
+    """Raises ValueError where headerless ids are uint32, as forks of nanoGPT write them: (n,) uint16.
+
+    Half of each such id is 0, or a few where the vocabulary is past 65,536. A text with one symbol a line has
+    a 0 in every second place too, but no other one.
+    """
+    low, high = ids[: 1 << 16 : 2], ids[1 : 1 << 16 : 2]
+    if len(ids) % 2 or len(ids) < 64 or not low.any() or read_meta(path.parent).get("dtype") == "uint16":
+        return
+    wide = low.max() >= 256
+    if (high.max() == 0 and (wide or low.min() == 0)) or (high.max() < 16 and wide):
+        largest = int(np.memmap(path, "<u4", mode="r").max())
+        header = "b''" if largest < 65536 else f"shards.header(np.uint32, {len(ids) // 2})"
+        dtype = "uint16" if largest < 65536 else "uint32"
+        raise ValueError(
+            f"{path} has uint32 ids without a header (read as uint16, every second one is near 0), and a "
+            f'headerless file must be uint16. Convert it: python -c "import numpy as np; from train import '
+            f"shards; ids = np.fromfile('{path}', 'uint32'); open('{path}', 'wb').write({header} + "
+            f"ids.astype('{dtype}').tobytes())\""
+        )
 
 
 def dtype_for(vocab_size: int) -> DTypeLike:

@@ -53,9 +53,10 @@ class PrepareConfig:
 
     input: str  # a file, a folder or a glob of .txt, .jsonl or .parquet; several with commas between
     name: str  # name of the data set, for --dataset
-    tokenizer: UserPath = "gpt2"  # gpt2, char (an id for each character), or the path of a tokenizer.json
+    tokenizer: UserPath = "gpt2"  # gpt2, char (an id a character), a tokenizer.json, or a model's folder
     field: str = "text"  # the column of .jsonl and .parquet that holds the text
     val_fraction: float = 0.1  # share for validation, of the characters or of the documents
+    endoftext: bool = False  # make <|endoftext|> in the text the token that ends a document, not text
     processes: int = 0  # processes that encode; 0: one for each core
 
 
@@ -89,7 +90,7 @@ def main() -> None:
             raise ValueError(f"name={config.name!r} names no data set: give one, such as --name=mine")
         check_free(folder)
         corpus = documents.files(config.input, config.field, config.val_fraction)
-        prepare(folder, corpus, config.tokenizer, config.processes)
+        prepare(folder, corpus, config.tokenizer, config.processes, config.endoftext)
     elif name not in CORPORA:
         raise ValueError(
             f"no corpus is called {name!r}: {', '.join(CORPORA)} or text --input=FILES --name=NAME"
@@ -111,10 +112,12 @@ def prepare_by_name(name: str, args: Sequence[str]) -> None:
         print(f"nanoGPT counted {expected[0]:,} and {expected[1]:,}: the corpus is not the one it was")
 
 
-def prepare(folder: Path, corpus: documents.Corpus, kind: str, processes: int) -> dict[str, Any]:
+def prepare(
+    folder: Path, corpus: documents.Corpus, kind: str, processes: int, endoftext: bool = False
+) -> dict[str, Any]:
     """`encode`, and what there is to say of it. Returns what meta.json says."""
     try:
-        meta = encode(folder, corpus, kind, processes or _cores())
+        meta = encode(folder, corpus, kind, processes or _cores(), endoftext)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         raise

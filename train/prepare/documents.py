@@ -5,15 +5,17 @@ many documents, split as nanoGPT splits OpenWebText (some of them, drawn at rand
 """
 
 import glob
+import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from io import StringIO
+from io import StringIO, TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
@@ -23,6 +25,15 @@ PIECE = 1 << 20  # characters that are encoded at a time
 SPLIT_SEED = 2357  # nanoGPT's
 # Where a text can be cut and its pieces encoded one by one to the same ids: no match of GPT-2's pattern goes
 # on after a lone line end, or over the front of a lone space.
+KINDS = (".txt", ".jsonl", ".parquet")  # what is read of a folder, in any case of its letters
+READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+MAGIC = {
+    "gzip": b"\x1f\x8b",
+    "zstd": b"\x28\xb5\x2f\xfd",
+    "xz": b"\xfd7zXZ",
+    "bzip2": b"BZh",
+    "zip": b"PK\3\4",
+}
 SEAM = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
 
 Batch = list[str | None]  # pieces of documents in order; None ends one
@@ -58,7 +69,7 @@ def files(inputs: str, field: str = "text", val_fraction: float = 0.1) -> Corpus
     """What `inputs` names: files, folders and globs, separated by commas. Raises ValueError and OSError.
 
     A single file of text is a running text; else each file of text is a document, and so is the column
-    `field` of each row of a .jsonl or .parquet file.
+    `field` of each row of a .jsonl, .json or .parquet file. Any but .parquet may be compressed as .gz.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must be above 0 and below 1")
@@ -66,16 +77,18 @@ def files(inputs: str, field: str = "text", val_fraction: float = 0.1) -> Corpus
     stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     identity = json.dumps([stats, field, val_fraction])
     source = f"{inputs}: {len(paths):,} files, {sum(size for _, size, _ in stats):,} bytes"
-    kinds = {kind: [p for p in paths if p.suffix == kind] for kind in (".jsonl", ".parquet")}
-    plain = [p for p in paths if p.suffix not in kinds]
+    kinds = {kind: [p for p in paths if _kind(p) == kind] for kind in READERS}
+    plain = [p for p in paths if _kind(p) not in kinds]
     if len(paths) == len(plain) == 1:
         characters = sum(map(len, _read(partial(_open, paths[0]), 0, None)))
         return _running(partial(_open, paths[0]), characters, val_fraction, source, identity)
     parts = [_text_files(plain, val_fraction, at_least=int(plain == paths))] if plain else []
     for kind, of_kind in kinds.items():
         if of_kind:
-            reader = {".jsonl": "json", ".parquet": "parquet"}[kind]
-            table = _load(inputs, reader, data_files=[str(p) for p in of_kind])
+            try:
+                table = _load(inputs, READERS[kind], data_files=[str(p) for p in of_kind])
+            except OSError as error:
+                raise OSError(f"{error}{_not_json(of_kind) if kind == '.jsonl' else ''}") from None
             parts.append(_rows(table, field, val_fraction))
     train, val = (_joined(list(splits)) for splits in zip(*parts))
     return Corpus(train, val, source, identity)
@@ -102,7 +115,8 @@ def find(inputs: str) -> list[Path]:
         matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
         here: list[Path] = []
         for path in map(Path, matches):
-            inside = (p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet"))
+            # A Mac leaves a file ._NAME of its own beside each that it copies.
+            inside = (p for p in path.rglob("*") if _kind(p) in KINDS and not p.name.startswith("._"))
             here += sorted(inside) if path.is_dir() else [path]
         found |= dict.fromkeys(here)
         if not here:
@@ -134,8 +148,52 @@ def _running(
     return Corpus(split(0, at), split(at, characters), source, identity)
 
 
+def _kind(path: Path) -> str:
+    """The ending in small letters, without .gz: ".txt" of A.TXT and of a.txt.gz."""
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def _open_bytes(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
 def _open(path: Path) -> TextIO:
-    return path.open(encoding="utf-8")
+    """A text in UTF-8, or by its byte-order mark in UTF-16; the mark is left out. Raises ValueError."""
+    try:
+        with _open_bytes(path) as f:
+            head = f.read(1 << 12)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not a whole .gz file: {error}") from None
+    if how := next((how for how, magic in MAGIC.items() if head.startswith(magic)), None):
+        raise ValueError(f"{path} is compressed ({how}): decompress it first, or compress it as FILE.txt.gz")
+    encoding = cli.text_encoding(head)
+    if encoding != "utf-16" and head.count(0) > len(head) // 4:
+        raise ValueError(
+            f"{path} is not UTF-8 text: {head.count(0):,} of its first {len(head):,} bytes are 0, as in "
+            f"UTF-16; convert it: iconv -f UTF-16{'LE' if head[1:2] == bytes(1) else 'BE'} -t UTF-8"
+        )
+    return TextIOWrapper(_open_bytes(path), encoding)
+
+
+def _not_json(paths: list[Path]) -> str:
+    """Which line of these .jsonl files is not JSON, as the end of a sentence; "" where all are."""
+    for path in paths:
+        number, line = 0, ""
+        try:
+            with _open(path) as f:
+                if f.encoding == "utf-16":
+                    return f"; {path} is UTF-16: convert it by iconv -f UTF-16 -t UTF-8"
+                for line in f:
+                    number += 1
+                    if line.strip():
+                        json.loads(line)
+        except json.JSONDecodeError as error:
+            cut = "" if line.endswith("\n") else ", the last one (the file may be cut short)"
+            return f"; {path}, line {number:,}{cut}: {error.msg} at column {error.colno}"
+        except (ValueError, OSError) as error:
+            return f"; {error}"
+    return ""
 
 
 def _read(open_text: Callable[[], TextIO], start: int, stop: int | None) -> Iterator[str]:
@@ -148,7 +206,10 @@ def _read(open_text: Callable[[], TextIO], start: int, stop: int | None) -> Iter
                 chunk = f.read(n if at >= start else min(n, start - at))
             except UnicodeDecodeError as error:
                 byte = f.buffer.tell() - len(error.object) + error.start
-                raise ValueError(f"{f.name} is not UTF-8 text: byte {byte:,} cannot be read") from None
+                encoding = f.encoding.upper().removesuffix("-SIG")
+                raise ValueError(f"{f.name} is not {encoding} text: byte {byte:,} cannot be read") from None
+            except (EOFError, zlib.error) as error:
+                raise ValueError(f"{f.name} is not a whole .gz file: {error}") from None
             if not chunk:
                 return
             if at >= start:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -38,7 +39,8 @@ Encoded = Iterator[tuple[NDArray[np.uint32], int]]  # the ids of a batch, and th
 
 
 def describe_tokenizer(kind: str, corpus: Corpus) -> dict[str, Any]:
-    """`kind` is gpt2, char (an id for each symbol of the corpus) or the path of a tokenizer.json."""
+    """`kind` is gpt2, char (an id for each symbol of the corpus) or the path of a tokenizer.json, or of a
+    Hugging Face folder that has a tokenizer."""
     if kind == "gpt2":
         return {"kind": "gpt2"}
     if kind == "char":
@@ -47,6 +49,11 @@ def describe_tokenizer(kind: str, corpus: Corpus) -> dict[str, Any]:
             for piece in batch():
                 symbols.update("\n" if piece is None else piece)  # a new line ends a document
         return tokenizer.CharTokenizer(sorted(symbols)).to_dict()
+    if Path(kind).is_dir():
+        described = tokenizer.describe_folder(Path(kind))
+        if described["kind"] == "unknown":
+            raise ValueError(described["why"])
+        return described
     if not Path(kind).is_file():
         raise FileNotFoundError(f"tokenizer={kind!r} is neither gpt2, char, nor the path of a tokenizer.json")
     return tokenizer.describe_json(Path(kind))
@@ -65,27 +72,45 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def encode(folder: Path, corpus: Corpus, kind: str, processes: int) -> dict[str, Any]:
+def encode(
+    folder: Path, corpus: Corpus, kind: str, processes: int, endoftext: bool = False
+) -> dict[str, Any]:
     """Writes train.bin, val.bin, what the tokenizer needs and meta.json, which is returned.
 
-    Goes on where an earlier call for the same corpus and tokenizer was interrupted. Raises ValueError when
+    With `endoftext`, the tokenizer's mark for the end of a document, such as `<|endoftext|>`, becomes its one
+    id where the text has it; without, it is text like any other, and a line says how often it is there. Goes
+    on where an earlier call for the same corpus and tokenizer was interrupted. Raises ValueError when
     there is data in `folder` already.
     """
     check_free(folder)
     described = describe_tokenizer(kind, corpus)
+    mark, names_end = tokenizer.mark_of_end(described)
+    if endoftext and not names_end:
+        raise ValueError(
+            f"endoftext=True needs a tokenizer that has a token for the end of a document; "
+            f"{tokenizer.name(described)} has none"
+        )
     dtype = shards.dtype_for(tokenizer.vocab_size(described))
     folder.mkdir(parents=True, exist_ok=True)
     splits = {"val": corpus.val, "train": corpus.train}
     total = sum(split.size for split in splits.values())
-    settings = _digest([corpus.identity, described, PIECE])
+    settings = _digest([corpus.identity, described, PIECE, *(["endoftext"] if endoftext else [])])
     done = _read_journal(folder, settings, dtype)
+
+    marks, resumed = 0, any(state["batches"] for state in done.values())
+
+    def count_marks(batch: Callable[[], Batch]) -> Batch:
+        nonlocal marks
+        pieces = batch()
+        marks += sum(piece.count(mark) for piece in pieces if piece is not None)
+        return pieces
 
     def save(f: BinaryIO) -> None:
         _flush(f)
         _write_whole(folder / JOURNAL, json.dumps({"of": settings, "done": done}))
 
     with (
-        _encoder(described, max(1, min(processes, total // WORTH_A_PROCESS))) as in_order,
+        _encoder(described, max(1, min(processes, total // WORTH_A_PROCESS)), endoftext) as in_order,
         _progress(folder, total, sum(state["bytes"] for state in done.values())) as show,
     ):
         for name, split in splits.items():
@@ -95,7 +120,8 @@ def encode(folder: Path, corpus: Corpus, kind: str, processes: int) -> dict[str,
                 f.truncate(_size(dtype, state["tokens"]))
                 f.seek(0, os.SEEK_END)
                 saved = time.monotonic()
-                for ids, size in in_order(islice(split.batches(), state["batches"], None)):
+                batches = islice(split.batches(), state["batches"], None)
+                for ids, size in in_order(partial(count_marks, batch) for batch in batches):
                     f.write(ids.astype(dtype).data)
                     state["batches"] += 1
                     state["tokens"] += len(ids)
@@ -107,7 +133,25 @@ def encode(folder: Path, corpus: Corpus, kind: str, processes: int) -> dict[str,
                 f.seek(0)
                 f.write(shards.header(dtype, state["tokens"]))
                 save(f)
-    return _finish(folder, corpus, described, dtype, {name: done[name]["tokens"] for name in splits})
+    meta = _finish(folder, corpus, described, dtype, {name: done[name]["tokens"] for name in splits})
+    if marks:
+        _tell_of_marks(described, mark, f"{'at least ' * resumed}{marks:,}", endoftext, names_end)
+    return meta
+
+
+def _tell_of_marks(
+    described: dict[str, Any], mark: str, count: str, endoftext: bool, names_end: bool
+) -> None:
+    """Says what became of the ends of documents that stand in the text itself."""
+    if endoftext:
+        return print(f"the text has {mark} {count} times: one token each")
+    length = len(tokenizer.from_dict(described).encode_ordinary(mark))
+    way_out = ""
+    if names_end:
+        way_out = (
+            ". Where it ends a document, remove the data and prepare it with --endoftext=True: one token"
+        )
+    print(f"the text has {mark} {count} times: text of {length} tokens each{way_out}")
 
 
 def _finish(
@@ -142,15 +186,15 @@ def _finish(
 
 @contextmanager
 def _encoder(
-    described: dict[str, Any], processes: int
+    described: dict[str, Any], processes: int, endoftext: bool = False
 ) -> Iterator[Callable[[Iterable[Callable[[], Batch]]], Encoded]]:
     """A function from batches to their ids, in order; in this process when `processes` is 1."""
     if processes == 1:
         tokens = tokenizer.from_dict(described)
-        yield lambda batches: (_encode_by(tokens, batch()) for batch in batches)
+        yield lambda batches: (_encode_by(tokens, batch(), endoftext) for batch in batches)
         return
     # Not forked: the threads of the libraries that read data sets do not survive that.
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (described,))
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, (described, endoftext))
 
     def in_order(batches: Iterable[Callable[[], Batch]]) -> Encoded:
         waiting: deque = deque()
@@ -172,15 +216,15 @@ def _encoder(
         pool.shutdown(cancel_futures=True)
 
 
-_worker: Tokenizer  # of a process of the pool
+_worker: Callable[[Batch], tuple[NDArray[np.uint32], int]]  # of a process of the pool
 
 
-def _start_worker(described: dict[str, Any]) -> None:
+def _start_worker(described: dict[str, Any], endoftext: bool) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is interrupted, and ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
-    _worker = tokenizer.from_dict(described)
+    _worker = partial(_encode_by, tokenizer.from_dict(described), endoftext=endoftext)
 
 
 def _end_with_parent() -> None:
@@ -192,12 +236,13 @@ def _end_with_parent() -> None:
 
 
 def _encode(batch: Batch) -> tuple[NDArray[np.uint32], int]:
-    return _encode_by(_worker, batch)
+    return _worker(batch)
 
 
-def _encode_by(tokens: Tokenizer, batch: Batch) -> tuple[NDArray[np.uint32], int]:
+def _encode_by(tokens: Tokenizer, batch: Batch, endoftext: bool) -> tuple[NDArray[np.uint32], int]:
     end = np.array(tokens.end, np.uint32)
-    ids = [end if piece is None else tokens.encode_ordinary(piece) for piece in batch]
+    by = tokens.encode if endoftext else tokens.encode_ordinary
+    ids = [end if piece is None else np.array(by(piece), np.uint32) for piece in batch]
     size = sum(len(piece.encode()) for piece in batch if piece is not None)
     return np.concatenate(ids) if ids else end[:0], size
 

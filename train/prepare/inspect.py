@@ -35,7 +35,10 @@ def inspect(folder: Path) -> None:
         elif meta and len(paths) == 1 and meta[split].get("sha256") not in (None, _sha256(paths[0])):
             print(f"{split}: the sha256 is not the one in meta.json: it was changed")
     first = np.concatenate([shards.open_tokens(path)[:SHOWN] for path in files["train"][:1]]).tolist()
-    print(f"the first {len(first)} tokens: {tokenizer.from_dict(described).decode(first)!r}")
+    if described["kind"] == "unknown":
+        print(f"the first {len(first)} ids: {first}; {described['why']}")
+    else:
+        print(f"the first {len(first)} tokens: {tokenizer.from_dict(described).decode(first)!r}")
 
 
 def _sha256(path: Path) -> str:
