@@ -10,7 +10,7 @@
 # What matters most is timed first.
 #
 # Ask for the others by name, in a call of their own:
-#   sweep      try tile sizes, for the tables that say "not yet tuned"
+#   sweep      try tile sizes, for the tables that say "not tuned"
 #   sanitizer  run compute-sanitizer's memcheck and racecheck on small shapes, if it is installed
 #   curve      train the 124M for 1,000 steps, on our kernels and on PyTorch's, and print the losses side by side
 #   sdpa       check the gradient of PyTorch's attention, eager and compiled, by backend
@@ -99,7 +99,8 @@ for part in ${parts//,/ }; do
             workers=()
             $python -c "import xdist" 2>/dev/null && workers=(-n $(((processors + 1) / 2)))
             run tests 140 env TORCHINDUCTOR_COMPILE_THREADS=1 "${pytest[@]}" ${workers[@]+"${workers[@]}"} \
-                tests/test_kernels.py tests/test_kernels_bugs.py tests/test_kernels_checks.py tests/test_model_kernels.py &
+                tests/test_model_kernels.py tests/test_kernels.py tests/test_gelu.py tests/test_kernels_bugs.py \
+                tests/test_kernels_checks.py &
             side+=($!) ;;
         warm)
             export TORCHINDUCTOR_COMPILE_THREADS=$(((processors + 2) / 3))

@@ -111,7 +111,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def provenance(result: Result) -> str:
     e = result["environment"]
-    versions = ", ".join(f"{name} {e[name]}" for name in ("torch", "triton") if e[name])
+    versions = ", ".join(f"{name} {e[name]}" for name in ("torch", "triton", "cudnn") if e.get(name))
     commit = re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", str(e["commit"]))
     return f"{e['device']}, {versions}, commit {commit}, {e['date']} UTC: `{e['command']}`"
 
@@ -251,7 +251,7 @@ def section(result: Result, results: list[Result]) -> str:
     blocks = [f"### {title}{f': {where}' if where else ''}", make(result)]
     if result["benchmark"] == "throughput":
         blocks += [f"![{what}](bench/results/{name})" for what, name in pictures(result).items()]
-        blocks += [parts_table(result, results)] if "parts" in result else []
+        blocks += [parts_table(result, results)] if result.get("parts") else []
     return "\n\n".join([*blocks, provenance(result)]) + "\n"
 
 

@@ -369,7 +369,7 @@ def print_step(step: Step, gpu: str, limits: Limits, results: list[Result]) -> f
             f"{share:6.1%} {1e3 * seconds:9.2f} {in_step}  {source}"
         )
     print("\n" + line("at least", least, "every part at its limit"))
-    print(line("expected", expected, "predicted"))
+    print(line("expected", expected, "the sum of this step's own parts" if measured else "predicted"))
     if (same := same_step(step, kind, results)) is not None:
         expected = same["variants"]["tritongpt"]["step_ms"] / 1e3
         print(line("measured", expected, same["file"]))

@@ -70,8 +70,8 @@ def main() -> None:
                 print(f"    {mode:8} {layout} {said}", flush=True)
                 case = {"T": T, "D": D, "backend": backend.name, "story": B, "mode": mode, "layout": layout}
                 cases.append(case | {"errors": found})
-    if options.out:
-        timing.write(options.out, "sdpa", device, cases=cases)
+            if options.out:
+                timing.write(options.out, "sdpa", device, cases=cases)
 
 
 if __name__ == "__main__":

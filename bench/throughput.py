@@ -408,11 +408,24 @@ def main() -> None:
             keep()
 
         ready = [variant for variant in prepared.values() if isinstance(variant, Variant)]
-        with timing.clocks(ranks.device if ranks.is_main else "cpu") as clocks:
-            keep_round(measure(ready, seconds, ranks, keep_round))
-        more["clocks"] = clocks
+        keep_round(measure(ready, seconds, ranks, keep_round))
         for name, figures in results.items():
             say(_line(name, figures))
+        keep()
+
+    def cut_steps() -> None:
+        """Each model alone for a few steps, with its clocks and power, then a step by part."""
+        limits = roofline.measured_limits("cuda")
+        accumulation = _accumulation(TOKENS_PER_STEP, best["tritongpt"] * block_size, ranks)
+        cut = roofline.parts(config, best["tritongpt"], accumulation)
+        more["least"] = {part.name: 1e3 * part.least(limits) for part in cut}
+        for name in ("tritongpt", "nanogpt"):
+            if isinstance(variant := prepared.get(name), Variant):
+                with timing.clocks(ranks.device) as more["clocks"][name]:
+                    for _ in range(3):
+                        variant.step()
+                    _synchronize(ranks)
+                more["parts"][name] = profile(variant, ranks)
         keep()
 
     for name in builds:
@@ -427,17 +440,13 @@ def main() -> None:
         say(_prepared(name, prepared[name], time.monotonic() - began))
         if len(prepared) == 2:
             measured(min(options.seconds, 3.0))
+            if on_gpu and ranks.world_size == 1:
+                cut_steps()
     measured(options.seconds if on_gpu else min(options.seconds, 1.0))
     if on_gpu and ranks.world_size == 1:
-        limits = roofline.measured_limits("cuda")
-        accumulation = _accumulation(TOKENS_PER_STEP, best["tritongpt"] * block_size, ranks)
-        cut = roofline.parts(config, best["tritongpt"], accumulation)
-        more["least"] = {part.name: 1e3 * part.least(limits) for part in cut}
-        for name in ("tritongpt", "nanogpt"):
-            if isinstance(variant := prepared.get(name), Variant):
-                more["parts"][name] = profile(variant, ranks)
+        if not more["parts"]:  # a run of one variant
+            cut_steps()
         print_parts(more["parts"], more["least"])
-        keep()
     distributed.stop(ranks)
 
 

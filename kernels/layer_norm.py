@@ -512,7 +512,7 @@ _SAMPLES = (
 )
 # A width for each tile, and the dtypes of a training. The add needs more registers, and one width shows that
 # its absence changes nothing.
-_SHIPPED = tuple({"shape": (65536, C)} for C in (512, 768, 1600, 4096, 8192))
+_SHIPPED = tuple({"shape": (65536, C)} for C in (512, 768, 1024, 1600, 4096, 8192))
 
 OPS = (
     Op(

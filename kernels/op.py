@@ -168,7 +168,7 @@ def multiprocessors(tensor: Tensor) -> int:
 
 
 def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """`function` as the operator `tritongpt::name`, which torch.compile calls as it is.
+    """`function` as the operator `tritongpt::name`, which torch.compile treats as opaque.
 
     `fake` takes the same arguments and returns empty tensors like the results.
     """

