@@ -222,19 +222,19 @@ def load(
             )
         return model, described
     model, checkpoint = from_checkpoint(Path(source), device, dtype, **overrides)
-    described = checkpoint.get("tokenizer")
+    recorded = checkpoint.get("tokenizer")
     dataset = checkpoint.get("config", {}).get("dataset", "")
     # nanoGPT's checkpoints look for the data set by name; so do those whose data set lacked its symbols.
-    if described is None or (described["kind"] == "unknown" and dataset):
-        size, folder = model.config.vocab_size or 0, Path("data", dataset)
-        beside = tokenizer.describe_dataset(folder)
-        if beside["kind"] == "gpt2" and size < tokenizer.GPT2_VOCAB_SIZE:
-            beside = described or tokenizer.unknown(
-                size,
-                f"{source} knows {size} symbols and does not say which, and there is no "
-                f"{folder / 'meta.pkl'} to tell",
-            )
-        described = beside
+    if recorded is not None and not (recorded["kind"] == "unknown" and dataset):
+        return model, recorded
+    size, folder = model.config.vocab_size or 0, Path("data", dataset)
+    described = tokenizer.describe_dataset(folder)
+    if described["kind"] == "gpt2" and size < tokenizer.GPT2_VOCAB_SIZE:
+        described = recorded or tokenizer.unknown(
+            size,
+            f"{source} knows {size} symbols and does not say which, and there is no "
+            f"{folder / 'meta.pkl'} to tell",
+        )
     return model, described
 
 
