@@ -64,6 +64,7 @@ DECIDING: list[tuple[str, dict[str, Any]]] = [
     ("decode_attention", {"B": 32, "H": 12, "T": 1024, "D": 64, "ragged": False}),
     ("causal_attention", {"B": 8, "T": 4096, "H": 12, "D": 64}),
     ("layer_norm", {"shape": (65536, 768)}),
+    ("embedding", {"shape": (64, 1024), "V": 50304, "C": 768}),
     ("loss_and_gradient", {"N": 8192, "V": 50257}),
     ("cross_entropy", {"N": 8192, "V": 50304}),
     ("add_layer_norm", {"shape": (16384, 1600)}),

@@ -199,7 +199,9 @@ def fewer(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
         return sample
     most = {"N": 512, "B": 2}
     found = {k: min(v, most[k]) if k in most else v for k, v in sample.items()}
-    return found | ({"shape": (4096, *sample["shape"][1:])} if "shape" in sample else {})
+    if "shape" in sample:
+        found["shape"] = (min(4096, sample["shape"][0]), *sample["shape"][1:])
+    return found
 
 
 class Pool:

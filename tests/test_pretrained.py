@@ -139,13 +139,14 @@ def test_a_tokenizer_in_a_folder_is_kept_whatever_its_layout_and_class(tmp_path,
 
     # data by this tokenizer, however it is named, are trained on; data of another are not
     bpe.save("saved elsewhere.json", pretty=True)
-    config, given = parse(["--init_from=hf", "--dataset=x"])
+    config, given = parse(["--init_from=hf", "--dataset=x", "--dtype=float32"])
+    ranks = Ranks(0, 1, "cpu", None)
+    start = find_start(config, given, ranks)
     for kind in ("hf", "saved elsewhere.json"):
-        data = describe_tokenizer(kind, None)
-        initial_model(config, given, data, Ranks(0, 1, "cpu", None))
+        initial_model(config, given, describe_tokenizer(kind, None), ranks, start)
     for data in (GPT2, CHARS):
         with pytest.raises(ValueError, match=r"hf was trained with another tokenizer .*tokenizer.json \("):
-            initial_model(config, given, data, Ranks(0, 1, "cpu", None))
+            initial_model(config, given, data, ranks, start)
 
 
 def test_gpt2s_encoding_is_known_by_its_ids(tmp_path):
