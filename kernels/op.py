@@ -119,7 +119,7 @@ def unavailable(device: torch.device) -> str | None:
     if triton is None:
         return "Triton is not installed (pip install triton; it exists for Linux)"
     if INTERPRETED:
-        return None
+        return _interpreter_fault()
     if device.type != "cuda":
         return (
             f"Triton needs a GPU and the device is {device}; set TRITON_INTERPRET=1 before "
@@ -130,6 +130,16 @@ def unavailable(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the GPU {device} is sm_{major}{minor} and the Triton kernels need sm_80 (A100) or newer"
+    return None
+
+
+def _interpreter_fault() -> str | None:
+    """Why Triton's interpreter does not run here, or None: that of 3.6 makes a range of an array."""
+    import numpy
+
+    version, other = triton.__version__, numpy.__version__
+    if version.startswith("3.6.") and numpy.lib.NumpyVersion(other) >= "2.4.0":
+        return f"the interpreter of Triton {version} fails with numpy {other}; install numpy<2.4"
     return None
 
 
