@@ -64,8 +64,8 @@ def newest(results: list[Result]) -> Newest:
 def figures(result: Result) -> Iterator[tuple[str, float, float]]:
     """(name, figure, its spread as a share of it) of everything that is ours in it; less is better.
 
-    An operation counts by its time over that of a copy of the same bytes in the same run: another GPU of the
-    kind, or a warmer one, is no loss.
+    An operation's figure is its time over that of a copy of the same bytes in the same run, so a slower or
+    warmer GPU of the same kind does not count as a loss.
     """
     if result["benchmark"] == "throughput" and isinstance(ours := result["variants"].get("tritongpt"), dict):
         spread = (ours["step_ms_high"] - ours["step_ms_low"]) / ours["step_ms"]
