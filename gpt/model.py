@@ -16,7 +16,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, Union
 
 import torch
 import torch.nn as nn
@@ -35,6 +35,7 @@ if not hasattr(kernels, "OPS"):
         "move that folder away or `pip uninstall kernels`, then `pip install -e .` in this project again"
     )
 
+Residual = Union[Tensor, "Stream"]  # the residual stream, (B, T, C)
 Attend = Callable[[Tensor], Tensor]  # qkv (B, T, 3, H, D) -> (B, T, H, D)
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> the `approximate` of F.gelu
 
@@ -51,6 +52,16 @@ class GPTConfig:
     activation: str = "gelu"  # gelu (erf, nanoGPT's) or gelu_tanh (OpenAI's and Hugging Face's GPT-2)
     kernels: str = "auto"  # who computes: auto, triton, torch, or with exceptions: triton,attention=torch
     activation_checkpointing: bool = False  # blocks keep their input only and compute the rest once more
+    # float32 as nanoGPT, mixed (its gradient is bfloat16), or bfloat16 and float16 (both are); auto: the fastest
+    # that trains as well as float32
+    residual_dtype: str = "auto"
+
+
+class Stream(NamedTuple):
+    """A residual stream whose gradient has another dtype, which autograd knows by the dtype of a tensor."""
+
+    value: Tensor  # (B, T, C) fp32, without a gradient
+    carrier: Tensor  # (B, T, C) bfloat16, not read: its gradient is the stream's
 
 
 class LayerNorm(nn.Module):
@@ -62,8 +73,11 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
         self.ops = ops
 
-    def forward(self, residual: Tensor, update: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, residual: Residual, update: Tensor | None) -> tuple[Tensor, Residual]:
         """(B, T, C) each -> (normed, the residual stream with the update added)."""
+        if isinstance(residual, Stream):
+            normed, *stream = self.ops.add_layer_norm_mixed(update, *residual, self.weight)
+            return normed, Stream(*stream)
         if update is None:
             return self.ops.layer_norm(residual, self.weight.shape, self.weight, self.bias), residual
         return self.ops.add_layer_norm(update, residual, self.weight, self.bias)
@@ -111,8 +125,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, ops)
 
     def forward(
-        self, residual: Tensor, update: Tensor | None, attend: Attend | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, residual: Residual, update: Tensor | None, attend: Attend | None = None
+    ) -> tuple[Residual, Tensor]:
         """(B, T, C) each -> (the residual stream, the update to add to it); both halves are pre-norm."""
         x, residual = self.ln_1(residual, update)
         x, residual = self.ln_2(residual, self.attn(x, attend))
@@ -135,6 +149,7 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList([Block(config, ops) for _ in range(config.n_layer)])
         self.ln_f = LayerNorm(config, ops)
         self.activation_checkpointing = config.activation_checkpointing
+        self.residual_dtype = config.residual_dtype
         self.ops = ops
 
     def forward(
@@ -142,7 +157,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         # Positions 0, 1, 2, ... are the first rows of wpe. Their gradient is a sum over the batch.
         positions = self.wpe.weight[: idx.size(1)] if position is None else self.wpe(position)
-        residual, update = self.drop(self.ops.embedding(idx, self.wte.weight) + positions), None
+        x = self.drop(self.ops.embedding(idx, self.wte.weight) + positions)
+        residual, update = self._start_of_stream(x), None
         for i, block in enumerate(self.h):
             how = None if attend is None else attend[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -152,12 +168,42 @@ class Transformer(nn.Module):
         x, _ = self.ln_f(residual, update)
         return x
 
+    def _start_of_stream(self, x: Tensor) -> Residual:
+        device = x.device.type
+        if self.residual_dtype == "float32" or not torch.is_autocast_enabled(device):
+            return x
+        half = x.to(torch.get_autocast_dtype(device))
+        if self.residual_dtype != "mixed":
+            return half
+        # Without gradients a mixed stream is a fp32 one.
+        return Stream(x.detach(), half) if torch.is_grad_enabled() else x
+
+
+def residual_dtype(config: GPTConfig, dtype: str, ops: kernels.Kernels) -> str:
+    """The residual_dtype of a model that computes in `dtype`. Raises ValueError where the two do not agree."""
+    chosen = config.residual_dtype
+    if chosen == "auto":
+        fused = ops.add_layer_norm_mixed is kernels.add_layer_norm_mixed
+        return "mixed" if fused and dtype == "bfloat16" and not config.bias else "float32"
+    if chosen not in ("float32", "mixed", "bfloat16", "float16"):
+        raise ValueError(
+            f"residual_dtype={chosen!r} must be auto, float32, mixed, bfloat16 or float16"
+        )
+    if chosen == "mixed" and (config.bias or dtype != "bfloat16"):
+        raise ValueError(
+            f"residual_dtype=mixed needs bias=False and dtype=bfloat16, not bias={config.bias} and dtype={dtype}; "
+            "residual_dtype=float32 works with all"
+        )
+    if chosen in ("bfloat16", "float16") and chosen != dtype:
+        raise ValueError(f"residual_dtype={chosen} needs dtype={chosen}, not {dtype}; or choose float32")
+    return chosen
+
 
 class GPT(nn.Module):
     """The language model. `kernels="auto"` means what is fastest on `device`, where the model is to live.
 
     `dtype` is the precision that it will compute in: "float32", "bfloat16" or "float16". In `self.config`,
-    kernels names the operations that were chosen.
+    kernels names the operations that were chosen, and residual_dtype what auto stands for.
     """
 
     def __init__(self, config: GPTConfig, device: str = "cpu", dtype: str = "bfloat16"):
@@ -174,8 +220,10 @@ class GPT(nn.Module):
         # A head size that the chosen attention does not take is refused here, not in the first step.
         head_size = config.n_embd // config.n_head
         self.ops = kernels.load(config.kernels, device, head_size, DTYPES[dtype])
-        self.config = replace(config, kernels=self.ops.spec)
-        self.transformer = Transformer(config, self.ops)
+        self.config = replace(
+            config, kernels=self.ops.spec, residual_dtype=residual_dtype(config, dtype, self.ops)
+        )
+        self.transformer = Transformer(self.config, self.ops)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied
 

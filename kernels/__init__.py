@@ -50,6 +50,7 @@ OPS: tuple[Op, ...] = (
 
 # From here on these names are the operations, no longer the files they come from.
 layer_norm, add_layer_norm = _layer_norm.layer_norm, _layer_norm.add_layer_norm
+add_layer_norm_mixed = _layer_norm.add_layer_norm_mixed
 causal_attention = _attention.causal_attention
 cross_entropy = _cross_entropy.cross_entropy
 linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
@@ -71,6 +72,7 @@ class Kernels:
     spec: str
     layer_norm: Callable[..., Tensor]
     add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
+    add_layer_norm_mixed: Callable[..., tuple[Tensor, Tensor, Tensor]]
     causal_attention: Callable[..., Tensor]
     cross_entropy: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]

@@ -14,10 +14,15 @@ Backward, with g = dy * weight and dsummed the gradient that reaches the sum by 
     dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd + dsummed
     dweight = sum_rows(dy * xhat)      dbias = sum_rows(dy)
 
-Both are limited by memory, so each tensor is read and written once. A program holds whole rows in registers,
-which makes the variance a second pass over registers. Statistics are fp32, and saved so. Backward is a
-persistent grid: each program walks many rows and keeps its own dweight and dbias, which one small kernel then
-adds up; without atomics the bits are the same every run.
+`add_layer_norm_mixed` moves fewer bytes. Its residual stream is fp32 forward, as above, but the gradient of
+the stream is rounded to bfloat16, and backward takes xhat from the output, which the next layer saves anyway:
+xhat = y / weight. So backward reads and writes 8 bytes an element where fp32 takes 16, and the sum need not
+be saved. There is no bias: subtracting it from y would cancel the digits of a small xhat.
+
+Both directions are limited by memory, so each tensor is read and written once. A program holds whole rows in
+registers, which makes the variance a second pass over registers. Statistics are fp32, and saved so. Backward
+is a persistent grid: each program walks many rows and keeps its own dweight and dbias, which one small kernel
+then adds up; without atomics the bits are the same every run.
 
 Source: Ba, Kiros and Hinton, 2016, https://arxiv.org/abs/1607.06450
 """
@@ -71,6 +76,21 @@ def add_layer_norm_reference(
     return F.layer_norm(summed, summed.shape[-1:], weight, bias, eps), summed
 
 
+def add_layer_norm_mixed_reference(
+    input: Tensor | None, residual: Tensor, carrier: Tensor, weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a stream whose gradient travels in half precision, beside it in `carrier` (..., C).
+
+    Autograd gives a gradient the dtype of its tensor. So `residual` gets none, and `carrier` gets the gradient
+    of the stream. `input` is None in front of the first layer. Returns (normed, summed, the next carrier).
+    """
+    summed = residual.detach() if input is None else residual.detach() + input.detach()
+    # 0, whose gradient goes to the carrier and to the input.
+    zero = carrier - carrier.detach() if input is None else carrier - carrier.detach() + input - input.detach()
+    normed = F.layer_norm(summed + zero, summed.shape[-1:], weight, None, eps)
+    return normed.to(carrier.dtype), summed, zero
+
+
 @jit
 def _inside(row, rows, i: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):
     """The mask of tile i: only the last may reach beyond the row."""
@@ -101,6 +121,13 @@ def _load_parameter(P, i: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, 
 
 
 @jit
+def _away_from_zero(w):
+    """A weight of 0 would erase xhat from the output, and dweight and dx need it. 2^-100 changes no sum, and
+    bfloat16, which has the exponents of fp32, keeps all digits of xhat * 2^-100."""
+    return tl.where(tl.abs(w) < 2.0**-100, 2.0**-100, w)
+
+
+@jit
 def _norm_forward_kernel(
     X,  # (rows, C) in
     RESIDUAL,  # (rows, C) in, or None
@@ -108,8 +135,9 @@ def _norm_forward_kernel(
     B,  # (C,) in, or None
     Y,  # (rows, C) out
     SUMMED,  # (rows, C) out, when there is a residual
-    MEAN,  # (rows,) out, fp32
+    MEAN,  # (rows,) out, fp32, or None: backward takes xhat from Y
     RSTD,  # (rows,) out, fp32
+    CARRIER,  # (1,) out, or None
     rows,
     x_stride,
     residual_stride,
@@ -142,21 +170,26 @@ def _norm_forward_kernel(
     for i in tl.static_range(tiles):
         y = (xs[i] - mean[:, None]) * rstd[:, None]
         if W is not None:
-            y *= _load_parameter(W, i, C, COLUMNS, ROWS)
+            w = _load_parameter(W, i, C, COLUMNS, ROWS)
+            y *= _away_from_zero(w) if MEAN is None else w
         if B is not None:
             y += _load_parameter(B, i, C, COLUMNS, ROWS)
         _store(Y, y, row, rows, i, C, COLUMNS)
-    tl.store(MEAN + row, mean, mask=row < rows)
+    if MEAN is not None:
+        tl.store(MEAN + row, mean, mask=row < rows)
     tl.store(RSTD + row, rstd, mask=row < rows)
+    if CARRIER is not None:
+        if tl.program_id(0) == 0:
+            tl.store(CARRIER, 0.0)
 
 
 @jit
 def _norm_backward_kernel(
     DY,  # (rows, C) in
     DSUMMED,  # (rows, C) in, or None
-    X,  # (rows, C) in: what was normalised
+    X,  # (rows, C) in: what was normalised, or without MEAN the normalised output
     W,  # (C,) in, or None
-    MEAN,  # (rows,) in, fp32
+    MEAN,  # (rows,) in, fp32, or None
     RSTD,  # (rows,) in, fp32
     DX,  # (rows, C) out
     DRESIDUAL,  # (rows, C) out when its dtype is not that of dx, else None
@@ -175,18 +208,21 @@ def _norm_backward_kernel(
     ws, dws, dbs = (), (), ()  # sums for each row of a tile, so that no warp waits for another's
     for i in tl.static_range(tiles):
         if W is not None:
-            ws = ws + (_load_parameter(W, i, C, COLUMNS, ROWS),)
+            w = _load_parameter(W, i, C, COLUMNS, ROWS)
+            ws = ws + (_away_from_zero(w) if MEAN is None else w,)
         dws = dws + (tl.zeros((ROWS, COLUMNS), tl.float32),)
         dbs = dbs + (tl.zeros((ROWS, COLUMNS), tl.float32),)
     for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
         row = tl.arange(0, ROWS).to(tl.int64) + first
-        mean = tl.load(MEAN + row, mask=row < rows, other=0)
+        if MEAN is not None:
+            mean = tl.load(MEAN + row, mask=row < rows, other=0)
         rstd = tl.load(RSTD + row, mask=row < rows, other=0)
         dys, xhats = (), ()
         for i in tl.static_range(tiles):
             dys = dys + (_load(DY, row, dy_stride, rows, i, C, COLUMNS),)
             x = _load(X, row, x_stride, rows, i, C, COLUMNS)
-            xhats = xhats + ((x - mean[:, None]) * rstd[:, None],)  # beyond C it is not 0, but dy is
+            # Beyond C xhat is not 0, but dy is.
+            xhats = xhats + (x / ws[i] if MEAN is None else (x - mean[:, None]) * rstd[:, None],)
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         total_xhat = tl.zeros((ROWS, COLUMNS), tl.float32)
         next_dws, next_dbs = (), ()
@@ -288,20 +324,26 @@ def _forward(
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> normed in `dtype`, summed (empty without a residual), mean and rstd (rows,)."""
-    normed, summed, mean, rstd = _forward_like(input, residual, weight, bias, eps, dtype)
+    carrier: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> normed in `dtype`, summed (empty without a residual), mean and rstd (rows,), the next carrier.
+
+    With a carrier mean is empty, and without one the next is.
+    """
+    outputs = _forward_like(input, residual, weight, bias, eps, dtype, carrier)
+    normed, summed, mean, rstd, following = outputs
     x, r = _rows(input), None if residual is None else _rows(residual)
     rows, C = x.shape
     tile, warps, columns = tiles_for(x, TILES)[_width(C)][0]
     if rows:
         launch(
             _norm_forward_kernel, (-(-rows // tile),),
-            x, r, _dense(weight), _dense(bias), normed, None if r is None else summed, mean, rstd,
+            x, r, _dense(weight), _dense(bias), normed, None if r is None else summed,
+            mean if carrier is None else None, rstd, None if carrier is None else following,
             rows, x.stride(0), 0 if r is None else r.stride(0), eps,
             C=C, COLUMNS=columns, ROWS=tile, num_warps=warps,
         )  # fmt: skip
-    return normed, summed, mean, rstd
+    return outputs
 
 
 def _backward(
@@ -310,12 +352,15 @@ def _backward(
     x: Tensor,
     weight: Tensor | None,
     bias_dtype: torch.dtype | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     input_dtype: torch.dtype,
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dinput, dresidual (empty when dinput serves for both), dweight and dbias (empty without one)."""
+    """-> dinput, dresidual (empty when dinput serves for both), dweight and dbias (empty without one).
+
+    x is what was normalised; without a mean it is the output.
+    """
     dinput, dresidual, dweight, dbias = _backward_like(
         dnormed, dsummed, x, weight, bias_dtype, mean, rstd, input_dtype, residual_dtype
     )
@@ -342,13 +387,16 @@ def _backward(
     return dinput, dresidual, dweight, dbias
 
 
-def _forward_like(input, residual, weight, bias, eps, dtype):
+def _forward_like(input, residual, weight, bias, eps, dtype, carrier=None):
     rows = input.numel() // input.shape[-1]
     summed = input.new_empty(0)
     if residual is not None:
         summed = input.new_empty(input.shape, dtype=torch.promote_types(input.dtype, residual.dtype))
-    mean, rstd = (input.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    return input.new_empty(input.shape, dtype=dtype), summed, mean, rstd
+    mean = input.new_empty(rows if carrier is None else 0, dtype=torch.float32)
+    rstd = input.new_empty(rows, dtype=torch.float32)
+    # A carrier is one 0, seen everywhere: only its gradient has a value for each element.
+    following = input.new_empty(0) if carrier is None else carrier.new_empty(1).expand(carrier.shape)
+    return input.new_empty(input.shape, dtype=dtype), summed, mean, rstd, following
 
 
 def _backward_like(dnormed, dsummed, x, weight, bias_dtype, mean, rstd, input_dtype, residual_dtype):
@@ -365,19 +413,30 @@ _backward_op = operator("layer_norm_backward", _backward, _backward_like)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, residual, weight, bias, _, _ = inputs
-    _, summed, mean, rstd = output
-    ctx.save_for_backward(input if residual is None else summed, weight, mean, rstd)
-    ctx.dtypes = [None if t is None else t.dtype for t in (input, residual, bias)]
+    input, residual, weight, bias, _, _, carrier = inputs
+    normed, summed, mean, rstd, _ = output
+    if carrier is None:
+        ctx.save_for_backward(input if residual is None else summed, weight, mean, rstd)
+    else:
+        ctx.save_for_backward(normed, weight, None, rstd)
+    ctx.dtypes = [None if t is None else t.dtype for t in (input, residual, bias, carrier)]
     ctx.set_materialize_grads(False)  # the last sum of a network has no gradient of its own: don't read zeros
 
 
-def _call(ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _call(
+    ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None, dmean: None, drstd: None, dcarrier: Tensor | None
+) -> tuple[Tensor | None, ...]:
     x, weight, mean, rstd = ctx.saved_tensors
-    input_dtype, residual_dtype, bias_dtype = ctx.dtypes
-    has_residual = residual_dtype is not None
+    input_dtype, residual_dtype, bias_dtype, carrier_dtype = ctx.dtypes
     if dnormed is None:
         dnormed = torch.zeros_like(x)
+    if carrier_dtype is not None:
+        dx, _, dweight, _ = _backward_op(
+            dnormed, dcarrier, x, weight, None, None, rstd, carrier_dtype, carrier_dtype
+        )
+        # Without a residual the input is the stream, whose gradient is the carrier's.
+        return (None if residual_dtype is None else dx), None, dweight, None, None, None, dx
+    has_residual = residual_dtype is not None
     dinput, dresidual, dweight, dbias = _backward_op(
         dnormed, dsummed if has_residual else None, x, weight, bias_dtype, mean, rstd,
         input_dtype, residual_dtype if has_residual else input_dtype,
@@ -389,6 +448,7 @@ def _call(ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None, *_: Any) -> 
         dresidual if has_residual else None,
         None if weight is None else dweight,
         None if bias_dtype is None else dbias,
+        None,
         None,
         None,
     )
@@ -416,7 +476,7 @@ def layer_norm(
             "only the last dimension can be normalised"
         )
     _check("layer_norm", input, weight, bias)
-    return _forward_op(input, None, weight, bias, eps, autocast_dtype(input))[0]
+    return _forward_op(input, None, weight, bias, eps, autocast_dtype(input), None)[0]
 
 
 def add_layer_norm(
@@ -436,8 +496,37 @@ def add_layer_norm(
     dtype = torch.promote_types(input.dtype, residual.dtype)
     if torch.is_autocast_enabled(input.device.type):
         dtype = autocast_dtype(input)
-    normed, summed, _, _ = _forward_op(input, residual, weight, bias, eps, dtype)
-    return normed, summed
+    return _forward_op(input, residual, weight, bias, eps, dtype, None)[:2]
+
+
+def add_layer_norm_mixed(
+    input: Tensor | None, residual: Tensor, carrier: Tensor, weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_layer_norm` on a fp32 stream whose gradient is bfloat16: -> (normed, summed, the next carrier).
+
+    Autograd gives a gradient the dtype of its tensor. So residual (..., C), which is fp32, gets none, and
+    `carrier` (..., C) gets the gradient of the stream; of a carrier nothing but shape and dtype is used, and
+    the next one is 0 everywhere. Its dtype, bfloat16 or fp32, is that of `input` and `normed`. `input` is None
+    in front of the first layer, which adds nothing. Raises ValueError for what it cannot do.
+    """
+    name = "add_layer_norm_mixed"
+    _check(name, residual, weight, None)
+    if residual.dtype != torch.float32:
+        raise ValueError(f"{name}: residual is {residual.dtype}; it must be float32")
+    if carrier.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"{name}: carrier is {carrier.dtype}; bfloat16 and float32 are allowed")
+    for argument, tensor in (("input", input), ("carrier", carrier)):
+        if tensor is not None and (tensor.shape, tensor.dtype) != (residual.shape, carrier.dtype):
+            raise ValueError(
+                f"{name}: {argument} is {tuple(tensor.shape)} {tensor.dtype}; residual {tuple(residual.shape)} "
+                f"and carrier {carrier.dtype} must have the same shape and the same dtype"
+            )
+    residual = residual.detach()
+    if input is None:
+        normed, _, _, _, carrier = _forward_op(residual, None, weight, None, eps, carrier.dtype, carrier)
+        return normed, residual, carrier
+    normed, summed, _, _, carrier = _forward_op(input, residual, weight, None, eps, carrier.dtype, carrier)
+    return normed, summed.detach(), carrier
 
 
 def _check(
@@ -481,6 +570,18 @@ def _add_inputs(dtype: torch.dtype, device: str, **sample: Any) -> dict[str, Any
     return _inputs(dtype, device, add=True, **sample)
 
 
+def _mixed_inputs(
+    dtype: torch.dtype, device: str, shape: tuple[int, ...], add: bool = True, zeros: bool = False
+) -> dict[str, Any]:
+    """With `zeros`, every third weight is 0."""
+    dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    call = _inputs(dtype, device, shape, bias=False, add=True, mixed=True)
+    call["carrier"] = torch.zeros(shape, device=device, dtype=dtype)
+    if zeros:
+        call["weight"][::3] = 0
+    return call if add else call | {"input": None}
+
+
 def _cost(input: Tensor, weight: Tensor | None = None, residual: Tensor | None = None, **_: Any) -> Cost:
     n, size = input.numel(), input.element_size()
     # forward: input (residual) -> normed (summed); backward: dnormed, x (dsummed) -> dinput (dresidual)
@@ -493,8 +594,19 @@ def _cost(input: Tensor, weight: Tensor | None = None, residual: Tensor | None =
     return Cost(forward * n, backward * n, 8 * n, 12 * n)
 
 
+def _mixed_cost(residual: Tensor, carrier: Tensor, **_: Any) -> Cost:
+    n, half = residual.numel(), carrier.element_size()
+    # forward: input residual -> normed summed; backward: dnormed normed dcarrier -> dcarrier
+    return Cost((2 * half + 8) * n, 4 * half * n, 8 * n, 12 * n)
+
+
+def _mixed_launchers(input, residual, carrier, weight, eps=1e-5):
+    normed, _, _, rstd, _ = _forward(input, residual, weight, None, eps, carrier.dtype, carrier)
+    _backward(normed, normed, normed, weight, None, None, rstd, carrier.dtype, carrier.dtype)
+
+
 def _launchers(input, residual=None, weight=None, bias=None, eps=1e-5, normalized_shape=None):
-    normed, summed, mean, rstd = _forward(input, residual, weight, bias, eps, input.dtype)
+    normed, summed, mean, rstd, _ = _forward(input, residual, weight, bias, eps, input.dtype)
     x, ds = (input, None) if residual is None else (summed, summed)
     residual_dtype = input.dtype if residual is None else residual.dtype
     bias_dtype = None if bias is None else bias.dtype
@@ -536,5 +648,23 @@ OPS = (
         samples=_SAMPLES,
         shipped=(*_SHIPPED, {"shape": (65536, 768), "mixed": True, "bias": False}),
         launchers=_launchers,
+    ),
+    Op(
+        name="add_layer_norm_mixed",
+        family="layer_norm",
+        implementations={"triton": add_layer_norm_mixed, "torch": add_layer_norm_mixed_reference},
+        reference=add_layer_norm_mixed_reference,
+        make=_mixed_inputs,
+        cost=_mixed_cost,
+        samples=(
+            {"shape": (1, 1)},
+            {"shape": (3, 59)},
+            {"shape": (2, 5, 111)},
+            {"shape": (7, 768), "zeros": True},
+            {"shape": (2, 5, 111), "add": False},
+            {"shape": (0, 64)},
+        ),
+        shipped=_SHIPPED,
+        launchers=_mixed_launchers,
     ),
 )

@@ -126,7 +126,8 @@ def initial_model(
             known = ", ".join(("scratch", "resume", "auto", *GPT2_NAMES))
             raise ValueError(f"init_from={source!r} is none of {known}, or the path of a ckpt.pt")
         overrides = {
-            name: getattr(wanted, name) for name in ("dropout", "kernels", "activation_checkpointing")
+            name: getattr(wanted, name)
+            for name in ("dropout", "kernels", "activation_checkpointing", "residual_dtype")
         }
         model, checkpoint = from_checkpoint(source_path, device, config.dtype, **overrides)
     where = str(latest) if source == "resume" else source
