@@ -637,20 +637,47 @@ def test_a_tilde_that_is_not_a_path_stays(monkeypatch):
     assert (config.wandb_run_name, config.out_dir, config.init_from) == ("~/x", "a~/b", "/home/me")
 
 
-def test_prompt_files_are_utf8_whatever_the_locale_is(tmp_path):
-    (tmp_path / "p.txt").write_bytes("\ufeffgröße\n".encode())
+def test_what_is_typed_or_read_from_a_file_is_utf8_whatever_the_locale_is(tmp_path):
+    (tmp_path / "größe.txt").write_bytes("\ufeffgröße\n".encode())
     (tmp_path / "latin.txt").write_bytes("größe\n".encode("latin-1"))
-    program = (
-        "from gpt.sample import *; from gpt.sample import _prompts\n"
-        "print(ascii(_prompts(SampleConfig(prompts='p.txt')) + _prompts(SampleConfig(start='FILE:p.txt'))))\n"
-        "cli.run(lambda: _prompts(SampleConfig(start='FILE:latin.txt')))"
-    )
+    (tmp_path / "größe").mkdir()
+    (tmp_path / "c.py").write_bytes("prompts = 'größe.txt'\nout_dir = 'größe'".encode())
+    program = """if True:
+        from gpt.sample import *
+        from gpt.sample import _prompts
+        config = cli.parse(SampleConfig, sys.argv[1:4], "sample")
+        print(ascii([config.stop, *_prompts(config), *_prompts(replace(config, prompts=""))]))
+        for main in (
+            lambda: _prompts(SampleConfig(start="FILE:latin.txt")),
+            lambda: cli.parse(SampleConfig, sys.argv[4:], "sample"),
+            lambda: [print(ascii(cli.ask("")), Path(config.out_dir).exists()) for _ in range(3)],
+        ):
+            try:
+                cli.run(main)
+            except SystemExit as stop:
+                print(stop, file=sys.stderr)
+    """
     environment = surroundings(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    flags = ["c.py", "--stop=ü", "--start=FILE:größe.txt", b"--start=\xfc"]
     result = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert result.stdout == ascii(["größe", "größe\n"]) + "\n"
-    assert result.stderr == "error: latin.txt is not UTF-8 text: byte 2 cannot be read; convert it to UTF-8\n"
+        [sys.executable, "-c", program, *flags],
+        cwd=tmp_path, env=environment, input="größe\nü\n".encode() + b"\xfc\n", capture_output=True,
+    )  # fmt: skip
+    assert result.stdout.decode().splitlines() == [
+        ascii(["ü", "größe", "größe\n"]), ascii("größe") + " True", ascii("ü") + " True",
+    ], result.stderr.decode()  # fmt: skip
+    assert result.stderr.decode().splitlines() == [
+        "error: latin.txt is not UTF-8 text: byte 2 cannot be read; convert it to UTF-8",
+        r"error: --start='\udcfc' is not UTF-8 text",
+        "2",
+        r"error: '\udcfc' is not UTF-8 text",
+    ]
+
+
+def test_what_is_typed_in_a_locale_of_its_own_encoding_is_read_as_either():
+    for typed in ("größe", "größe".encode().decode("latin-1")):
+        assert cli.typed_text(typed, "latin-1") == "größe"
+    assert cli.typed_text("größe", "utf-8") == cli.typed_text("größe", "ascii") == "größe"
 
 
 def started(tmp_path, *args, **environment):

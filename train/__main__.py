@@ -72,7 +72,7 @@ def train(
     """
     given = given or {}
     out_dir = Path(config.out_dir)
-    torch.manual_seed(config.seed + ranks.rank)
+    torch.manual_seed((config.seed + ranks.rank) % 2**64)  # the largest seed has ranks too
     torch.backends.cuda.matmul.allow_tf32 = True  # where float32 is asked for on a GPU; no effect on a CPU
 
     # Settings that this machine cannot meet are refused before anything is written.
