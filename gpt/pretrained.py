@@ -184,7 +184,7 @@ def from_hugging_face(
 
 
 def hugging_face_tokenizer(name: str) -> dict[str, Any]:
-    """The tokenizer of one of OpenAI's GPT-2s or of a folder, by `to_dict`; unknown where a folder has none."""
+    """The tokenizer of one of OpenAI's GPT-2s or of a folder, by `to_dict`: unknown where it has none."""
     if not Path(name).is_dir():
         return {"kind": "gpt2"}
     rows = json.loads(Path(name, "config.json").read_text(encoding="utf-8")).get("vocab_size", 50257)

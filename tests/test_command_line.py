@@ -698,11 +698,18 @@ def test_a_rank_without_the_rest_of_torchrun_is_told(workplace):
     )
 
 
-@pytest.mark.parametrize("file", ["__init__.py", "readme.txt"])
-def test_another_package_called_kernels_is_told(tmp_path, file):
-    """Hugging Face's, or a folder that stands where Python looks first."""
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("__init__.py", "def get_kernel(name): pass"),
+        ("__init__.py", "import a_package_that_is_not_installed"),
+        ("readme.txt", ""),
+    ],
+)
+def test_another_package_called_kernels_is_told(tmp_path, file, content):
+    """Hugging Face's, whole or broken, or a folder that stands where Python looks first."""
     (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / file).write_text("def get_kernel(name): pass\n")
+    (tmp_path / "kernels" / file).write_text(content)
     program = f"import sys, runpy; sys.path[:0] = [{str(tmp_path)!r}]\n"
     if file == "readme.txt":  # as an editable install is looked for last, a folder without __init__.py wins
         program += "import types; sys.modules['kernels'] = kernels = types.ModuleType('kernels')\n"
@@ -737,6 +744,15 @@ def test_a_seed_beyond_64_bits_is_told(monkeypatch, capsys):
         assert code == 2
         assert err == f"error: --seed={2**64} must be a whole number of at most 64 bits\n"
     assert parse([f"--seed={2**64 - 1}"])[0].seed == 2**64 - 1
+
+
+@pytest.mark.parametrize(("seed", "of_rank_1"), [(1337, 1338), (2**64 - 1, 0), (-1, 0)])
+def test_every_rank_of_every_seed_has_random_numbers_of_its_own(workplace, monkeypatch, seed, of_rank_1):
+    config, given = parse([*TINY, f"--seed={seed}"])
+    monkeypatch.setattr(loop.checkpoint, "find_start", lambda *args: sys.exit("started"))
+    with pytest.raises(SystemExit, match="started"):
+        loop.train(config, distributed.Ranks(1, 2, "cpu", None), given)
+    assert torch.initial_seed() == of_rank_1
 
 
 @pytest.mark.parametrize("name", ["", ".", "./"])

@@ -214,15 +214,21 @@ def test_a_list_of_records_is_read_as_documents_compressed_or_not(small_pieces):
         assert sorted(characters(Path("out", name)).splitlines()) == ["aab", "ab", "ba"], name
 
 
-def test_a_folder_is_read_whatever_the_case_of_its_endings_and_without_what_a_mac_leaves(small_pieces):
+def test_a_folder_is_read_whatever_the_case_of_its_endings_and_what_is_left_out_is_said(small_pieces, capsys):
     Path("texts/__MACOSX").mkdir(parents=True)
     for name in ("a.txt", "B.TXT", "c.Txt"):
         Path("texts", name).write_text(f"{name}")
     Path("texts/d.txt.gz").write_bytes(gzip.compress(b"d.gz"))
     Path("texts/__MACOSX/._a.txt").write_bytes(b"\x00\x05\x16\x07\xff")
     Path("texts/._b.txt").write_bytes(b"\x00\x05\x16\x07\xff")
+    for name in ("list.json", "more.JSON", "readme", ".hidden"):
+        Path("texts", name).write_text("[]")
     encode(Path("out"), documents.files("texts"), "char", 1)
     assert sorted(characters("out").splitlines()) == ["B.TXT", "a.txt", "c.Txt", "d.gz"]
+    assert capsys.readouterr().err == (
+        "texts: of a folder only .txt, .jsonl and .parquet are read; left out: 2 .json, 1 without an ending "
+        "(a glob takes them: 'texts/**/*.json')\n"
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

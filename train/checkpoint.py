@@ -137,8 +137,8 @@ def initial_model(
         )
     if trained_with["kind"] == "unknown" != tokens["kind"] and source != "resume" and ranks.is_main:
         print(
-            f"{where} does not say which tokenizer it was trained with: that of data/{config.dataset} is taken, "
-            f"{tokenizer.name(tokens)}",
+            f"{where} does not say which tokenizer it was trained with: that of data/{config.dataset} "
+            f"is taken, {tokenizer.name(tokens)}",
             flush=True,
         )
     if source != "resume" and wanted.block_size < model.config.block_size and "block_size" in given:

@@ -87,14 +87,13 @@ def _check_width(path: Path, ids: NDArray) -> None:
         return
     wide = low.max() >= 256
     if (high.max() == 0 and (wide or low.min() == 0)) or (high.max() < 16 and wide):
-        largest = int(np.memmap(path, "<u4", mode="r").max())
-        header = "b''" if largest < 65536 else f"shards.header(np.uint32, {len(ids) // 2})"
-        dtype = "uint16" if largest < 65536 else "uint32"
+        code = f"import numpy as np; p = {str(path)!r}; np.fromfile(p, 'u4').astype('u2').tofile(p)"
+        convert = f'python -c "{code}"'
+        if int(np.memmap(path, "<u4", mode="r").max()) >= 65536:
+            convert = f"write train.shards.header(np.uint32, {len(ids) // 2}) before its bytes"
         raise ValueError(
             f"{path} has uint32 ids without a header (read as uint16, every second one is near 0), and a "
-            f'headerless file must be uint16. Convert it: python -c "import numpy as np; from train import '
-            f"shards; ids = np.fromfile('{path}', 'uint32'); open('{path}', 'wb').write({header} + "
-            f"ids.astype('{dtype}').tobytes())\""
+            f"headerless file must be uint16. Convert it: {convert}"
         )
 
 

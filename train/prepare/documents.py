@@ -9,7 +9,9 @@ import gzip
 import hashlib
 import json
 import re
+import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -115,14 +117,27 @@ def find(inputs: str) -> list[Path]:
         matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
         here: list[Path] = []
         for path in map(Path, matches):
-            # A Mac leaves a file ._NAME of its own beside each that it copies.
-            inside = (p for p in path.rglob("*") if _kind(p) in KINDS and not p.name.startswith("._"))
-            here += sorted(inside) if path.is_dir() else [path]
+            here += _inside(path) if path.is_dir() else [path]
         found |= dict.fromkeys(here)
         if not here:
             what = ".txt, .jsonl or .parquet in" if Path(name).is_dir() else "file"
             raise FileNotFoundError(f"there is no {what} {name}")
     return list(found)
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The files of a folder that are read, sorted; says which others are left out."""
+    # A Mac leaves a file ._NAME of its own beside each that it copies.
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("._"))
+    others = Counter(_kind(p) for p in paths if _kind(p) not in KINDS and not p.name.startswith("."))
+    if others:
+        counts = ", ".join(f"{n:,} {kind or 'without an ending'}" for kind, n in others.most_common())
+        print(
+            f"{folder}: of a folder only .txt, .jsonl and .parquet are read; left out: {counts} "
+            f"(a glob takes them: '{folder}/**/*{next(iter(others))}')",
+            file=sys.stderr,
+        )
+    return [p for p in paths if _kind(p) in KINDS]
 
 
 def pieces(batches: Iterable[Callable[[], Batch]]) -> Iterator[str]:
