@@ -367,7 +367,7 @@ def _flags_of_file(path: Path, described: Mapping[str, Flag], scope: dict[str, A
                 exec(compile(ast.Module([statement], []), str(path), "exec"), scope, namespace)
                 written = {name for name in scope if scope[name] is not before.get(name, MISSING)}
                 lines |= dict.fromkeys(written | namespace.written, statement.lineno)
-    except Exception as error:  # whatever the file does
+    except (Exception, SystemExit) as error:  # whatever the file does
         where, line = _position(error, path)
         raise ValueError(f"{where}, line {line}: {type(error).__name__}: {error}") from None
     flags = []
@@ -414,7 +414,7 @@ def _importing_from(folder: Path) -> Iterator[None]:
                 del sys.modules[name]
 
 
-def _position(error: Exception, path: Path) -> tuple[str, int]:
+def _position(error: BaseException, path: Path) -> tuple[str, int]:
     """The innermost file and line of the config's folder that an error came from."""
     places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):

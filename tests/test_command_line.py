@@ -301,6 +301,7 @@ def test_accumulation_that_does_not_divide_and_nccl_without_gpus():
     [
         ("n_layer = 2\nn_head = = 3", "line 2: SyntaxError"),
         ("n_layer = 2\nn_head = layers", "line 2: NameError: name 'layers' is not defined"),
+        ("n_layer = 2\nexit(0)", "line 2: SystemExit: 0"),
     ],
 )
 def test_a_mistake_in_a_config_file_is_one_sentence(workplace, monkeypatch, capsys, content, message):

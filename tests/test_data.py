@@ -1,5 +1,6 @@
 """The promises of the data order, and what is said of files that cannot be read."""
 
+import gzip
 import json
 import os
 import pickle
@@ -108,6 +109,12 @@ def test_files_that_cannot_be_read_are_told(tmp_path):
         FileNotFoundError, match=r"there is no .*train.bin, and no shard with the word train in its name"
     ):
         describe(tmp_path)
+    with path.open("wb") as f:
+        np.save(f, np.arange(100, dtype=np.uint16) % 10)
+    for content, kind in ((path.read_bytes(), "a NumPy array"), (gzip.compress(b"ids"), "compressed .gzip.")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"train.bin is {kind}.*, not a file of ids: write"):
+            TokenFile(path, config, 0)
     path.write_bytes(b"\0" * 31)
     with pytest.raises(ValueError, match="odd number of bytes, 31"):
         TokenFile(path, config, 0)

@@ -208,8 +208,10 @@ def test_a_list_of_records_is_read_as_documents_compressed_or_not(small_pieces):
     Path("list.json").write_text(f"[{', '.join(lines)}]")
     Path("strings.json").write_text('["ab", "ba", "aab"]')
     Path("rows.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
-    Path("ROWS.JSONL").write_text("\n".join(lines))
-    for name in ("list.json", "strings.json", "rows.jsonl.gz", "ROWS.JSONL"):
+    for name in ("ROWS.JSONL", "rows.ndjson"):
+        Path(name).write_text("\n".join(lines))
+    Path("rows.csv").write_text("n,text\n1,ab\n2,ba\n3,aab\n")
+    for name in ("list.json", "strings.json", "rows.jsonl.gz", "ROWS.JSONL", "rows.ndjson", "rows.csv"):
         encode(Path("out", name), documents.files(name), "char", 1)
         assert sorted(characters(Path("out", name)).splitlines()) == ["aab", "ab", "ba"], name
 
@@ -553,7 +555,6 @@ def test_a_vocabulary_past_16_bits_is_trained_on(small_pieces, capsys):
 def test_a_tokenizer_of_ones_own_from_its_training_to_a_sample(workplace, monkeypatch, capsys, text):
     Path("mine.txt").write_text(text + "été 東京 <|endoftext|>")
     flags = ["--input=mine.txt", "--vocab_size=300", "--output=own/bpe.json"]
-    Path("own").mkdir()
     code, out, _ = command(prepare.main, monkeypatch, capsys, "tokenizer", *flags)
     assert code == 0 and out == "own/bpe.json: 300 tokens\n"
     described = tokenizer.describe_json(Path("own/bpe.json"))

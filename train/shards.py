@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 HEADER_INTS = 256
+FOREIGN = {"a NumPy array (.npy)": b"\x93NUMPY", "compressed (gzip)": b"\x1f\x8b", "a zip archive": b"PK\3\4"}
 WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}  # in the names of shards
 KINDS: dict[int, tuple[int, type]] = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
 
@@ -54,6 +55,10 @@ def open_tokens(path: Path) -> NDArray:
     size = path.stat().st_size
     start = np.fromfile(path, "<i4", count=4)
     if len(start) < 4 or int(start[0]) not in KINDS:
+        if how := next((how for how, magic in FOREIGN.items() if start.tobytes().startswith(magic)), None):
+            raise ValueError(
+                f"{path} is {how}, not a file of ids: write its ids by numpy's tofile, as uint16"
+            )
         if size % 2:
             raise ValueError(
                 f"{path} has an odd number of bytes, {size:,}: no file of uint16; prepare it again"

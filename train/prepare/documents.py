@@ -27,8 +27,8 @@ PIECE = 1 << 20  # characters that are encoded at a time
 SPLIT_SEED = 2357  # nanoGPT's
 # Where a text can be cut and its pieces encoded one by one to the same ids: no match of GPT-2's pattern goes
 # on after a lone line end, or over the front of a lone space.
-KINDS = (".txt", ".jsonl", ".parquet")  # what is read of a folder, in any case of its letters
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+KINDS = (".txt", ".jsonl", ".ndjson", ".parquet")  # what is read of a folder, in any case of its letters
+READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 MAGIC = {
     "gzip": b"\x1f\x8b",
     "zstd": b"\x28\xb5\x2f\xfd",
@@ -71,7 +71,8 @@ def files(inputs: str, field: str = "text", val_fraction: float = 0.1) -> Corpus
     """What `inputs` names: files, folders and globs, separated by commas. Raises ValueError and OSError.
 
     A single file of text is a running text; else each file of text is a document, and so is the column
-    `field` of each row of a .jsonl, .json or .parquet file. Any but .parquet may be compressed as .gz.
+    `field` of each row of a .jsonl, .ndjson, .json, .csv or .parquet file. Any but .parquet may be compressed
+    as .gz.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must be above 0 and below 1")
@@ -90,7 +91,9 @@ def files(inputs: str, field: str = "text", val_fraction: float = 0.1) -> Corpus
             try:
                 table = _load(inputs, READERS[kind], data_files=[str(p) for p in of_kind])
             except OSError as error:
-                raise OSError(f"{error}{_not_json(of_kind) if kind == '.jsonl' else ''}") from None
+                raise OSError(
+                    f"{error}{_not_json(of_kind) if kind in ('.jsonl', '.ndjson') else ''}"
+                ) from None
             parts.append(_rows(table, field, val_fraction))
     train, val = (_joined(list(splits)) for splits in zip(*parts))
     return Corpus(train, val, source, identity)
