@@ -17,10 +17,10 @@ from gpt import pretrained
 from gpt.convert import convert
 from tests.runs import TINY, run
 from tests.test_command_line import command
-from train import __main__ as loop
 from train import checkpoint, distributed, metrics
-from train.__main__ import train
+from train.__main__ import main
 from train.config import parse
+from train.loop import train
 
 
 @dataclass
@@ -452,15 +452,15 @@ def test_a_second_run_at_the_same_time_stops_and_the_first_goes_on(workplace, mo
     ranks = distributed.start("auto", "cpu")
     with checkpoint.locked_folder(config, ranks):
         for source in ("scratch", "auto"):
-            code, _, err = command(loop.main, monkeypatch, capsys, *flags, f"--init_from={source}")
+            code, _, err = command(main, monkeypatch, capsys, *flags, f"--init_from={source}")
             assert code == 1 and f"another run writes to out now (process {os.getpid()} on " in err
         assert [path.name for path in Path("out").iterdir()] == [".lock"], "the second has written nothing"
-        command(loop.main, monkeypatch, capsys, *flags, "--eval_only=True")
+        command(main, monkeypatch, capsys, *flags, "--eval_only=True")
         assert [path.name for path in Path("out").iterdir()] == [".lock"]
-        code, _, err = command(loop.main, monkeypatch, capsys, *flags, "--out_dir=elsewhere")
+        code, _, err = command(main, monkeypatch, capsys, *flags, "--out_dir=elsewhere")
         assert code == 0, err
         train(config, ranks, given)
-    code, _, err = command(loop.main, monkeypatch, capsys, *flags, "--init_from=resume", "--max_iters=6")
+    code, _, err = command(main, monkeypatch, capsys, *flags, "--init_from=resume", "--max_iters=6")
     assert code == 0 and torch.load("out/ckpt.pt")["iter_num"] == 6, err
 
 
@@ -469,5 +469,5 @@ def test_a_file_system_without_locks_stops_no_run(workplace, monkeypatch, capsys
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    code, _, err = command(loop.main, monkeypatch, capsys, *TINY, "--max_iters=4", "--out_dir=out")
+    code, _, err = command(main, monkeypatch, capsys, *TINY, "--max_iters=4", "--out_dir=out")
     assert code == 0 and torch.load("out/ckpt.pt")["iter_num"] == 4, err

@@ -7,6 +7,7 @@ second name: where a disk has damaged the latest, resuming goes back to the one 
 """
 
 import fcntl
+import math
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ import zipfile
 from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -39,6 +40,40 @@ from gpt.pretrained import (
 from train.config import SHAPE, TrainConfig
 from train.distributed import Ranks
 from train.optim import Muon, moments_of
+
+
+@dataclass
+class Progress:
+    """How far a run is, beside its weights and optimizer; the fields are keys of a checkpoint."""
+
+    # updates made: the number of the step that comes next
+    iter_num: int = 0
+    # windows of the training data that were read, where the next batch begins
+    position: int = 0
+    best_val_loss: float = math.inf
+    # updates left out, as their gradient was not finite
+    skipped: int = 0
+    # whether the evaluation due at iter_num is done
+    evaluated: bool = False
+    # init_from of the run's first process, which config.py has to repeat
+    began: str = "scratch"
+
+    @classmethod
+    def begin(cls, checkpoint: dict[str, Any], config: TrainConfig) -> "Progress":
+        """Of a new run, where `checkpoint` is {}, or of the run that saved `checkpoint`.
+
+        nanoGPT draws its windows at random: a run of its begins at the window where ours would stand.
+        """
+        iter_num = checkpoint.get("iter_num", 0)
+        return cls(
+            iter_num=iter_num,
+            position=checkpoint.get("position", iter_num * config.sequences),
+            best_val_loss=float(checkpoint.get("best_val_loss", math.inf)),
+            skipped=checkpoint.get("skipped", 0),
+            # nanoGPT's checkpoints are not known to follow an evaluation.
+            evaluated=checkpoint.get("evaluated", "position" in checkpoint),
+            began=checkpoint.get("began", checkpoint.get("config", {}).get("init_from", config.init_from)),
+        )
 
 
 class Start(NamedTuple):
@@ -182,8 +217,9 @@ def contents(
     scaler: torch.amp.GradScaler,
     config: TrainConfig,
     ranks: Ranks,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """What nanoGPT keeps, under its names, and beside it what resuming exactly needs.
+    """What nanoGPT saves, under its names, and beside it what resuming exactly needs.
 
     A copy on the CPU of rank 0, which later steps leave alone. All ranks call it: shards are put together.
     """
@@ -194,7 +230,7 @@ def contents(
         i: {name: _copy(value, ranks) for name, value in state.items()}
         for i, state in optimized["state"].items()
     }
-    found = {
+    state = vars(progress) | {
         "model": weights,
         "optimizer": {"state": moments, "param_groups": optimized["param_groups"]},
         "model_args": {name: flat[name] for name in MODEL_ARGS},
@@ -206,7 +242,7 @@ def contents(
     }
     if ranks.device_type == "cuda":
         torch.cuda.synchronize()  # the copies
-    return found
+    return state
 
 
 def restore(
@@ -256,17 +292,35 @@ def restore(
 
 
 class Saver:
-    """Writes checkpoints on a thread of its own, one at a time, while training goes on."""
+    """Saves a run. The file is written on a thread, one at a time, while training goes on."""
 
-    def __init__(self, folder: Path, keep_last: int):
-        self.folder, self.keep_last = folder, keep_last
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        config: TrainConfig,
+        ranks: Ranks,
+        tokenizer: dict[str, Any],
+        data: dict[str, Any],
+    ):
+        """`tokenizer` describes the run's tokenizer, `data` is what `train.data.preflight` returned."""
+        self.state = model, optimizer, scaler, config, ranks
+        self.described = {"tokenizer": tokenizer, "data": data}
+        self.config, self.ranks = config, ranks
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
 
-    def save(self, checkpoint: dict[str, Any], best: bool) -> None:
-        """Returns at once, or when the one before is written. Raises OSError for the one before."""
+    def save(self, progress: Progress, best: bool) -> None:
+        """Copies the run as it is now, and returns while the copy is written; for all ranks to call.
+
+        Waits for the checkpoint before it, and raises OSError where that could not be written.
+        """
         self.wait()
-        self.pending = self.thread.submit(save, self.folder, checkpoint, best, self.keep_last)
+        state = contents(*self.state, progress) | self.described
+        if self.ranks.is_main:
+            folder, keep_last = Path(self.config.out_dir), self.config.keep_last
+            self.pending = self.thread.submit(save, folder, state, best, keep_last)
 
     def wait(self) -> None:
         """Returns when all is written. Raises OSError where that failed."""
