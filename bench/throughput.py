@@ -30,10 +30,10 @@ import torch._dynamo
 
 from bench import roofline, timing
 from bench.roofline import PARTS, SIZES, TOKENS_PER_STEP
+from gpt.checkpoint import MODEL_ARGS
 from gpt.device import autocast, resolve_dtype
 from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
-from gpt.pretrained import MODEL_ARGS
 from train import distributed, fit
 from train.config import TrainConfig
 from train.distributed import Ranks

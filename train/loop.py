@@ -68,12 +68,13 @@ def train(
     tokenizer = describe(data_dir)
     model, resumed = checkpoint.initial_model(config, given, tokenizer, ranks, start)
     config = replace(config, model=model.config)
-    tokenizer = known_tokenizer(tokenizer, resumed.get("tokenizer", tokenizer), model, data_dir)
-    if ranks.differ(resumed.get("iter_num", 0)):
+    recorded = resumed.tokenizer if resumed is not None else None
+    tokenizer = known_tokenizer(tokenizer, recorded or tokenizer, model, data_dir)
+    if ranks.differ(resumed.iter_num if resumed is not None else 0):
         raise ValueError(
             f"the ranks found different checkpoints: all machines must share out_dir={config.out_dir!r}"
         )
-    if resumed and resumed.get("iter_num", 0) >= config.max_iters and not config.eval_only:
+    if resumed is not None and resumed.iter_num >= config.max_iters and not config.eval_only:
         if ranks.is_main:
             print(f"{out_dir} holds a finished run: all max_iters={config.max_iters} steps are made")
         return
@@ -85,9 +86,15 @@ def train(
         steps_on = partial(trial, config=config, ranks=ranks, precision=precision)
         config, fitted = fit.micro_batch(config, asked_batch_size(given), model, ranks, steps_on)
     trained, optimizer, scaler = prepare(model, config, ranks)
-    progress = Progress.begin(resumed, config)
-    if resumed:
+    progress = Progress(began=config.init_from)
+    before: dict[str, Any] = {}
+    data_before: dict[str, Any] = {}
+    if resumed is not None:
+        progress = Progress.after(resumed, config)
+        before = resumed.config
+        data_before = resumed.data if before.get("dataset") == config.dataset else {}
         checkpoint.restore(resumed, optimizer, scaler, ranks)
+        del resumed  # its tensors are the old file, mapped into memory
 
     # The data. Evaluation has another seed: its windows are not those that training is about to see.
     train_file = TokenFile(data_dir / "train.bin", config.model, config.seed)
@@ -95,13 +102,13 @@ def train(
         split: TokenFile(data_dir / f"{split}.bin", config.model, config.seed + 1)
         for split in ("train", "val")
     }
-    data = preflight(eval_files, resumed, config.dataset)
+    data = preflight(eval_files, data_before)
     micro_batches = read_ahead(train_file, progress.position, config.micro_batch, ranks)
     # gradient_accumulation_steps counts over all ranks, so that the step is the same on one GPU and on eight.
     accumulation = config.gradient_accumulation_steps // ranks.world_size
 
     # Who is told. A run compiles before its first step, so that no step's time has the compiler in it.
-    metrics = Metrics(config, ranks, model, view or Lines(), progress, resumed.get("config", {}))
+    metrics = Metrics(config, ranks, model, view or Lines(), progress, before)
     metrics.start(len(train_file), len(eval_files["val"]))
     if fitted:
         metrics.print(fitted)
@@ -118,7 +125,6 @@ def train(
     saver = checkpoint.Saver(model, optimizer, scaler, config, ranks, tokenizer, data)
     sample_tokenizer = tokenizer_for_samples(tokenizer, model, config, ranks, metrics)
     skips = SkippedSteps(progress.skipped, ranks.device)
-    resumed.clear()  # its tensors are the old file, mapped into memory
 
     while True:
         # The rate is a function of the step alone: a resumed run needs no state for it.
