@@ -47,6 +47,8 @@ if other:
 
 Attend = Callable[[Tensor], Tensor]  # qkv (B, T, 3, H, D) -> (B, T, H, D)
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> the `approximate` of F.gelu
+# Fields of GPTConfig that a run chooses. The others are the model's: a checkpoint or a folder has them.
+RUN_OPTIONS = ("dropout", "kernels", "activation_checkpointing")
 
 
 @dataclass

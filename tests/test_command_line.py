@@ -16,9 +16,10 @@ import torch
 from gpt import cli, convert, sample, tokenizer
 from gpt import generate as generation
 from tests.runs import TINY, run, surroundings
-from train import __main__ as loop
+from train import __main__ as training
 from train import distributed, evaluate, plot
 from train.config import PRESETS, TrainConfig, config_file, parse
+from train.loop import train
 from train.prepare import __main__ as prepare
 from train.prepare import corpora
 
@@ -89,7 +90,7 @@ def test_every_preset_parses_by_name_and_assigns_only_flags(preset, capsys):
 
 
 COMMANDS = {
-    "train": (loop.main, TrainConfig),
+    "train": (training.main, TrainConfig),
     "sample": (sample.main, sample.SampleConfig),
     "evaluate": (evaluate.main, evaluate.EvaluateConfig),
     "prepare text": (prepare.main, prepare.PrepareConfig),
@@ -120,7 +121,7 @@ def test_help_explains_every_flag_with_its_default_within_the_screen(monkeypatch
 
 def test_help_groups_flags_and_lists_the_presets_with_what_they_are_for(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
-    _, out, _ = command(loop.main, monkeypatch, capsys, "quickstart", "--help")
+    _, out, _ = command(training.main, monkeypatch, capsys, "quickstart", "--help")
     sections = {s.split("\n")[0]: s for s in out.split("\n\n")}
     for group, flag in (
         ("data", "dataset"),
@@ -140,7 +141,7 @@ def test_a_switch_alone_means_true(workplace, monkeypatch, capsys):
     assert config.model.n_layer == 3 and set(given) >= {"eval_only", "compile", "wandb_log", "n_layer"}
     assert parse(["--compile", "auto"])[0].compile == "auto"
     assert parse(["--bias"])[0].model.bias is True
-    code, _, err = command(loop.main, monkeypatch, capsys, "--eval_only=so")
+    code, _, err = command(training.main, monkeypatch, capsys, "--eval_only=so")
     assert code == 2 and err == "error: --eval_only=so must be True or False\n"
 
 
@@ -165,7 +166,7 @@ def test_a_whole_number_may_be_written_as_a_float(workplace, monkeypatch, capsys
     assert numbers == (600000, 10, 320, 100, 200000) and {type(n) for n in numbers} == {int}
     assert config.compile is False and given["max_iters"] == ["600000"]
     for value in ("6.5", "inf", "nan", "1e30", "x"):
-        code, out, err = command(loop.main, monkeypatch, capsys, f"--max_iters={value}")
+        code, out, err = command(training.main, monkeypatch, capsys, f"--max_iters={value}")
         assert (code, out) == (2, "")
         assert err == f"error: --max_iters={value} must be a whole number of at most 64 bits\n"
 
@@ -186,7 +187,7 @@ def test_a_configuration_comes_back_from_its_file(tmp_path, text):
 def test_print_config_is_a_config_file_and_trains_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # without data
     flags = ["quickstart", "--n_layer=3", "--dataset=it's", "--device=cpu"]
-    code, out, err = command(loop.main, monkeypatch, capsys, *flags, "--print_config")
+    code, out, err = command(training.main, monkeypatch, capsys, *flags, "--print_config")
     assert code == 0 and err == "" and not list(tmp_path.iterdir())
     Path("mine.py").write_text(out)
     found, asked = parse(["mine.py"])[0].flat(), parse(flags)[0].flat()
@@ -206,10 +207,10 @@ def test_a_printed_config_leaves_a_loaded_model_its_shape_and_a_resumed_run_its_
     for source in ("--init_from=first/ckpt.pt", "--init_from=auto", "--init_from=resume"):
         flags = [*(flag for flag in TINY if not flag.startswith("--n_")), source, "--out_dir=first"]
         flags = flags if "first/" in source else [*TINY, source, "--out_dir=first"]
-        _, out, _ = command(loop.main, monkeypatch, capsys, *flags, "--print_config")
+        _, out, _ = command(training.main, monkeypatch, capsys, *flags, "--print_config")
         Path("mine.py").write_text(out)
         out_dir = "--out_dir=tuned" if "first/" in source else "--out_dir=first"
-        code, _, err = command(loop.main, monkeypatch, capsys, "mine.py", out_dir, "--max_iters=6")
+        code, _, err = command(training.main, monkeypatch, capsys, "mine.py", out_dir, "--max_iters=6")
         assert code == 0, err
 
 
@@ -225,7 +226,7 @@ def test_the_config_file_of_a_resumed_run_begins_where_the_run_began(workplace):
 def test_the_config_file_beside_the_checkpoint_gives_the_same_run(workplace, optimizer):
     first = run("--dropout=0.2", f"--optimizer={optimizer}", out_dir="it's")
     config, given = parse(["it's/config.py", "--out_dir=again"])
-    loop.train(config, distributed.start("auto", config.device), given)
+    train(config, distributed.start("auto", config.device), given)
     again = torch.load("again/ckpt.pt", weights_only=True)
     assert all(torch.equal(weight, again["model"][name]) for name, weight in first["model"].items())
     assert first["config"] | {"out_dir": "again"} == again["config"]
@@ -270,7 +271,7 @@ def test_the_config_file_beside_the_checkpoint_gives_the_same_run(workplace, opt
     ids=lambda v: " ".join(v) if isinstance(v, list) and v[0].startswith(("-", "q")) else None,
 )
 def test_a_mistake_is_one_clear_message(workplace, monkeypatch, capsys, flags, code, words):
-    got, _, err = command(loop.main, monkeypatch, capsys, *TINY, *flags)
+    got, _, err = command(training.main, monkeypatch, capsys, *TINY, *flags)
     assert got == code
     for word in words:
         assert word in " ".join(err.replace("│", " ").split()), err
@@ -280,7 +281,7 @@ def test_a_mistake_is_one_clear_message(workplace, monkeypatch, capsys, flags, c
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_told(workplace, monkeypatch, capsys):
-    _, _, err = command(loop.main, monkeypatch, capsys, *TINY, "--device=cuda")
+    _, _, err = command(training.main, monkeypatch, capsys, *TINY, "--device=cuda")
     assert err == "error: device='cuda' was asked for, but this PyTorch sees no GPU; try --device=auto\n"
 
 
@@ -306,7 +307,7 @@ def test_accumulation_that_does_not_divide_and_nccl_without_gpus():
 )
 def test_a_mistake_in_a_config_file_is_one_sentence(workplace, monkeypatch, capsys, content, message):
     Path("mine.py").write_text(content)
-    code, _, err = command(loop.main, monkeypatch, capsys, "mine.py")
+    code, _, err = command(training.main, monkeypatch, capsys, "mine.py")
     assert code == 1 and err.startswith(f"error: mine.py, {message}") and err.count("\n") == 1
 
 
@@ -329,7 +330,7 @@ def test_a_mistake_in_a_config_file_has_the_file_and_its_line(
     Path("worse.py").write_text("n_layer = 2\nn_head = x")
     Path("worst.py").write_text("n_layer = 2\n\nn_head = = 3")
     Path("mine.py").write_text(content)
-    code, _, err = command(loop.main, monkeypatch, capsys, "mine.py")
+    code, _, err = command(training.main, monkeypatch, capsys, "mine.py")
     assert code == 1 and err.count("\n") == 1
     assert err.startswith("error: " + message.format(here=workplace.resolve())), err
 
@@ -580,7 +581,7 @@ def test_sampling_from_nanogpts_checkpoint_needs_its_meta_file(workplace, monkey
 
 
 PROGRAMS = {
-    "train": loop.main, "sample": sample.main, "convert": convert.main, "prepare": prepare.main,
+    "train": training.main, "sample": sample.main, "convert": convert.main, "prepare": prepare.main,
     "evaluate": evaluate.main, "plot": plot.main,
 }  # fmt: skip
 
@@ -731,7 +732,7 @@ def test_a_folder_with_the_name_of_a_package_that_is_missing_is_told(workplace, 
     Path(name).mkdir()
     Path("rows.jsonl").write_text('{"text": "a"}\n')
     main, flags = {
-        "wandb": (loop.main, [*TINY, "--wandb_log"]),
+        "wandb": (training.main, [*TINY, "--wandb_log"]),
         "datasets": (prepare.main, ["text", "--input=rows.jsonl", "--name=x", "--tokenizer=char"]),
     }[name]
     code, _, err = command(main, monkeypatch, capsys, *flags)
@@ -740,7 +741,7 @@ def test_a_folder_with_the_name_of_a_package_that_is_missing_is_told(workplace, 
 
 
 def test_a_seed_beyond_64_bits_is_told(monkeypatch, capsys):
-    for main in (loop.main, sample.main):
+    for main in (training.main, sample.main):
         code, _, err = command(main, monkeypatch, capsys, f"--seed={2**64}")
         assert code == 2
         assert err == f"error: --seed={2**64} must be a whole number of at most 64 bits\n"

@@ -20,9 +20,9 @@ from gpt.tokenizer import describe_dataset, from_dict, read_meta
 from tests.runs import run
 from tests.test_command_line import command
 from train import data, metrics, shards
-from train.__main__ import read_ahead
 from train.data import TokenFile, describe
 from train.distributed import Ranks
+from train.loop import read_ahead
 
 
 def token_file(folder, n, block_size=8, vocab_size=65536, seed=0):
