@@ -751,9 +751,9 @@ def test_a_seed_beyond_64_bits_is_told(monkeypatch, capsys):
 @pytest.mark.parametrize(("seed", "of_rank_1"), [(1337, 1338), (2**64 - 1, 0), (-1, 0)])
 def test_every_rank_of_every_seed_has_random_numbers_of_its_own(workplace, monkeypatch, seed, of_rank_1):
     config, given = parse([*TINY, f"--seed={seed}"])
-    monkeypatch.setattr(loop.checkpoint, "find_start", lambda *args: sys.exit("started"))
+    monkeypatch.setattr("train.checkpoint.find_start", lambda *args: sys.exit("started"))
     with pytest.raises(SystemExit, match="started"):
-        loop.train(config, distributed.Ranks(1, 2, "cpu", None), given)
+        train(config, distributed.Ranks(1, 2, "cpu", None), given)
     assert torch.initial_seed() == of_rank_1
 
 
