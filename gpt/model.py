@@ -12,10 +12,12 @@ References: Radford et al., 2019 (GPT-2); https://github.com/karpathy/nanoGPT; P
 https://arxiv.org/abs/1608.05859 (tied embeddings).
 """
 
+import importlib.util
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, Union
 
 import torch
@@ -24,20 +26,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import kernels
 from gpt.device import DTYPES
 from gpt.flops import flops_per_token, peak_flops
 
 # Hugging Face has a package of this name; whichever Python finds first is the one.
-if not hasattr(kernels, "OPS"):
+try:
+    import kernels
+
+    other = "" if hasattr(kernels, "OPS") else next(iter(kernels.__path__))
+except Exception:  # what the other package imports may be missing
+    spec = importlib.util.find_spec("kernels")
+    other = str(Path(spec.origin).parent) if spec and spec.origin else ""
+    if other in ("", str(Path(__file__).parents[1] / "kernels")):
+        raise
+if other:
     sys.exit(
-        f"error: the package kernels in {next(iter(kernels.__path__))} is not this project's, and hides it; "
+        f"error: the package kernels in {other} is not this project's, and hides it; "
         "move that folder away or `pip uninstall kernels`, then `pip install -e .` in this project again"
     )
 
 Residual = Union[Tensor, "Stream"]  # the residual stream, (B, T, C)
 Attend = Callable[[Tensor], Tensor]  # qkv (B, T, 3, H, D) -> (B, T, H, D)
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> the `approximate` of F.gelu
+# Fields of GPTConfig that a run chooses. The others are the model's: a checkpoint or a folder has them.
+RUN_OPTIONS = ("dropout", "kernels", "activation_checkpointing", "residual_dtype")
 
 
 @dataclass
@@ -52,16 +64,19 @@ class GPTConfig:
     activation: str = "gelu"  # gelu (erf, nanoGPT's) or gelu_tanh (OpenAI's and Hugging Face's GPT-2)
     kernels: str = "auto"  # who computes: auto, triton, torch, or with exceptions: triton,attention=torch
     activation_checkpointing: bool = False  # blocks keep their input only and compute the rest once more
-    # float32 as nanoGPT, mixed (its gradient is bfloat16), or bfloat16 and float16 (both are); auto: the fastest
-    # that trains as well as float32
+    # float32 (nanoGPT's), mixed (float32 with a bfloat16 gradient), bfloat16 or float16 for both. auto is mixed
+    # where our norms compute in bfloat16 without biases, and float32 elsewhere
     residual_dtype: str = "auto"
 
 
 class Stream(NamedTuple):
-    """A residual stream whose gradient has another dtype, which autograd knows by the dtype of a tensor."""
+    """A residual stream in fp32 whose gradient is bfloat16.
+
+    Autograd gives a gradient the dtype of its tensor, so the stream's belongs to a second tensor.
+    """
 
     value: Tensor  # (B, T, C) fp32, without a gradient
-    carrier: Tensor  # (B, T, C) bfloat16, not read: its gradient is the stream's
+    carrier: Tensor  # (B, T, C) bfloat16; nobody reads its values
 
 
 class LayerNorm(nn.Module):
@@ -169,30 +184,30 @@ class Transformer(nn.Module):
         return x
 
     def _start_of_stream(self, x: Tensor) -> Residual:
+        """The embeddings, fp32, as the residual stream of this model's residual_dtype."""
         device = x.device.type
-        if self.residual_dtype == "float32" or not torch.is_autocast_enabled(device):
+        half = torch.float16 if self.residual_dtype == "float16" else torch.bfloat16
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if self.residual_dtype == "float32" or half != autocast:
             return x
-        half = x.to(torch.get_autocast_dtype(device))
         if self.residual_dtype != "mixed":
-            return half
+            return x.to(half)
         # Without gradients a mixed stream is a fp32 one.
-        return Stream(x.detach(), half) if torch.is_grad_enabled() else x
+        return Stream(x.detach(), x.to(half)) if torch.is_grad_enabled() else x
 
 
-def residual_dtype(config: GPTConfig, dtype: str, ops: kernels.Kernels) -> str:
-    """The residual_dtype of a model that computes in `dtype`. Raises ValueError where the two do not agree."""
+def choose_residual_dtype(config: GPTConfig, dtype: str, ops: kernels.Kernels) -> str:
+    """The residual_dtype of a model that computes in `dtype`. Raises ValueError if the two do not agree."""
     chosen = config.residual_dtype
     if chosen == "auto":
         fused = ops.add_layer_norm_mixed is kernels.add_layer_norm_mixed
         return "mixed" if fused and dtype == "bfloat16" and not config.bias else "float32"
     if chosen not in ("float32", "mixed", "bfloat16", "float16"):
-        raise ValueError(
-            f"residual_dtype={chosen!r} must be auto, float32, mixed, bfloat16 or float16"
-        )
+        raise ValueError(f"residual_dtype={chosen!r} must be auto, float32, mixed, bfloat16 or float16")
     if chosen == "mixed" and (config.bias or dtype != "bfloat16"):
         raise ValueError(
-            f"residual_dtype=mixed needs bias=False and dtype=bfloat16, not bias={config.bias} and dtype={dtype}; "
-            "residual_dtype=float32 works with all"
+            f"residual_dtype=mixed needs bias=False and dtype=bfloat16, not bias={config.bias} and "
+            f"dtype={dtype}; residual_dtype=float32 works with all"
         )
     if chosen in ("bfloat16", "float16") and chosen != dtype:
         raise ValueError(f"residual_dtype={chosen} needs dtype={chosen}, not {dtype}; or choose float32")
@@ -221,7 +236,7 @@ class GPT(nn.Module):
         head_size = config.n_embd // config.n_head
         self.ops = kernels.load(config.kernels, device, head_size, DTYPES[dtype])
         self.config = replace(
-            config, kernels=self.ops.spec, residual_dtype=residual_dtype(config, dtype, self.ops)
+            config, kernels=self.ops.spec, residual_dtype=choose_residual_dtype(config, dtype, self.ops)
         )
         self.transformer = Transformer(self.config, self.ops)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)

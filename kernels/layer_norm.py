@@ -81,12 +81,13 @@ def add_layer_norm_mixed_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for a stream whose gradient travels in half precision, beside it in `carrier` (..., C).
 
-    Autograd gives a gradient the dtype of its tensor. So `residual` gets none, and `carrier` gets the gradient
-    of the stream. `input` is None in front of the first layer. Returns (normed, summed, the next carrier).
+    Autograd gives a gradient the dtype of its tensor. So `residual` gets none, and the gradient of the stream
+    goes to `carrier`. `input` is None before the first layer. Returns (normed, summed, the next carrier).
     """
-    summed = residual.detach() if input is None else residual.detach() + input.detach()
-    # 0, whose gradient goes to the carrier and to the input.
-    zero = carrier - carrier.detach() if input is None else carrier - carrier.detach() + input - input.detach()
+    # A zero whose gradient goes to the carrier and to the input.
+    zero, summed = carrier - carrier.detach(), residual.detach()
+    if input is not None:
+        zero, summed = zero + (input - input.detach()), summed + input.detach()
     normed = F.layer_norm(summed + zero, summed.shape[-1:], weight, None, eps)
     return normed.to(carrier.dtype), summed, zero
 
@@ -424,7 +425,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _call(
-    ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None, dmean: None, drstd: None, dcarrier: Tensor | None
+    ctx: Any,
+    dnormed: Tensor | None,
+    dsummed: Tensor | None,
+    _mean: None,
+    _rstd: None,
+    dcarrier: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     x, weight, mean, rstd = ctx.saved_tensors
     input_dtype, residual_dtype, bias_dtype, carrier_dtype = ctx.dtypes
@@ -506,8 +512,8 @@ def add_layer_norm_mixed(
 
     Autograd gives a gradient the dtype of its tensor. So residual (..., C), which is fp32, gets none, and
     `carrier` (..., C) gets the gradient of the stream; of a carrier nothing but shape and dtype is used, and
-    the next one is 0 everywhere. Its dtype, bfloat16 or fp32, is that of `input` and `normed`. `input` is None
-    in front of the first layer, which adds nothing. Raises ValueError for what it cannot do.
+    the next one is 0 everywhere. `input` and `normed` have its dtype, bfloat16 or fp32. `input` is None before
+    the first layer, which adds nothing. Raises ValueError for what it cannot do.
     """
     name = "add_layer_norm_mixed"
     _check(name, residual, weight, None)
@@ -518,8 +524,8 @@ def add_layer_norm_mixed(
     for argument, tensor in (("input", input), ("carrier", carrier)):
         if tensor is not None and (tensor.shape, tensor.dtype) != (residual.shape, carrier.dtype):
             raise ValueError(
-                f"{name}: {argument} is {tuple(tensor.shape)} {tensor.dtype}; residual {tuple(residual.shape)} "
-                f"and carrier {carrier.dtype} must have the same shape and the same dtype"
+                f"{name}: {argument} is {tuple(tensor.shape)} {tensor.dtype}; it must have the shape of "
+                f"residual, {tuple(residual.shape)}, and the dtype of carrier, {carrier.dtype}"
             )
     residual = residual.detach()
     if input is None:

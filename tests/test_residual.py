@@ -24,9 +24,9 @@ def step(model, device, dtype=torch.bfloat16, enabled=True):
         saved.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        with torch.autocast(device, dtype, enabled=enabled):
-            _, loss = model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+    hooks = torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor)
+    with hooks, torch.autocast(device, dtype, enabled=enabled):
+        _, loss = model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
     loss.backward()
     return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters()}, saved
 
@@ -101,7 +101,13 @@ def test_auto_is_mixed_where_that_is_faster_and_exact(device):
         return build("auto", device, kernels, dtype, **changes).config.residual_dtype
 
     assert chosen() == "mixed"
-    assert chosen(bias=True) == chosen("torch") == chosen(dtype="float16") == chosen(dtype="float32") == "float32"
+    assert (
+        chosen(bias=True)
+        == chosen("torch")
+        == chosen(dtype="float16")
+        == chosen(dtype="float32")
+        == "float32"
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import train.__main__ as loop
 from tests.runs import TINY, run
-from train import distributed, metrics
+from train import distributed, loop, metrics
+from train.checkpoint import Progress
 from train.config import parse
 from train.view import Lines, LiveView, open_view
 
@@ -144,15 +144,15 @@ def test_a_frame_says_what_goes_on_and_when_it_will_end(terminal):
 
 
 def test_an_error_leaves_the_terminal_as_it_was(workplace, terminal, monkeypatch):
-    update, calls = loop.update, []
+    train_step, calls = loop.train_step, []
 
     def fails(*args):
         calls.append(args)
         if len(calls) == 4:
             raise ValueError("a disk is full")
-        return update(*args)
+        return train_step(*args)
 
-    monkeypatch.setattr(loop, "update", fails)
+    monkeypatch.setattr(loop, "train_step", fails)
     read = terminal(80)
     before, threads = sys.stdout, threading.active_count()
     with pytest.raises(ValueError, match="a disk is full"):
@@ -195,11 +195,11 @@ def test_ranks_but_the_first_are_silent_also_on_a_terminal(workplace, terminal):
     Path("out").mkdir()
     model = loop.GPT(config.model.__class__(n_layer=1, n_head=1, n_embd=4, block_size=16, vocab_size=21))
     with open_view() as view:
-        log = metrics.Metrics(config, distributed.Ranks(1, 2, "cpu", None), model, view, {}, False)
+        log = metrics.Metrics(config, distributed.Ranks(1, 2, "cpu", None), model, view, Progress(), {})
         log.start(100, 10)
         log.step(0, torch.tensor(1.0), torch.tensor(1.0), 1e-3)
         log.evaluation(0, {"train": 1.0, "val": 1.0}, 1e-3)
-        log.stop(1, "stopped", "how")
+        log.stop(1, "SIGTERM")
         log.close()
     assert read()[0] == [""] and not list(Path("out").iterdir())
 
@@ -235,7 +235,7 @@ def test_the_time_left_is_that_of_the_steps_and_of_the_evaluations(workplace):
     config, _ = parse([*TINY, "--max_iters=100", "--eval_interval=30", "--compile=False"])
     Path("out").mkdir()
     model = loop.GPT(config.model.__class__(n_layer=1, n_head=1, n_embd=4, block_size=16, vocab_size=21))
-    log = metrics.Metrics(config, distributed.Ranks(0, 1, "cpu", None), model, Lines(), {}, False)
+    log = metrics.Metrics(config, distributed.Ranks(0, 1, "cpu", None), model, Lines(), Progress(), {})
     assert log._seconds_left(40) is None, "nothing is measured yet"
     log.seconds, log.pauses = 2.0, {"evaluating": [10.0], "profiling": [77.0]}
     for done in (1, 30, 31, 89, 90, 91, 99):
