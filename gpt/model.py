@@ -64,8 +64,8 @@ class GPTConfig:
     activation: str = "gelu"  # gelu (erf, nanoGPT's) or gelu_tanh (OpenAI's and Hugging Face's GPT-2)
     kernels: str = "auto"  # who computes: auto, triton, torch, or with exceptions: triton,attention=torch
     activation_checkpointing: bool = False  # blocks keep their input only and compute the rest once more
-    # float32 (nanoGPT's), mixed (float32 with a bfloat16 gradient), bfloat16 or float16 for both. auto is mixed
-    # where our norms compute in bfloat16 without biases, and float32 elsewhere
+    # float32 (nanoGPT's), mixed (float32 with a bfloat16 gradient), bfloat16 or float16 for both; auto: mixed
+    # where our norms compute in bfloat16 without biases, float32 elsewhere
     residual_dtype: str = "auto"
 
 
