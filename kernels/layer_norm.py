@@ -203,17 +203,23 @@ def _norm_backward_kernel(
     C: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     tiles: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
-    ws, dws, dbs = (), (), ()  # sums for each row of a tile, so that no warp waits for another's
+    ws, inverses = (), ()
+    dws, dbs = (), ()  # sums for each row of a tile, so that no warp waits for another's
     for i in tl.static_range(tiles):
         if W is not None:
             w = _load_parameter(W, i, C, COLUMNS, ROWS)
-            ws = ws + (_away_from_zero(w) if MEAN is None else w,)
+            if MEAN is None:
+                w = _away_from_zero(w)
+                inverses = inverses + (1 / w,)
+            ws = ws + (w,)
         dws = dws + (tl.zeros((ROWS, COLUMNS), tl.float32),)
         dbs = dbs + (tl.zeros((ROWS, COLUMNS), tl.float32),)
-    for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+    # With two stages the next rows travel to shared memory while these are computed.
+    for first in tl.range(program * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = tl.arange(0, ROWS).to(tl.int64) + first
         if MEAN is not None:
             mean = tl.load(MEAN + row, mask=row < rows, other=0)
@@ -223,7 +229,7 @@ def _norm_backward_kernel(
             dys = dys + (_load(DY, row, dy_stride, rows, i, C, COLUMNS),)
             x = _load(X, row, x_stride, rows, i, C, COLUMNS)
             # Beyond C xhat is not 0, but dy is.
-            xhats = xhats + (x / ws[i] if MEAN is None else (x - mean[:, None]) * rstd[:, None],)
+            xhats = xhats + (x * inverses[i] if MEAN is None else (x - mean[:, None]) * rstd[:, None],)
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         total_xhat = tl.zeros((ROWS, COLUMNS), tl.float32)
         next_dws, next_dbs = (), ()
