@@ -217,12 +217,12 @@ def measure(
         shuffle(order)
         for variant in order:
             times[variant.name].append(timed(variant))
-        figures = {v.name: _figures(v, times[v.name], ranks) for v in variants}
+        figures = {v.name: figures_of(v, times[v.name], ranks) for v in variants}
         keep(figures)
     return figures
 
 
-def _figures(variant: Variant, times: list[float], ranks: Ranks) -> dict[str, Any]:
+def figures_of(variant: Variant, times: list[float], ranks: Ranks) -> dict[str, Any]:
     rates = timing.summary([1000 * t for t in times])
     tokens_per_s = variant.tokens / (rates.median / 1000)
     peak = peak_flops(torch.cuda.get_device_name(), "bfloat16") if ranks.device_type == "cuda" else None
@@ -415,7 +415,8 @@ def main() -> None:
 
     def cut_steps() -> None:
         """Each model alone for a few steps, with its clocks and power, then a step by part."""
-        limits = roofline.measured_limits("cuda")
+        rates = timing.limits("cuda")
+        limits = roofline.Limits(rates["copy_bytes_per_s"], rates["product_flops_per_s"], "measured now")
         accumulation = _accumulation(TOKENS_PER_STEP, best["tritongpt"] * block_size, ranks)
         cut = roofline.parts(config, best["tritongpt"], accumulation)
         more["least"] = {part.name: 1e3 * part.least(limits) for part in cut}

@@ -22,7 +22,8 @@ adds up; without atomics the bits are the same every run.
 Source: Ba, Kiros and Hinton, 2016, https://arxiv.org/abs/1607.06450
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from kernels.op import (
     UNTUNED,
     Cost,
     Op,
+    Slot,
     autocast_dtype,
     check_tensors,
     jit,
@@ -493,7 +495,7 @@ def _cost(input: Tensor, weight: Tensor | None = None, residual: Tensor | None =
     return Cost(forward * n, backward * n, 8 * n, 12 * n)
 
 
-def _launchers(input, residual=None, weight=None, bias=None, eps=1e-5, normalized_shape=None):
+def _run_all(input, residual=None, weight=None, bias=None, eps=1e-5, normalized_shape=None):
     normed, summed, mean, rstd = _forward(input, residual, weight, bias, eps, input.dtype)
     x, ds = (input, None) if residual is None else (summed, summed)
     residual_dtype = input.dtype if residual is None else residual.dtype
@@ -501,40 +503,71 @@ def _launchers(input, residual=None, weight=None, bias=None, eps=1e-5, normalize
     _backward(normed, ds, x, weight, bias_dtype, mean, rstd, input.dtype, residual_dtype)
 
 
+def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
+    C = input.shape[-1]
+    table, key = tiles_for(input, TILES), _width(C)
+    yield Slot("forward (rows, warps, columns)", table, key, tuple(_candidates(C, 64)), 0)
+    # backward holds six values for each of a lane's columns, so that it has half as many, and one row
+    lean = [tile for tile in _candidates(C, 32) if tile[0] * tile[2] == 256 * tile[1]]
+    resident = tuple((*t, p) for t, p in product(lean, (1, 2, 3, 4, 6, 8, 12, 16)) if 4 <= t[1] * p <= 24)
+    yield Slot("backward (rows, warps, columns, programs)", table, key, resident, 1)
+
+
+def _candidates(C: int, most: int) -> Iterator[tuple[int, int, int]]:
+    """(rows, warps, columns) with up to `most` values of a row or two in a lane, a quarter of them idle."""
+    for rows, warps, columns in product((1, 2, 4, 8), (1, 2, 4, 8, 16), (256, 512, 1024, 2048)):
+        tiles = -(-C // columns)
+        values = rows * columns * tiles // (32 * warps)
+        if warps <= rows * columns // 256 and values <= most and tiles * columns <= max(256, 1.34 * C):
+            yield rows, warps, columns
+
+
 _SAMPLES = (
+    {"shape": (2, 5, 111)},
     {"shape": (1, 1)},
     {"shape": (3, 59), "bias": False},
-    {"shape": (2, 5, 111)},
     {"shape": (7, 768)},
-    {"shape": (19, 1023), "bias": False},
+    {"shape": (19, 300), "bias": False},
     {"shape": (2, 1600)},
     {"shape": (0, 64)},
 )
-# A width for each tile, and the dtypes of a training. The add needs more registers, and one width shows that
-# its absence changes nothing.
-_SHIPPED = tuple({"shape": (65536, C)} for C in (512, 768, 1024, 1600, 4096, 8192))
+_LAUNCHES = [_norm_forward_kernel], [_norm_backward_kernel, _norm_sum_kernel]
+_BENCHMARK_SHAPES = tuple(
+    {"shape": (rows, C)} for rows in (65536, 16384) for C in (768, 1024, 1280, 1600, 2048, 4096, 8192)
+)
 
-OPS = (
-    Op(
-        name="layer_norm",
-        family="layer_norm",
-        implementations={"triton": layer_norm, "torch": layer_norm_reference},
-        reference=layer_norm_reference,
-        make=_inputs,
-        cost=_cost,
-        samples=(*_SAMPLES, {"shape": (5, 33), "weight": False, "bias": False}),
-        shipped=_SHIPPED[1:2],
-        launchers=_launchers,
+LAYER_NORM = Op(
+    name="layer_norm",
+    family="layer_norm",
+    implementations={"triton": layer_norm, "torch": layer_norm_reference},
+    reference=layer_norm_reference,
+    make=_inputs,
+    cost=_cost,
+    run_all=_run_all,
+    samples=(*_SAMPLES, {"shape": (5, 33), "weight": False, "bias": False}),
+    launches=_LAUNCHES,
+    large_sample={"shape": (4099, 1600)},
+    benchmark_shapes=_BENCHMARK_SHAPES,
+    # One width shows that the absence of the add, which needs more registers, changes nothing.
+    production_shapes=({"shape": (65536, 768)},),
+    slots=_slots,
+)
+ADD_LAYER_NORM = Op(
+    name="add_layer_norm",
+    family="layer_norm",
+    implementations={"triton": add_layer_norm, "torch": add_layer_norm_reference},
+    reference=add_layer_norm_reference,
+    make=_add_inputs,
+    cost=_cost,
+    run_all=_run_all,
+    samples=_SAMPLES,
+    launches=_LAUNCHES,
+    large_sample={"shape": (4099, 1600)},
+    benchmark_shapes=({"shape": (65536, 768), "mixed": True}, *_BENCHMARK_SHAPES),
+    # The dtypes of a training, then a width for each tile.
+    production_shapes=(
+        {"shape": (65536, 768), "mixed": True, "bias": False},
+        *({"shape": (65536, C)} for C in (512, 768, 1024, 1600, 4096, 8192)),
     ),
-    Op(
-        name="add_layer_norm",
-        family="layer_norm",
-        implementations={"triton": add_layer_norm, "torch": add_layer_norm_reference},
-        reference=add_layer_norm_reference,
-        make=_add_inputs,
-        cost=_cost,
-        samples=_SAMPLES,
-        shipped=(*_SHIPPED, {"shape": (65536, 768), "mixed": True, "bias": False}),
-        launchers=_launchers,
-    ),
+    slots=_slots,
 )
