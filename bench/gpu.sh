@@ -84,7 +84,7 @@ run() {
 
 throughput=("$python" -m bench.throughput ${nanogpt[@]+"${nanogpt[@]}"})
 pytest=("$python" -m pytest -p no:cacheprovider)
-small=(tests/test_kernels.py -k "output_and_gradients and bfloat16 and not 50257 and not 50304")
+small=(tests/test_kernels.py -k "output_and_gradients and bfloat16")
 side=() # the processes that run side by side
 
 for part in ${parts//,/ }; do

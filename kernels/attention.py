@@ -647,6 +647,7 @@ CAUSAL_ATTENTION = Op(
     reference=causal_attention_reference,
     make=_inputs,
     cost=_cost,
+    run_all=_run_all,
     samples=(
         {"B": 1, "T": 33, "H": 1, "D": 24},
         {"B": 1, "T": 1, "H": 1, "D": 16},
@@ -683,6 +684,5 @@ CAUSAL_ATTENTION = Op(
         {"B": 8, "T": 1000, "H": 12, "D": 80, "dropout_p": 0.1},
         {"B": 8, "T": 1024, "H": 12, "D": 128, "dtype": torch.float32},
     ),
-    run_all=_run_all,
     slots=_slots,
 )

@@ -461,6 +461,7 @@ CROSS_ENTROPY = Op(
     reference=cross_entropy_reference,
     make=_inputs,
     cost=_cost,
+    run_all=_run_all,
     samples=(
         {"N": 7, "V": 65, "reduction": "none", "ignore_index": -1},
         {"N": 1, "V": 1},
@@ -480,6 +481,5 @@ CROSS_ENTROPY = Op(
         {"N": 8192, "V": 50304, "dtype": torch.float32},
         {"N": 8192, "V": 128256},
     ),
-    run_all=_run_all,
     slots=_slots,
 )

@@ -311,6 +311,7 @@ DECODE_ATTENTION = Op(
     reference=decode_attention_reference,
     make=_inputs,
     cost=_cost,
+    run_all=_run_all,
     samples=(
         {"B": 2, "H": 2, "T": 97, "D": 24},
         {"B": 1, "H": 1, "T": 1, "D": 16},
@@ -342,7 +343,6 @@ DECODE_ATTENTION = Op(
         {"B": 128, "H": 16, "T": 1024, "D": 128},
         {"B": 8, "H": 12, "T": 1024, "D": 64, "dtype": torch.float32},
     ),
-    run_all=_run_all,
     slots=_slots,
     differentiable=False,
 )

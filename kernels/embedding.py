@@ -230,6 +230,7 @@ EMBEDDING = Op(
     reference=embedding_reference,
     make=_inputs,
     cost=_cost,
+    run_all=_run_all,
     samples=(
         {"shape": (3, 11), "V": 9, "C": 96, "used": 4},
         {"shape": (1,), "V": 1, "C": 1},
@@ -246,5 +247,4 @@ EMBEDDING = Op(
         {"shape": (64, 1024), "V": 50304, "C": 768},
         {"shape": (64, 1024), "V": 50304, "C": 768, "dtype": torch.float32},
     ),
-    run_all=_run_all,
 )

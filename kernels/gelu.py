@@ -271,6 +271,7 @@ GELU = Op(
     reference=gelu_reference,
     make=_inputs,
     cost=_cost,
+    run_all=_run_all,
     samples=(
         {"shape": (2, 5, 111)},
         {"shape": (1, 1)},
@@ -295,7 +296,6 @@ GELU = Op(
         {"shape": (65536, 3072), "dtype": torch.float32},
         {"shape": (65536, 3072), "dtype": torch.float32, "approximate": "tanh"},
     ),
-    run_all=_run_all,
     slots=_slots,
     instructions={"_gelu_forward_kernel": 19, "_gelu_backward_kernel": 24},
 )

@@ -336,6 +336,7 @@ LINEAR_CROSS_ENTROPY = Op(
     reference=linear_cross_entropy_reference,
     make=_inputs,
     cost=_cost,
+    run_all=_run_all,
     samples=(
         {"N": 6, "C": 32, "V": 111, "chunk_size": 2, "reduction": "sum", "ignore_index": -1},
         {"N": 1, "C": 1, "V": 2},
@@ -351,5 +352,4 @@ LINEAR_CROSS_ENTROPY = Op(
         {"N": N, "C": C, "V": 50304} for N in (65536, 16384) for C in (768, 1024, 1280, 1600)
     ),
     production_shapes=({"N": 65536, "C": 768, "V": 50304},),
-    run_all=_run_all,
 )
