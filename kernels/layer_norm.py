@@ -283,7 +283,7 @@ def _width(C: int) -> int:
     return next(widest for widest in _UNTUNED if widest >= C)
 
 
-def _forward(
+def _launch_forward(
     input: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -292,7 +292,7 @@ def _forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> normed in `dtype`, summed (empty without a residual), mean and rstd (rows,)."""
-    normed, summed, mean, rstd = _forward_like(input, residual, weight, bias, eps, dtype)
+    normed, summed, mean, rstd = _fake_forward(input, residual, weight, bias, eps, dtype)
     x, r = _rows(input), None if residual is None else _rows(residual)
     rows, C = x.shape
     tile, warps, columns = tiles_for(x, TILES)[_width(C)][0]
@@ -306,7 +306,7 @@ def _forward(
     return normed, summed, mean, rstd
 
 
-def _backward(
+def _launch_backward(
     dnormed: Tensor,
     dsummed: Tensor | None,
     x: Tensor,
@@ -318,7 +318,7 @@ def _backward(
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> dinput, dresidual (empty when dinput serves for both), dweight and dbias (empty without one)."""
-    dinput, dresidual, dweight, dbias = _backward_like(
+    dinput, dresidual, dweight, dbias = _fake_backward(
         dnormed, dsummed, x, weight, bias_dtype, mean, rstd, input_dtype, residual_dtype
     )
     dy, x = _rows(dnormed), _rows(x)
@@ -344,7 +344,7 @@ def _backward(
     return dinput, dresidual, dweight, dbias
 
 
-def _forward_like(input, residual, weight, bias, eps, dtype):
+def _fake_forward(input, residual, weight, bias, eps, dtype):
     rows = input.numel() // input.shape[-1]
     summed = input.new_empty(0)
     if residual is not None:
@@ -353,7 +353,7 @@ def _forward_like(input, residual, weight, bias, eps, dtype):
     return input.new_empty(input.shape, dtype=dtype), summed, mean, rstd
 
 
-def _backward_like(dnormed, dsummed, x, weight, bias_dtype, mean, rstd, input_dtype, residual_dtype):
+def _fake_backward(dnormed, dsummed, x, weight, bias_dtype, mean, rstd, input_dtype, residual_dtype):
     dinput = x.new_empty(x.shape, dtype=input_dtype)
     dresidual = x.new_empty(0 if input_dtype == residual_dtype else x.shape, dtype=residual_dtype)
     C = x.shape[-1]
@@ -362,11 +362,11 @@ def _backward_like(dnormed, dsummed, x, weight, bias_dtype, mean, rstd, input_dt
     return dinput, dresidual, dweight, dbias
 
 
-_forward_op = operator("layer_norm_forward", _forward, _forward_like)
-_backward_op = operator("layer_norm_backward", _backward, _backward_like)
+_forward_op = operator("layer_norm_forward", _launch_forward, _fake_forward)
+_backward_op = operator("layer_norm_backward", _launch_backward, _fake_backward)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, residual, weight, bias, _, _ = inputs
     _, summed, mean, rstd = output
     ctx.save_for_backward(input if residual is None else summed, weight, mean, rstd)
@@ -374,7 +374,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)  # the last sum of a network has no gradient of its own: don't read zeros
 
 
-def _call(ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     x, weight, mean, rstd = ctx.saved_tensors
     input_dtype, residual_dtype, bias_dtype = ctx.dtypes
     has_residual = residual_dtype is not None
@@ -396,7 +396,7 @@ def _call(ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None, *_: Any) -> 
     )
 
 
-_forward_op.register_autograd(_call, setup_context=_save)
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def layer_norm(
@@ -496,11 +496,11 @@ def _cost(input: Tensor, weight: Tensor | None = None, residual: Tensor | None =
 
 
 def _run_all(input, residual=None, weight=None, bias=None, eps=1e-5, normalized_shape=None):
-    normed, summed, mean, rstd = _forward(input, residual, weight, bias, eps, input.dtype)
+    normed, summed, mean, rstd = _launch_forward(input, residual, weight, bias, eps, input.dtype)
     x, ds = (input, None) if residual is None else (summed, summed)
     residual_dtype = input.dtype if residual is None else residual.dtype
     bias_dtype = None if bias is None else bias.dtype
-    _backward(normed, ds, x, weight, bias_dtype, mean, rstd, input.dtype, residual_dtype)
+    _launch_backward(normed, ds, x, weight, bias_dtype, mean, rstd, input.dtype, residual_dtype)
 
 
 def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
