@@ -213,7 +213,8 @@ def step_of(result: Result) -> Step:
 
 def measured_step(kind: str | None, results: list[Result]) -> Result:
     """The newest step by part on this kind of GPU, else on another. Raises ValueError without any."""
-    by_part = [r for r in results if r["benchmark"] == "throughput" and "tritongpt" in r.get("parts", {})]
+    steps = [r for r in results if r["benchmark"] == "throughput" and kind_of(device_of(r))]
+    by_part = [r for r in steps if "tritongpt" in r.get("parts", {})]
     if not by_part:
         raise ValueError("no step was measured by part: run python -m bench.throughput --out=... on a GPU")
     return max(reversed(by_part), key=lambda r: kind_of(device_of(r)) == kind)
@@ -253,14 +254,13 @@ def print_step(step: Step, gpu: str, results: list[Result]) -> None:
         mfu = rate * flops_per_token / peak
         print(f"{what:20} {total:8.2f} ms a step, {rate:,.0f} tokens/s, MFU {mfu:.1%}")
     available = DATASHEET[kind_of(gpu) or ""][1]
-    held = memory(step.config, step.batch_size, available)
-    fits = "fits" if sum(held.values()) < available else "does not fit"
-    print(
-        f"\nmemory, predicted: {sum(held.values()) / 1e9:.1f} GB, which {fits} into {available / 1e9:.0f} GB"
-    )
+    sizes = memory(step.config, step.batch_size, available)
+    needed = sum(sizes.values())
+    fits = "fits" if needed < available else "does not fit"
+    print(f"\nmemory, predicted: {needed / 1e9:.1f} GB, which {fits} into {available / 1e9:.0f} GB")
     if same:
         print(f"memory, measured: {measured['variants']['tritongpt']['peak_bytes'] / 1e9:.1f} GB")
-    print(*(f"  {what:30} {size / 1e9:8.2f} GB" for what, size in held.items()), sep="\n")
+    print(*(f"  {what:30} {size / 1e9:8.2f} GB" for what, size in sizes.items()), sep="\n")
 
 
 def main() -> None:
