@@ -1,11 +1,11 @@
-"""Every shipped tile of every kernel, compiled for every architecture, on a machine without a GPU.
+"""Every tile in use of every kernel, compiled for every architecture, on a machine without a GPU.
 
     python -m bench.aot                                 a line a kernel: registers, spills, shared memory, ...
     python -m bench.aot --check                         and exit code 1 where a rule below is broken
-    python -m bench.aot --check --quick                 of sm_89 and sm_100 one build a kernel
+    python -m bench.aot --check --quick                 of all but sm_90 one build a kernel
     python -m bench.aot --only sm_90 --only _attention_dq_kernel
 
-What to compile is not listed here: each operation's launchers run on meta tensors, and `kernels.op.record`
+What to compile is not listed here: each operation's `run_all` gets meta tensors, and `kernels.op.record`
 notes what they would have launched. The rules: it compiles; on sm_80 and sm_90 at most one in 200
 instructions inside loops is a spill; shared and tensor memory within the architecture's limit; no body that
 is a lone trap; a tensor-core instruction for every piece of every half-precision product, of the
@@ -38,6 +38,7 @@ from kernels import OPS
 from kernels.op import INTERPRETED, Launch, record, triton
 
 SPILL_FREE_LOOPS = (80, 90)
+MEASURED = 90
 TENSOR_MEMORY = 512  # columns, sm_100
 TRITON_TYPES = {
     torch.float32: "*fp32",
@@ -134,13 +135,13 @@ class Figures:
 
 
 def builds() -> list[Build]:
-    """Every distinct compilation that the shipped samples of all operations lead to."""
+    """Every distinct compilation that the production shapes of all operations lead to."""
     found: dict[str, Build] = {}
     for architecture in GPUS:
         for op in OPS:
-            for sample in op.shipped:
+            for sample in op.production_shapes:
                 with record(assume=architecture) as launches:
-                    op.launchers(**op.make(**{"dtype": torch.bfloat16, "device": "meta"} | sample))
+                    op.run_all(**op.make(**{"dtype": torch.bfloat16, "device": "meta"} | sample))
                 for launch in launches:
                     build = Build(architecture, launch, op.instructions.get(launch.kernel.__name__))
                     found[build.key] = build
@@ -148,10 +149,10 @@ def builds() -> list[Build]:
 
 
 def first_of_each(found: list[Build]) -> list[Build]:
-    """All builds of the architectures whose spills are judged; of the others the first of each kernel."""
+    """All builds of the architecture that was measured; of the others the first of each kernel."""
     kept: dict[tuple[Any, ...], Build] = {}
     for build in found:
-        rest = build.key if build.architecture in SPILL_FREE_LOOPS else build.launch.kernel.__name__
+        rest = build.key if build.architecture == MEASURED else build.launch.kernel.__name__
         kept.setdefault((build.architecture, rest), build)
     return list(kept.values())
 
@@ -173,7 +174,7 @@ def compile_build(build: Build) -> Figures:
         usage = _tool("cuobjdump", "-res-usage", file.name)
         sass = _tool("nvdisasm", "-c", file.name)
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage)[1]) for what in ("REG", "STACK"))  # type: ignore
-    return _figures(build, compiled, registers, stack, list(_instructions(sass)))
+    return _figures(build, compiled, registers, stack, list(instructions(sass)))
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -181,7 +182,7 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _instructions(sass: str) -> Iterator[tuple[str, bool]]:
+def instructions(sass: str) -> Iterator[tuple[str, bool]]:
     """(instruction, whether it is inside a loop), in order. A loop ends in a branch back to a label."""
     labels: dict[str, int] = {}
     lines: list[str] = []
@@ -232,14 +233,14 @@ def _figures(
         loop_instructions=sum(inside and name != "NOP" for name, inside in names),
         tensor_core=tensor_core,
         expected=_expected(build, compiled.asm["ttir"]),
-        one_by_one=_one_by_one([name for name, _ in names]),
+        one_by_one=waits_after_every_product([name for name, _ in names]),
         wide_loads=wide,
         blocks=blocks,
         occupancy=blocks * warps / gpu.warps,
     )
 
 
-def _one_by_one(names: list[str]) -> bool:
+def waits_after_every_product(names: list[str]) -> bool:
     """Whether no wgmma instruction follows another without a wait between them."""
     order = [n for n in names if n.startswith(("HGMMA", "WARPGROUP.DEPBAR"))]
     products = [n.startswith("HGMMA") for n in order]
@@ -313,7 +314,7 @@ _BUILDS: list[Build] = []  # what the forked workers find: a Triton kernel canno
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit code 1 where a rule is broken")
-    parser.add_argument("--quick", action="store_true", help="one build a kernel where spills are not judged")
+    parser.add_argument("--quick", action="store_true", help="one build a kernel for all but sm_90")
     parser.add_argument("--only", action="append", default=[], help="lines that contain this, e.g. sm_90")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     options = parser.parse_args()

@@ -5,7 +5,7 @@
 #   tests      run the tests on this GPU: the kernels against fp64, the model on the kernels
 #   warm       compile everything that the next two parts time, and check the operations
 #   step       time a training step of the 124M beside nanoGPT's (if given), without each kernel in turn, and by part
-#   kernels    time the operations at the shapes that decide how fast the 124M trains
+#   kernels    time the operations, each at the shape that decides how fast the 124M trains
 # `tests` and `warm` need processors more than the GPU, so they run side by side. Nothing is timed until both are done.
 # What matters most is timed first.
 #
@@ -19,7 +19,6 @@
 #   batches    time the step by micro-batch, 8 to 128
 #   large      time the step of 350M, 774M and 1.5B
 #   generate   time prefill and decode
-#   limits     time a copy, and the step's products, burst and sustained
 #
 # It needs python with torch, triton and numpy, and for the tests pytest and better pytest-xdist; it needs no network.
 # PYTHON=... chooses the python. The results go to DIR (bench/results by default) as JSON files, named by GPU and commit,
@@ -28,7 +27,7 @@
 set -uo pipefail
 export PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
-known=" tests warm step kernels sweep sanitizer curve sdpa all-kernels headline batches large generate limits "
+known=" tests warm step kernels sweep sanitizer curve sdpa all-kernels headline batches large generate "
 
 out=bench/results
 nanogpt=()
@@ -85,7 +84,7 @@ run() {
 
 throughput=("$python" -m bench.throughput ${nanogpt[@]+"${nanogpt[@]}"})
 pytest=("$python" -m pytest -p no:cacheprovider)
-small=(tests/test_kernels.py -k "output_and_gradients and bfloat16 and not 50257 and not 50304")
+small=(tests/test_kernels.py -k "output_and_gradients and bfloat16")
 side=() # the processes that run side by side
 
 for part in ${parts//,/ }; do
@@ -133,7 +132,6 @@ for part in ${parts//,/ }; do
             done ;;
         generate) run generate 100 "$python" -m bench.generate --new 128 --seconds 2 ${nanogpt[@]+"${nanogpt[@]}"} \
             --out "$prefix-generate.json" || failed=1 ;;
-        limits) run limits 60 "$python" -m bench.roofline --out "$prefix-limits.json" || failed=1 ;;
     esac
 done
 for process in ${side[@]+"${side[@]}"}; do wait "$process" || failed=1; done

@@ -6,9 +6,10 @@ the rates measured in the same run; and the memory needed beyond the inputs. Wha
 timed once more without emptying it ("warm"). Ours and the fastest peer also run for a second on end
 ("sustained"), at the clocks that the GPU's power then allows. Before anything is timed it is held to fp64 on
 fewer rows of the same shape: what is wrong is said and not timed. Peers that are missing are said too.
-The shapes that decide how fast the 124M trains come first; `--few` stops after them.
+The shape of each operation that decides how fast the 124M trains comes first; `--few` stops after those.
 
-Without a GPU the shapes are small, only PyTorch's operations run, and the figures say nothing about a GPU.
+Without a GPU the shapes are those of the tests, only PyTorch's operations run, and the figures say nothing
+about a GPU.
 """
 
 import argparse
@@ -32,58 +33,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import timing
 from kernels import OPS
+from kernels.attention import CAUSAL_ATTENTION
+from kernels.cross_entropy import CROSS_ENTROPY, loss_and_gradient_
 from kernels.op import INTERPRETED, Cost, Op, unavailable
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-WIDTHS = (768, 1024, 1280, 1600, 2048, 4096, 8192)
-NORMS = [{"shape": (rows, C)} for rows in (65536, 16384) for C in WIDTHS]
-HEADS = [(64, 1024, 12, 64), (32, 1024, 12, 64), (16, 2048, 12, 64), (8, 4096, 12, 64), (2, 16384, 12, 64)]
-HEADS += [(16, 2048, 16, 128), (8, 4096, 16, 128)]
-CACHES = [(1, 12, 1024, 64), (8, 12, 1024, 64), (32, 12, 1024, 64), (128, 12, 1024, 64), (32, 16, 1024, 128)]
-CACHES += [(1, 12, 16384, 64), (8, 25, 1024, 64)]
-SHAPES: dict[str, list[dict[str, Any]]] = {
-    "layer_norm": NORMS,
-    "add_layer_norm": [{"shape": (65536, 768), "mixed": True}, *NORMS],
-    "cross_entropy": [{"N": N, "V": V} for V in (50304, 50257, 128256) for N in (8192, 32768)],
-    "loss_and_gradient": [{"N": N, "V": V} for V in (50304, 50257, 128256) for N in (8192, 32768)],
-    "linear_cross_entropy": [
-        {"N": N, "C": C, "V": 50304} for N in (65536, 16384) for C in (768, 1024, 1280, 1600)
-    ],
-    "causal_attention": [dict(zip("BTHD", heads)) for heads in HEADS],
-    "embedding": [{"shape": (64, 1024), "V": 50304, "C": C} for C in (768, 1600)],
-    "decode_attention": [dict(zip("BHTD", cache)) | {"ragged": False} for cache in CACHES],
-    "gelu": [*({"shape": (65536, C)} for C in (3072, 6400)), {"shape": (65536, 3072), "approximate": "tanh"}],
-}
-DECIDING: list[tuple[str, dict[str, Any]]] = [
-    ("linear_cross_entropy", {"N": 65536, "C": 768, "V": 50304}),
-    ("causal_attention", {"B": 64, "T": 1024, "H": 12, "D": 64}),
-    ("loss_and_gradient", {"N": 8192, "V": 50304}),
-    ("causal_attention", {"B": 16, "T": 2048, "H": 16, "D": 128}),
-    ("add_layer_norm", {"shape": (65536, 768), "mixed": True}),
-    ("gelu", {"shape": (65536, 3072)}),
-    ("decode_attention", {"B": 32, "H": 12, "T": 1024, "D": 64, "ragged": False}),
-    ("causal_attention", {"B": 8, "T": 4096, "H": 12, "D": 64}),
-    ("layer_norm", {"shape": (65536, 768)}),
-    ("embedding", {"shape": (64, 1024), "V": 50304, "C": 768}),
-    ("loss_and_gradient", {"N": 8192, "V": 50257}),
-    ("cross_entropy", {"N": 8192, "V": 50304}),
-    ("add_layer_norm", {"shape": (16384, 1600)}),
-    ("add_layer_norm", {"shape": (65536, 4096)}),
-]
-SMALL: dict[str, dict[str, Any]] = {
-    "layer_norm": {"shape": (256, 768)},
-    "add_layer_norm": {"shape": (256, 768)},
-    "cross_entropy": {"N": 64, "V": 5003},
-    "loss_and_gradient": {"N": 64, "V": 5003},
-    "linear_cross_entropy": {"N": 64, "C": 64, "V": 503},
-    "causal_attention": {"B": 1, "T": 128, "H": 2, "D": 64},
-    "embedding": {"shape": (4, 64), "V": 503, "C": 64},
-    "decode_attention": {"B": 2, "H": 2, "T": 128, "D": 64},
-    "gelu": {"shape": (256, 3072)},
-}
 DIRECTIONS = ("forward", "backward", "both")
 COMPILED = ("tritongpt", "compile", "flex")  # of the variants: those that --warm compiles
-FEWER = {"N": 512, "B": 1, "H": 2}  # enough to be judged by
 
 
 def variants(op: Op, device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
@@ -151,7 +107,7 @@ def _linear_loss_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | 
 
 
 def _attention_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    reference = _OPS["causal_attention"].reference
+    reference = CAUSAL_ATTENTION.reference
     backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
 
     def sdpa(qkv: Tensor, backend: SDPBackend) -> Tensor:
@@ -166,7 +122,7 @@ def _attention_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | st
     except ImportError:
         yield "flash-attn", "flash-attn is not installed"
     else:
-        yield "flash-attn", _OPS["causal_attention"].implementations["flash_attn"]
+        yield "flash-attn", CAUSAL_ATTENTION.implementations["flash_attn"]
 
 
 def _flex(device: str) -> Callable[..., Any]:
@@ -187,11 +143,11 @@ def _flex(device: str) -> Callable[..., Any]:
 
 def loss_and_gradient(input: Tensor, target: Tensor, ignore_index: int, **_: Any) -> tuple[Tensor, Tensor]:
     """The losses (N,), and over the logits (N, V) their sum's gradient: what a chunk of training runs."""
-    losses, _lse = _cross_entropy.loss_and_gradient_(input, target, ignore_index, 0.0, gradient=True)
+    losses, _lse = loss_and_gradient_(input, target, ignore_index, gradient=True)
     return losses, input
 
 
-def _loss_and_gradient_reference(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _loss_and_gradient_reference(input: Tensor, target: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     """The same beside the logits; no target is ignored."""
     logs = F.log_softmax(input if input.dtype == torch.float64 else input.float(), dim=1)
     p, hot = logs.exp(), torch.arange(input.shape[1], device=input.device) == target[:, None]
@@ -212,17 +168,17 @@ def _liger_loss_and_gradient(device: str) -> Iterator[tuple[str, Callable[..., A
     yield "liger", in_place
 
 
-_cross_entropy = sys.modules["kernels.cross_entropy"]  # `kernels.cross_entropy` is the function
-_LOSS = next(op for op in OPS if op.name == "cross_entropy")
+# What linear_cross_entropy does with the logits of a chunk: no operation of its own, but most of the loss.
 IN_PLACE = replace(
-    _LOSS,
+    CROSS_ENTROPY,
     name="loss_and_gradient",
     implementations={"triton": loss_and_gradient, "torch": _loss_and_gradient_reference},
     reference=_loss_and_gradient_reference,
     cost=lambda input, **_: Cost(2 * input.numel() * input.element_size(), 0, 8 * input.numel(), 0),
+    run_all=loss_and_gradient,
     differentiable=False,
 )
-_OPS = {op.name: op for op in (*OPS, IN_PLACE)}
+TIMED = {op.name: op for op in (*OPS, IN_PLACE)}
 PEERS = {
     "layer_norm": _norm_peers,
     "add_layer_norm": _add_norm_peers,
@@ -274,6 +230,17 @@ def errors(op: Op, call: dict[str, Any], functions: dict[str, Callable[..., Any]
         except Exception as failure:  # whatever a compiler or a peer raises is a result here
             result[name] = failure
     return result
+
+
+def fewer(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
+    """Few enough to be judged in fp64, and compiled alike: what remains is a multiple of 16 where it was."""
+    if op.name == "decode_attention":  # how it is split depends on the batch
+        return sample
+    most = {"N": 512, "B": 2, "H": 2}
+    smaller = {k: min(v, most.get(k, v)) if isinstance(v, int) else v for k, v in sample.items()}
+    if "shape" in sample:
+        smaller["shape"] = (min(4096, sample["shape"][0]), *sample["shape"][1:])
+    return smaller
 
 
 def wrong(op: Op, call: dict[str, Any], functions: dict[str, Callable[..., Any]]) -> dict[str, str]:
@@ -335,13 +302,10 @@ def prepare(
     Returns ({variant: {"bytes"} or why it cannot be timed}, {variant: {direction: what to time}}).
     """
     device = next(iter(call.values())).device.type
-    few = {k: min(v, FEWER[k]) if k in FEWER else v for k, v in sample.items()}
-    if "shape" in few:
-        few["shape"] = (min(512, few["shape"][0]), few["shape"][1])
     found = {name: f for name, f in variants(op, device) if not only or name in only}
     result: dict[str, Any] = {name: function for name, function in found.items() if isinstance(function, str)}
     functions = {name: function for name, function in found.items() if not isinstance(function, str)}
-    result |= wrong(op, make_call(op, dtype, device, few), functions)
+    result |= wrong(op, make_call(op, dtype, device, fewer(op, sample)), functions)
     ready: dict[str, dict[str, Callable[[], Any]]] = {}
     for name in [name for name in functions if name not in result]:
         try:
@@ -449,15 +413,15 @@ def _line(name: str, found: Any, limits: dict[str, float]) -> str:
 
 
 def samples_to_time(names: Collection[str], device: str, few: bool) -> list[tuple[Op, dict[str, Any]]]:
-    """Those that decide, then a shape of each operation in turn: a run cut short has something of all."""
-    samples = [(name, sample) for name, sample in DECIDING if name in names]
+    """A shape of each operation in turn, as they are read back from a file; on a CPU a sample of each."""
+    ops = [TIMED[name] for name in names]
     if device != "cuda":
-        samples = [(name, SMALL[name]) for name in names]
-    elif not few:
-        rows = zip_longest(*([(name, sample) for sample in SHAPES[name]] for name in names))
-        samples += [case for row in rows for case in row if case is not None and case not in DECIDING]
-    # as they are read back from a file
-    return [(_OPS[name], json.loads(json.dumps(sample))) for name, sample in samples]
+        turns = [[(op, op.samples[0]) for op in ops]]
+    else:
+        shapes = ([(op, shape) for shape in op.benchmark_shapes] for op in ops)
+        turns = [[case for case in turn if case is not None] for turn in zip_longest(*shapes)]
+    cases = turns[0] if few else [case for turn in turns for case in turn]
+    return [(op, json.loads(json.dumps(sample))) for op, sample in cases]
 
 
 def warm(samples: list[tuple[Op, dict[str, Any]]], dtypes: Collection[str], device: str) -> None:
@@ -483,19 +447,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.kernels", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(_OPS)}; all by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(TIMED)}; all by default")
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=DTYPES)
     parser.add_argument("--seconds", type=float, default=0.2, help="for each variant and direction")
-    parser.add_argument("--few", action="store_true", help="only the shapes that decide")
+    parser.add_argument("--few", action="store_true", help="only the first shape of each operation")
     parser.add_argument("--warm", action="store_true", help="compile and judge, time nothing")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
-    if unknown := set(options.names) - _OPS.keys():
-        sys.exit(f"error: no operation is called {', '.join(sorted(unknown))}; there are {', '.join(_OPS)}")
+    if unknown := set(options.names) - TIMED.keys():
+        sys.exit(f"error: no operation is called {', '.join(sorted(unknown))}; there are {', '.join(TIMED)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         print("There is no GPU: small shapes on the CPU, which say nothing about a GPU.")
-    samples = samples_to_time(options.names or list(_OPS), device, options.few)
+    samples = samples_to_time(options.names or list(TIMED), device, options.few)
     if options.warm:
         warm(samples, options.dtype, device)
         return

@@ -17,10 +17,9 @@ from typing import Any
 
 from bench import timing
 from bench.kernels import rate
-from bench.roofline import PARTS, limits_of, measured_steps
+from bench.roofline import PARTS, device_of, kind_of, limits_of, step_of
 
 Result = dict[str, Any]
-Newest = dict[str, dict[tuple[str, str], Result]]
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 0.03
 BLOCK = re.compile(r"(<!-- bench\.report -->\n).*?(<!-- /bench\.report -->)", re.DOTALL)
@@ -30,9 +29,21 @@ Written by `python -m bench.report` from the JSON files in this folder. The trai
 [README of the project](../../README.md#benchmarks).
 """
 COLOURS = {"tritongpt": "tab:orange", "nanogpt": "tab:blue"}
+WORDS = {
+    "nanogpt": "nanoGPT, compiled",
+    "torch compiled": "our model, PyTorch's operations, compiled",
+    "torch eager": "our model, PyTorch's operations, not compiled",
+    "tritongpt eager": "tritongpt, not compiled",
+    "tritongpt tuned": "tritongpt, tiles of the sweep",
+    "without activation": "tritongpt, PyTorch's GELU",
+    "without attention": "tritongpt, PyTorch's attention",
+    "without layer_norm": "tritongpt, PyTorch's LayerNorm",
+    "without cross_entropy": "tritongpt, PyTorch's cross-entropy",
+}
 
 
-# ---- what a result holds
+def in_words(variant: str) -> str:
+    return WORDS.get(variant, variant)
 
 
 def about(result: Result) -> str:
@@ -48,17 +59,7 @@ def about(result: Result) -> str:
     return ""
 
 
-def newest(results: list[Result]) -> Newest:
-    """{device: {(benchmark, about): result}}; `results` are in order of time."""
-    devices: Newest = {}
-    for result in results:
-        of_device = devices.setdefault(result["environment"]["device"], {})
-        key = result["benchmark"], about(result)
-        if result["benchmark"] == "kernels" and key in of_device:  # of some operations only: the rest stays
-            cases = {_case(c): c for c in of_device[key]["cases"]} | {_case(c): c for c in result["cases"]}
-            result = result | {"cases": list(cases.values())}
-        of_device[key] = result
-    return devices
+# ---- the newest beside the one before
 
 
 def figures(result: Result) -> Iterator[tuple[str, float, float]]:
@@ -76,8 +77,8 @@ def figures(result: Result) -> Iterator[tuple[str, float, float]]:
             if isinstance(ours, dict) and direction in ours:
                 timed = ours[direction]
                 spread = (timed["high"] - timed["low"]) / timed["median"]
-                name = f"{' '.join(_case(case))} {direction}, copies"
-                yield name, timed["median"] / timed["same_copy_ms"], spread
+                name = f"{case['operation']} {case['dtype']} {in_short(case['sample'])} {direction}"
+                yield f"{name}, times a copy", timed["median"] / timed["same_copy_ms"], spread
     for case in result["cases"] if result["benchmark"] == "generate" else ():
         name = f"generate {about(result)}, {case['batch_size']} sequences, ms"
         yield name, case["models"]["tritongpt"]["generate_ms"], 0.0
@@ -88,17 +89,15 @@ def changes(results: list[Result]) -> list[tuple[str, bool]]:
 
     A loss is more than 3%, and more than the runs themselves were apart.
     """
-    history: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    history: dict[str, list[tuple[float, float]]] = {}
     for result in results:
         for name, value, spread in figures(result):
-            history.setdefault((result["environment"]["device"], name), []).append((value, spread))
-    found = []
-    for (device, name), values in history.items():
-        for (before, spread), (after, later_spread) in [values[-2:]] if len(values) > 1 else []:
-            is_loss = after > (1 + max(TOLERANCE, spread / 2, later_spread / 2)) * before
-            by = after / before - 1
-            found.append((f"{device}: {name}: {before:.4g} -> {after:.4g} ({by:+.1%})", is_loss))
-    return found
+            history.setdefault(f"{device_of(result)}: {name}", []).append((value, spread))
+    compared = []
+    for name, (*_, (before, spread), (after, later_spread)) in (h for h in history.items() if len(h[1]) > 1):
+        is_loss = after > (1 + max(TOLERANCE, spread / 2, later_spread / 2)) * before
+        compared.append((f"{name}: {before:.4g} -> {after:.4g} ({after / before - 1:+.1%})", is_loss))
+    return compared
 
 
 # ---- tables
@@ -109,28 +108,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def provenance(result: Result) -> str:
-    e = result["environment"]
-    versions = ", ".join(f"{name} {e[name]}" for name in ("torch", "triton", "cudnn") if e.get(name))
-    commit = re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", str(e["commit"]))
-    return f"{e['device']}, {versions}, commit {commit}, {e['date']} UTC: `{e['command']}`"
-
-
-WORDS = {
-    "nanogpt": "nanoGPT, compiled",
-    "torch compiled": "our model, PyTorch's operations, compiled",
-    "torch eager": "our model, PyTorch's operations, not compiled",
-    "tritongpt eager": "tritongpt, not compiled",
-    "tritongpt tuned": "tritongpt, tiles of the sweep",
-    "without activation": "tritongpt, PyTorch's GELU",
-    "without attention": "tritongpt, PyTorch's attention",
-    "without layer_norm": "tritongpt, PyTorch's LayerNorm",
-    "without cross_entropy": "tritongpt, PyTorch's cross-entropy",
-}
-
-
-def in_words(variant: str) -> str:
-    return WORDS.get(variant, variant)
+def in_short(sample: dict[str, Any]) -> str:
+    if "shape" in sample:
+        return " x ".join(map(str, sample["shape"]))
+    return ", ".join(f"{k}={v}" for k, v in sample.items())
 
 
 def throughput_table(result: Result) -> str:
@@ -154,30 +135,33 @@ def throughput_table(result: Result) -> str:
 
 def parts_table(result: Result, results: list[Result]) -> str:
     """Milliseconds of a step by part, beside the least that the GPU's limits allow."""
-    least: dict[str, float] = {}
-    for step, measured in measured_steps(results):
-        if measured["file"] == result["file"]:
-            limits = limits_of(result["environment"]["device"], results)
-            least = {part.name: 1e3 * part.least(limits) for part in step.parts()}
     columns = {in_words(n): result["parts"][n] for n in ("tritongpt", "nanogpt") if n in result["parts"]}
-    columns |= {"least, by bench.roofline": least} if least else {}
+    if kind_of(device_of(result)) and any(r["benchmark"] == "kernels" for r in results):
+        limits = limits_of(device_of(result), results)
+        least = {part.name: 1e3 * part.least(limits) for part in step_of(result).parts()}
+        columns["least, by bench.roofline"] = least
     rows = [[part, *(f"{ms.get(part, 0):.0f}" for ms in columns.values())] for part in PARTS]
     rows.append(["all", *(f"{sum(ms.values()):.0f}" for ms in columns.values())])
     return table(["ms of a step", *columns], rows)
 
 
 def kernels_table(result: Result) -> str:
+    header = ["operation", "shape", "forward ms", "backward ms", "of the limit"]
+    header += ["best other, ms", "faster by", "MB beyond inputs"]
     rows: list[list[str]] = []
     missing: dict[tuple[str, str], str] = {}
     for case in result["cases"]:
-        operation, dtype, shape = _case(case)
+        shape = in_short(case["sample"])
         timed = {n: v for n, v in case["variants"].items() if isinstance(v, dict) and "forward" in v}
         # forward and backward together, forward for an operation without backward
         whole: dict[str, Any] = {n: v.get("both", v["forward"]) for n, v in timed.items()}
         for name, why in case["variants"].items():
             if isinstance(why, str):
-                missing.setdefault((name, why), f"{operation} {shape}")
-        row = dict.fromkeys(KERNELS_HEADER, "") | {"operation": f"{operation} {dtype}", "shape": shape}
+                missing.setdefault((name, why), f"{case['operation']} {shape}")
+        row = dict.fromkeys(header, "") | {
+            "operation": f"{case['operation']} {case['dtype']}",
+            "shape": shape,
+        }
         our_whole = whole.pop("tritongpt", None)
         if our_whole is not None:
             ours = timed["tritongpt"]
@@ -191,11 +175,7 @@ def kernels_table(result: Result) -> str:
                 row["faster by"] = f"{whole[best]['median'] / our_whole['median']:.2f}x"
         rows.append(list(row.values()))
     said = "\n".join(f"- {name}, from {where} on: {why}" for (name, why), where in missing.items())
-    return f"{table(KERNELS_HEADER, rows)}\n\n{said}".strip()
-
-
-KERNELS_HEADER = ["operation", "shape", "forward ms", "backward ms", "of the limit"]
-KERNELS_HEADER += ["best other, ms", "faster by", "MB beyond inputs"]
+    return f"{table(header, rows)}\n\n{said}".strip()
 
 
 def sweep_table(result: Result) -> str:
@@ -204,7 +184,7 @@ def sweep_table(result: Result) -> str:
         ms, now = slot["ms"], slot["now"]
         best = min(ms, key=lambda tile: ms[tile])
         before = f"{now} {ms[now]:.3f}" if now in ms else now
-        shape = _shape(ast.literal_eval(slot["sample"]))
+        shape = in_short(ast.literal_eval(slot["sample"]))
         rows.append([slot["operation"], shape, slot["slot"], before, f"{best} {ms[best]:.3f}"])
     return table(["operation", "shape", "slot", "before, ms", "best, ms"], rows)
 
@@ -214,17 +194,10 @@ def generate_table(result: Result) -> str:
     for case in result["cases"]:
         for name, v in case["models"].items():
             decoded = f"{v['ms']:.3f} (at least {case['floor_ms']:.3f})"
-            rates = [f"{v['prefill']:,.0f}", f"{v['decode']:,.0f}"]
-            rows.append([str(case["batch_size"]), name, *rates, decoded])
+            rows.append(
+                [str(case["batch_size"]), name, f"{v['prefill']:,.0f}", f"{v['decode']:,.0f}", decoded]
+            )
     return table(["sequences", "model", "prefill tokens/s", "decode tokens/s", "ms a decoded token"], rows)
-
-
-def roofline_table(result: Result) -> str:
-    limits = result["limits"]
-    rows = [["copy", f"{limits['copy_bytes_per_s'] / 1e9:,.0f} GB/s"]]
-    rows.append(["product 8192^3", f"{limits['product_flops_per_s'] / 1e12:,.0f} TFLOP/s"])
-    rows += [[n, f"{p['flops_per_s'] / 1e12:,.0f} TFLOP/s"] for n, p in result["products"].items()]
-    return table(["what", "measured"], rows)
 
 
 def nanogpt_table(result: Result) -> str:
@@ -234,50 +207,40 @@ def nanogpt_table(result: Result) -> str:
     return table([f"{result['iters']} steps of the quickstart", "s, median", "range", "runs"], rows)
 
 
+# A new benchmark with a table is a line here.
 TABLES = {
     "throughput": ("Training step", throughput_table),
     "kernels": ("Operations", kernels_table),
     "sweep": ("Tiles", sweep_table),
     "generate": ("Sampling", generate_table),
-    "roofline": ("Limits of the machine, the step's products", roofline_table),
     "nanogpt": ("Whole runs on a CPU, start-up included", nanogpt_table),
 }
+
+
+def newest(results: list[Result]) -> dict[str, list[Result]]:
+    """{device: its newest result of each benchmark and model}, in the order of TABLES."""
+    devices: dict[str, dict[tuple[int, str], Result]] = {}
+    for result in (r for r in results if r["benchmark"] in TABLES):  # in order of time
+        key = list(TABLES).index(result["benchmark"]), about(result)
+        devices.setdefault(device_of(result), {})[key] = result
+    return {device: [by_key[key] for key in sorted(by_key)] for device, by_key in devices.items()}
 
 
 def section(result: Result, results: list[Result]) -> str:
     """A table with what it was measured on; of a training step with its pictures, and the step by part."""
     title, make = TABLES[result["benchmark"]]
-    where = about(result)
-    blocks = [f"### {title}{f': {where}' if where else ''}", make(result)]
+    blocks = [f"### {title}{': ' * bool(about(result))}{about(result)}", make(result)]
     if result["benchmark"] == "throughput":
         blocks += [f"![{what}](bench/results/{name})" for what, name in pictures(result).items()]
         blocks += [parts_table(result, results)] if result.get("parts") else []
     return "\n\n".join([*blocks, provenance(result)]) + "\n"
 
 
-def sections(results: list[Result], headline: bool) -> dict[str, list[str]]:
-    """By device: training steps for the project's README, or everything else for results/README.md."""
-    by_device = {}
-    for device, by_key in newest(results).items():
-        order = [key for benchmark in TABLES for key in sorted(by_key) if key[0] == benchmark]
-        texts = [section(by_key[key], results) for key in order if (key[0] == "throughput") == headline]
-        with_notes = [by_key[key] for key in order if "note" in by_key[key]]
-        if with_notes and not headline:
-            notes = [f"- {result['file']}: {result['note']}\n" for result in with_notes]
-            texts.append("### Notes\n\n" + "".join(notes))
-        if texts:
-            by_device[device] = texts
-    return by_device
-
-
-def _case(case: dict[str, Any]) -> tuple[str, str, str]:
-    return case["operation"], case["dtype"], _shape(case["sample"])
-
-
-def _shape(sample: dict[str, Any]) -> str:
-    if "shape" in sample:
-        return " x ".join(map(str, sample["shape"]))
-    return ", ".join(f"{k}={v}" for k, v in sample.items())
+def provenance(result: Result) -> str:
+    e = result["environment"]
+    versions = ", ".join(f"{name} {e[name]}" for name in ("torch", "triton", "cudnn") if e.get(name))
+    commit = re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", str(e["commit"]))
+    return f"{e['device']}, {versions}, commit {commit}, {e['date']} UTC: `{e['command']}`"
 
 
 # ---- pictures
@@ -285,7 +248,7 @@ def _shape(sample: dict[str, Any]) -> str:
 
 def pictures(result: Result) -> dict[str, str]:
     """{what it shows: file name} of a throughput result."""
-    words = f"{result['environment']['device']} {about(result)}".lower()
+    words = f"{device_of(result)} {about(result)}".lower()
     stem = re.sub(r"[^a-z0-9]+", "-", words).strip("-")
     names = {"tokens/s": f"{stem}-throughput.svg"}
     if all(v["peak_bytes"] for v in result["variants"].values() if isinstance(v, dict)):
@@ -293,39 +256,31 @@ def pictures(result: Result) -> dict[str, str]:
     return names
 
 
-def draw(results: list[Result], folder: Path) -> None:
-    """Writes the pictures of each newest throughput result into `folder`."""
-    newest_of_all = [r for by_key in newest(results).values() for r in by_key.values()]
-    for result in (r for r in newest_of_all if r["benchmark"] == "throughput"):
-        variants = {n: v for n, v in result["variants"].items() if isinstance(v, dict)}
-        for what, name in pictures(result).items():
-            figure, scale = ("peak_bytes", 1e9) if "memory" in what else ("tokens_per_s", 1.0)
-            values = {n: v[figure] / scale for n, v in variants.items()}
-            bars(values, f"{what}\n{about(result)}", folder / name, provenance(result))
-
-
-def bars(values: dict[str, float], title: str, path: Path, below: str) -> None:
+def draw(result: Result, folder: Path) -> None:
     """A horizontal bar for each variant, the largest on top, with its value and its ratio to nanoGPT's."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    ordered = dict(sorted(values.items(), key=lambda item: item[1]))
-    figure = Figure(figsize=(8, 0.35 * len(ordered) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    colours = [COLOURS.get(name, "lightgray") for name in ordered]
-    drawn = axes.barh([in_words(name) for name in ordered], list(ordered.values()), color=colours)
-    labels = []
-    for value in ordered.values():
-        ratio = f"  ({value / values['nanogpt']:.2f}x)" if "nanogpt" in values else ""
-        labels.append(f"{value:,.0f}{ratio}" if value >= 1000 else f"{value:.1f}{ratio}")
-    axes.bar_label(drawn, labels=labels, padding=3, fontsize=8)
-    axes.margins(x=0.25)
-    axes.set_title(title, loc="left", fontsize=10)
-    figure.supxlabel(below, fontsize=6, color="gray", wrap=True)
-    # The same results give the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "tritongpt", "svg.fonttype": "none"}):
-        figure.savefig(path, metadata={"Date": None})
+    variants = {n: v for n, v in result["variants"].items() if isinstance(v, dict)}
+    for what, name in pictures(result).items():
+        key, scale = ("peak_bytes", 1e9) if "memory" in what else ("tokens_per_s", 1.0)
+        values = {n: v[key] / scale for n, v in sorted(variants.items(), key=lambda item: item[1][key])}
+        figure = Figure(figsize=(8, 0.35 * len(values) + 1.2), layout="constrained")
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        colours = [COLOURS.get(n, "lightgray") for n in values]
+        drawn = axes.barh([in_words(n) for n in values], list(values.values()), color=colours)
+        labels = []
+        for value in values.values():
+            ratio = f"  ({value / values['nanogpt']:.2f}x)" if "nanogpt" in values else ""
+            labels.append(f"{value:,.0f}{ratio}" if value >= 1000 else f"{value:.1f}{ratio}")
+        axes.bar_label(drawn, labels=labels, padding=3, fontsize=8)
+        axes.margins(x=0.25)
+        axes.set_title(f"{what}\n{about(result)}", loc="left", fontsize=10)
+        figure.supxlabel(provenance(result), fontsize=6, color="gray", wrap=True)
+        # The same results give the same file.
+        with matplotlib.rc_context({"svg.hashsalt": "tritongpt", "svg.fonttype": "none"}):
+            figure.savefig(folder / name, metadata={"Date": None})
 
 
 def main() -> None:
@@ -347,11 +302,18 @@ def main() -> None:
     if not BLOCK.search(text):
         sys.exit(f"error: {options.readme} has no lines <!-- bench.report --> and <!-- /bench.report -->")
     options.results.mkdir(parents=True, exist_ok=True)
-    draw(results, options.results)
-    tables = [RESULTS, *(f"## {d}\n\n" + "\n".join(s) for d, s in sections(results, headline=False).items())]
+    steps, tables = [], [RESULTS]
+    for device, of_device in newest(results).items():
+        others = [result for result in of_device if result["benchmark"] != "throughput"]
+        for result in (result for result in of_device if result["benchmark"] == "throughput"):
+            draw(result, options.results)
+            steps.append(section(result, results))
+        notes = [f"- {result['file']}: {result['note']}\n" for result in of_device if "note" in result]
+        texts = [section(result, results) for result in others]
+        texts += ["### Notes\n\n" + "".join(notes)] if notes else []
+        tables += [f"## {device}\n\n" + "\n".join(texts)] if texts else []
     (options.results / "README.md").write_text("\n".join(tables))
-    steps = "\n".join(s for found in sections(results, headline=True).values() for s in found)
-    options.readme.write_text(BLOCK.sub(lambda m: m[1] + steps + m[2], text))
+    options.readme.write_text(BLOCK.sub(lambda m: m[1] + "\n".join(steps) + m[2], text))
 
 
 if __name__ == "__main__":

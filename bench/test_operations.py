@@ -1,7 +1,8 @@
 """pytest bench --benchmark-only: every operation and its peers in the tables of pytest-benchmark.
 
-The shapes are GPT-2 124M's on a GPU, small on a CPU. A call is timed by the host's clock until the GPU is
-done, so launching is included; `python -m bench.kernels` has the GPU's own time. What is wrong is not timed.
+The shapes are GPT-2 124M's on a GPU, those of the tests on a CPU. A call is timed by the host's clock until
+the GPU is done, so launching is included; `python -m bench.kernels` has the GPU's own time. What is wrong is
+not timed.
 """
 
 from collections.abc import Callable
@@ -10,32 +11,28 @@ from typing import Any
 import pytest
 import torch
 
-from bench.kernels import DTYPES, SHAPES, SMALL, directions, honest_compilation, make_call, variants, wrong
+from bench.kernels import DTYPES, directions, fewer, honest_compilation, make_call, variants, wrong
 from kernels import OPS
 from kernels.op import Op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = DTYPES["bf16" if DEVICE == "cuda" else "fp32"]
-CASES = [(op, name, function) for op in OPS for name, function in variants(op, DEVICE)]
+CASES = [
+    pytest.param(op, function, direction, id=f"{op.name}-{name}-{direction}")
+    for op in OPS
+    for name, function in variants(op, DEVICE)
+    for direction in (("forward", "backward") if op.differentiable else ("forward",))
+]
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize(
-    ("op", "name", "function"), CASES, ids=[f"{op.name}-{name}" for op, name, _ in CASES]
-)
-def test_operation(
-    benchmark: Any,
-    op: Op,
-    name: str,
-    function: Callable[..., Any] | str,
-    direction: str,
-) -> None:
+@pytest.mark.parametrize(("op", "function", "direction"), CASES)
+def test_operation(benchmark: Any, op: Op, function: Callable[..., Any] | str, direction: str) -> None:
     if isinstance(function, str):
         pytest.skip(function)
+    sample = op.benchmark_shapes[0] if DEVICE == "cuda" else op.samples[0]
     with honest_compilation():
-        if reasons := wrong(op, make_call(op, DTYPE, DEVICE, SMALL[op.name]), {name: function}):
-            pytest.fail(reasons[name])
-        sample = SHAPES[op.name][0] if DEVICE == "cuda" else SMALL[op.name]
+        if reasons := wrong(op, make_call(op, DTYPE, DEVICE, fewer(op, sample)), {"it": function}):
+            pytest.fail(reasons["it"])
         call = directions(function, make_call(op, DTYPE, DEVICE, sample))[direction]
 
         def until_done() -> None:

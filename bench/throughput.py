@@ -76,7 +76,7 @@ class Variant:
 
 def our_variant(
     name: str,
-    spec: str,
+    changes: dict[str, str],
     compiled: bool,
     config: GPTConfig,
     dtype: str,
@@ -85,7 +85,7 @@ def our_variant(
     step_tokens: int = TOKENS_PER_STEP,
 ) -> Variant:
     torch.manual_seed(0)
-    model = GPT(replace(config, kernels=spec), ranks.device).to(ranks.device)
+    model = GPT(replace(config, **changes), ranks.device, dtype).to(ranks.device)
     settings = TrainConfig(dtype=dtype, compile=compiled, model=model.config)
     trained, optimizer, scaler = prepare_training(model, settings, ranks)
     precision = partial(autocast, ranks.device, dtype)
@@ -134,16 +134,18 @@ def nanogpt_variant(
     return Variant("nanogpt", step, accumulation * batch_size * config.block_size, flops)
 
 
-def wanted(options: argparse.Namespace, on_gpu: bool) -> Iterator[tuple[str, str, bool]]:
-    """(name, load spec, compiled) of our variants."""
-    ours = "triton" if on_gpu else "torch"
-    yield "tritongpt", ours, on_gpu
+def wanted(options: argparse.Namespace, on_gpu: bool) -> Iterator[tuple[str, dict[str, str], bool]]:
+    """(name, fields of GPTConfig, compiled) of our variants."""
+    yield "tritongpt", {"kernels": "triton" if on_gpu else "torch"}, on_gpu
     if options.ablate and on_gpu:
         for family in ABLATIONS:
-            yield f"without {family}", f"triton,{family}=torch", True
-        yield "torch compiled", "torch", True
-        yield "tritongpt eager", "triton", False
-        yield "torch eager", "torch", False
+            yield f"without {family}", {"kernels": f"triton,{family}=torch"}, True
+        for residual_dtype in ("float32", "bfloat16"):
+            changes = {"kernels": "triton", "residual_dtype": residual_dtype}
+            yield f"residual in {residual_dtype}", changes, True
+        yield "torch compiled", {"kernels": "torch"}, True
+        yield "tritongpt eager", {"kernels": "triton"}, False
+        yield "torch eager", {"kernels": "torch"}, False
 
 
 def prepare(build: Callable[[], Variant], ranks: Ranks) -> Variant | str:
@@ -218,12 +220,12 @@ def measure(
         shuffle(order)
         for variant in order:
             times[variant.name].append(timed(variant))
-        figures = {v.name: _figures(v, times[v.name], ranks) for v in variants}
+        figures = {v.name: figures_of(v, times[v.name], ranks) for v in variants}
         keep(figures)
     return figures
 
 
-def _figures(variant: Variant, times: list[float], ranks: Ranks) -> dict[str, Any]:
+def figures_of(variant: Variant, times: list[float], ranks: Ranks) -> dict[str, Any]:
     rates = timing.summary([1000 * t for t in times])
     tokens_per_s = variant.tokens / (rates.median / 1000)
     peak = peak_flops(torch.cuda.get_device_name(), "bfloat16") if ranks.device_type == "cuda" else None
@@ -363,8 +365,8 @@ def main() -> None:
     if not on_gpu:
         say("There is no GPU: a tiny model on the CPU, whose figures say nothing about a GPU.")
     builds: dict[str, Callable[..., Variant]] = {
-        name: partial(our_variant, name, spec, compiled, config, dtype, ranks)
-        for name, spec, compiled in wanted(options, on_gpu)
+        name: partial(our_variant, name, changes, compiled, config, dtype, ranks)
+        for name, changes, compiled in wanted(options, on_gpu)
         if compiled or not (options.warm and on_gpu)
     }
     if options.nanogpt is not None:
@@ -376,6 +378,8 @@ def main() -> None:
         warm(builds, options.batch_size or 2, block_size, ranks)
         distributed.stop(ranks)
         return
+    with torch.device("meta"):
+        model = GPT(config, ranks.device, dtype).config  # with what "auto" stands for
     sweep: dict[str, dict[int, Any]] = {}
     best = dict.fromkeys(builds, options.batch_size or 2)
     results: dict[str, Any] = {}
@@ -384,7 +388,7 @@ def main() -> None:
     def keep() -> None:
         if options.out and ranks.is_main:
             timing.write(
-                options.out, "throughput", ranks.device, ranks=ranks.world_size, model=vars(config),
+                options.out, "throughput", ranks.device, ranks=ranks.world_size, model=vars(model),
                 dtype=dtype, batch_size=best, sweep=sweep, variants=results, **more,
             )  # fmt: skip
 
@@ -416,7 +420,8 @@ def main() -> None:
 
     def cut_steps() -> None:
         """Each model alone for a few steps, with its clocks and power, then a step by part."""
-        limits = roofline.measured_limits("cuda")
+        rates = timing.limits("cuda")
+        limits = roofline.Limits(rates["copy_bytes_per_s"], rates["product_flops_per_s"], "measured now")
         accumulation = _accumulation(TOKENS_PER_STEP, best["tritongpt"] * block_size, ranks)
         cut = roofline.parts(config, best["tritongpt"], accumulation)
         more["least"] = {part.name: 1e3 * part.least(limits) for part in cut}

@@ -1,7 +1,11 @@
+# ruff: noqa: F401
+# (the operations are imported for others)
 """The operations a GPT is made of, and the choice of who computes them.
 
-`kernels.<name>` is the Triton operation. `load(spec)` is called once, when a model is built, and returns the
-operations it will use:
+`kernels.<name>` is the Triton operation, also where a file has the same name: `kernels.gelu` is the function,
+and `from kernels.gelu import TILES` takes something else from its file.
+
+`load(spec)` is called once, when a model is built, and returns the operations it will use:
 
     "auto"                       Triton on an NVIDIA GPU of sm_80 or newer, PyTorch elsewhere; attention is
                                  PyTorch's where Triton's would be slower (`attention.pays_off`)
@@ -23,40 +27,39 @@ stream keep their dtype; losses are fp32.
 import difflib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from kernels import attention as _attention
-from kernels import cross_entropy as _cross_entropy
-from kernels import decode as _decode
-from kernels import embedding as _embedding
-from kernels import gelu as _gelu
-from kernels import layer_norm as _layer_norm
-from kernels import linear_cross_entropy as _linear_cross_entropy
+from kernels.attention import CAUSAL_ATTENTION, MAX_D, MIN_D, causal_attention, pays_off
+from kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
+from kernels.decode import DECODE_ATTENTION, decode_attention
+from kernels.embedding import EMBEDDING, embedding
+from kernels.gelu import GELU, gelu
+from kernels.layer_norm import (
+    ADD_LAYER_NORM,
+    ADD_LAYER_NORM_MIXED,
+    LAYER_NORM,
+    add_layer_norm,
+    add_layer_norm_mixed,
+    layer_norm,
+)
+from kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from kernels.op import Op, architecture_of, unavailable
 
+# A new operation is its file, an import above and its entry here.
 OPS: tuple[Op, ...] = (
-    *_layer_norm.OPS,
-    _attention.OP,
-    _cross_entropy.OP,
-    _linear_cross_entropy.OP,
-    _embedding.OP,
-    _decode.OP,
-    _gelu.OP,
+    LAYER_NORM,
+    ADD_LAYER_NORM,
+    ADD_LAYER_NORM_MIXED,
+    CAUSAL_ATTENTION,
+    CROSS_ENTROPY,
+    LINEAR_CROSS_ENTROPY,
+    EMBEDDING,
+    DECODE_ATTENTION,
+    GELU,
 )
-
-# From here on these names are the operations, no longer the files they come from.
-layer_norm, add_layer_norm = _layer_norm.layer_norm, _layer_norm.add_layer_norm
-add_layer_norm_mixed = _layer_norm.add_layer_norm_mixed
-causal_attention = _attention.causal_attention
-cross_entropy = _cross_entropy.cross_entropy
-linear_cross_entropy = _linear_cross_entropy.linear_cross_entropy
-embedding = _embedding.embedding
-decode_attention = _decode.decode_attention
-gelu = _gelu.gelu
 
 # family -> implementation -> operation -> function
 FAMILIES: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {}
@@ -65,20 +68,10 @@ for _op in OPS:
         FAMILIES.setdefault(_op.family, {}).setdefault(_implementation, {})[_op.name] = _function
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """The operations a model calls, and the `spec` that names who computes each of them."""
+class Kernels(SimpleNamespace):
+    """The operations a model calls, each an attribute by its name, and `spec`, who computes each of them."""
 
     spec: str
-    layer_norm: Callable[..., Tensor]
-    add_layer_norm: Callable[..., tuple[Tensor, Tensor]]
-    add_layer_norm_mixed: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    causal_attention: Callable[..., Tensor]
-    cross_entropy: Callable[..., Tensor]
-    linear_cross_entropy: Callable[..., Tensor]
-    embedding: Callable[..., Tensor]
-    decode_attention: Callable[..., Tensor]
-    gelu: Callable[..., Tensor]
 
 
 def load(
@@ -94,7 +87,7 @@ def load(
     on_gpu = torch.device(device).type == "cuda" and why_not is None
     if default == "auto":
         chosen = dict.fromkeys(FAMILIES, "triton" if on_gpu else "torch")
-        if on_gpu and not _attention.pays_off(architecture_of(torch.device(device)), head_size, dtype):
+        if on_gpu and not pays_off(architecture_of(torch.device(device)), head_size, dtype):
             chosen["attention"] = "torch"
     else:
         chosen = dict.fromkeys(FAMILIES, default)
@@ -109,10 +102,9 @@ def load(
             raise ValueError(_unknown(spec, f"implementation of {family}", implementation, FAMILIES[family]))
         if implementation == "triton" and why_not is not None:
             raise ValueError(f"kernels={spec!r}: {family} cannot be Triton's here: {why_not}")
-        least, most = _attention.MIN_D, _attention.MAX_D
-        if (family, implementation) == ("attention", "triton") and not least <= head_size <= most:
+        if (family, implementation) == ("attention", "triton") and not MIN_D <= head_size <= MAX_D:
             raise ValueError(
-                f"kernels={spec!r}: attention takes head sizes n_embd / n_head from {least} to {most}, not "
+                f"kernels={spec!r}: attention takes head sizes n_embd / n_head from {MIN_D} to {MAX_D}, not "
                 f"{head_size}; choose another n_head, or --kernels={_canonical(chosen | {family: 'torch'})}"
             )
         if implementation == "flash_attn" and importlib.util.find_spec("flash_attn") is None:

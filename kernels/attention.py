@@ -2,13 +2,13 @@
 # (a Triton kernel's arguments have no Python types)
 """Causal multi-head attention over the packed projection of queries, keys and values.
 
-    s = q k^T * softmax_scale        p = softmax(s) over the keys up to the query's own position
+    s = q k^T / sqrt(D)        p = softmax(s) over the keys up to the query's own position
     o = (p * keep / (1 - dropout_p)) v        per batch element and head
 
 Backward, with delta = rowsum(do * o), which is also rowsum(dp * p):
 
     dv = (p * keep / (1 - dropout_p))^T do        dp = (do v^T) * keep / (1 - dropout_p)
-    ds = p * (dp - delta)        dq = ds k * softmax_scale        dk = ds^T q * softmax_scale
+    ds = p * (dp - delta)        dq = ds k / sqrt(D)        dk = ds^T q / sqrt(D)
 
 `qkv` is what one `nn.Linear(C, 3C)` gives, viewed as (B, T, 3, H, D): read by stride, no transpose and no
 copy, and its gradient is written into one tensor of the same layout.
@@ -30,6 +30,8 @@ Source: Vaswani et al., 2017, https://arxiv.org/abs/1706.03762; Dao, 2023, https
 Salmon et al., 2011 (Philox), https://doi.org/10.1145/2063384.2063405
 """
 
+from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +43,7 @@ from kernels.op import (
     INTERPRETER,
     Cost,
     Op,
+    Slot,
     TensorDescriptor,
     architecture,
     autocast_dtype,
@@ -57,15 +60,13 @@ MIN_D, MAX_D = 16, 128
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def causal_attention_reference(
-    qkv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None
-) -> Tensor:
+def causal_attention_reference(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
     """qkv (B, T, 3, H, D) -> (B, T, H, D), by `F.scaled_dot_product_attention`.
 
-    `dropout_p` is the probability of dropping an attention weight; `softmax_scale` defaults to 1 / sqrt(D).
+    `dropout_p` is the probability of dropping an attention weight.
     """
     q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D), a view
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=softmax_scale)
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
     return out.transpose(1, 2)
 
 
@@ -494,87 +495,78 @@ def descriptor(qkv: Tensor, seed: Tensor | None) -> tuple[Any, Tile] | None:
     return TensorDescriptor(qkv, list(qkv.shape), list(qkv.stride()), rows), tile
 
 
-def _forward(
-    qkv: Tensor, seed: Tensor | None, dropout_p: float, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
+def _launch_forward(qkv: Tensor, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
     """-> out (B, T, H, D), and the log-sum-exp of the scores (B, H, T), fp32, in base 2."""
-    out, lse = _forward_like(qkv, seed, dropout_p, softmax_scale)
+    out, lse = _fake_forward(qkv, seed, dropout_p)
     qkv = _dense(qkv)
-    B, T, _, H, _D = qkv.shape
+    B, T, _, H, D = qkv.shape
     if out.numel():
         rows, tile = descriptor(qkv, seed) or (None, _tiles(qkv, seed)[0])
         blocks = -(-T // tile.m)
         launch(
             _attention_forward_kernel, (B * blocks * H,),
-            qkv, rows, out, lse, seed, *qkv.stride()[:4], T, H, blocks, softmax_scale, dropout_p,
+            qkv, rows, out, lse, seed, *qkv.stride()[:4], T, H, blocks, D**-0.5, dropout_p,
             **_constants(qkv, tile),
         )  # fmt: skip
     return out, lse
 
 
-def _backward(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-    softmax_scale: float,
+def _launch_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, seed: Tensor | None, dropout_p: float
 ) -> Tensor:
     """-> dqkv (B, T, 3, H, D)."""
     dqkv, delta = qkv.new_empty(qkv.shape), torch.empty_like(lse)
     qkv, dout = _dense(qkv), _dense(dout)
-    B, T, _, H, _D = qkv.shape
+    B, T, _, H, D = qkv.shape
     _, tile, dkdv_tile = _tiles(qkv, seed)
     strides = *qkv.stride()[:4], *dout.stride()[:3]
     if out.numel():
         blocks = -(-T // tile.m)
         launch(
             _attention_dq_kernel, (B * blocks * H,),
-            qkv, out, dout, lse, delta, dqkv, seed, *strides, T, H, blocks, softmax_scale, dropout_p,
+            qkv, out, dout, lse, delta, dqkv, seed, *strides, T, H, blocks, D**-0.5, dropout_p,
             **_constants(qkv, tile),
         )  # fmt: skip
         blocks = -(-T // dkdv_tile.n)
         launch(
             _attention_dkdv_kernel, (B * blocks * H,),
-            qkv, dout, lse, delta, dqkv, seed, *strides, T, H, blocks, softmax_scale, dropout_p,
+            qkv, dout, lse, delta, dqkv, seed, *strides, T, H, blocks, D**-0.5, dropout_p,
             **_constants(qkv, dkdv_tile), EVEN=T % dkdv_tile.n == 0,
         )  # fmt: skip
     return dqkv
 
 
-def _forward_like(qkv, seed, dropout_p, softmax_scale):
+def _fake_forward(qkv, seed, dropout_p):
     B, T, _, H, D = qkv.shape
     return qkv.new_empty(B, T, H, D), qkv.new_empty(B, H, T, dtype=torch.float32)
 
 
-def _backward_like(dout, qkv, out, lse, seed, dropout_p, softmax_scale):
+def _fake_backward(dout, qkv, out, lse, seed, dropout_p):
     return qkv.new_empty(qkv.shape)
 
 
-_forward_op = operator("causal_attention", _forward, _forward_like)
-_backward_op = operator("causal_attention_backward", _backward, _backward_like)
+_forward_op = operator("causal_attention", _launch_forward, _fake_forward)
+_backward_op = operator("causal_attention_backward", _launch_backward, _fake_backward)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, seed, ctx.dropout_p, ctx.softmax_scale = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, seed, ctx.dropout_p = inputs
     ctx.save_for_backward(qkv, *output, seed)
     ctx.set_materialize_grads(False)  # the log-sum-exp has no gradient: don't fill one with zeros
 
 
-def _call(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    return _backward_op(dout, *ctx.saved_tensors, ctx.dropout_p, ctx.softmax_scale), None, None, None
+def _backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    return _backward_op(dout, *ctx.saved_tensors, ctx.dropout_p), None, None
 
 
-_forward_op.register_autograd(_call, setup_context=_save)
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def causal_attention(qkv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None) -> Tensor:
+def causal_attention(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
     """qkv (B, T, 3, H, D) -> (B, T, H, D): each position attends to itself and those before it.
 
-    Any T, D from 16 to 128; `softmax_scale` is above 0 and defaults to 1 / sqrt(D). `dropout_p` is the
-    probability of dropping an attention weight; the mask comes from torch's generator of the device (one draw
-    a call).
+    Any T, D from 16 to 128. `dropout_p` is the probability of dropping an attention weight; the mask comes
+    from torch's generator of the device (one draw a call).
     Under autocast qkv is cast to the autocast dtype, and that is the dtype of the result; without it, the
     result has the dtype of qkv. The gradient is packed as qkv is. Raises ValueError for what it cannot do.
     """
@@ -585,21 +577,16 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0, softmax_scale: float |
             f"D from {MIN_D} to {MAX_D} is allowed"
         )
     seed = torch.randint(1 << 62, (1,), device=qkv.device) if dropout_p else None
-    scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if not scale > 0:
-        raise ValueError(f"causal_attention: softmax_scale={softmax_scale} must be greater than 0")
-    return _forward_op(qkv.to(autocast_dtype(qkv)), seed, float(dropout_p), scale)[0]
+    return _forward_op(qkv.to(autocast_dtype(qkv)), seed, float(dropout_p))[0]
 
 
-def causal_attention_flash(
-    qkv: Tensor, dropout_p: float = 0.0, softmax_scale: float | None = None
-) -> Tensor:
+def causal_attention_flash(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
     """The same by the flash-attn package: qkv (B, T, 3, H, D) in fp16 or bf16 on a GPU -> (B, T, H, D)."""
     from flash_attn import flash_attn_qkvpacked_func
 
     _check("causal_attention", qkv, dropout_p)
     qkv = qkv.to(autocast_dtype(qkv))
-    return flash_attn_qkvpacked_func(qkv, dropout_p, softmax_scale, causal=True)
+    return flash_attn_qkvpacked_func(qkv, dropout_p, causal=True)
 
 
 def _check(name: str, qkv: Tensor, dropout_p: float) -> None:
@@ -625,13 +612,31 @@ def _cost(qkv: Tensor, **_: Any) -> Cost:
     return Cost(4 * out, 8 * out, 2 * product, 5 * product)
 
 
-def _launchers(qkv, dropout_p=0.0, **_):
+def _run_all(qkv, dropout_p=0.0):
     seed = torch.empty(1, dtype=torch.int64, device=qkv.device) if dropout_p else None
-    out, lse = _forward(qkv, seed, dropout_p, 1.0)
-    _backward(out, qkv, out, lse, seed, dropout_p, 1.0)
+    out, lse = _launch_forward(qkv, seed, dropout_p)
+    _launch_backward(out, qkv, out, lse, seed, dropout_p)
 
 
-OP = Op(
+def _slots(qkv: Tensor, dropout_p: float = 0.0) -> Iterator[Slot]:
+    if qkv.dtype == torch.float32 or dropout_p:
+        return
+    arch, width = architecture(qkv), 64 if qkv.shape[-1] <= 64 else 128
+    by_descriptor = descriptor(qkv, None) is not None
+    if by_descriptor:  # its two blocks are one
+        tiles = tuple(Tile(m, m, *rest) for m, *rest in product((32, 64, 128), (4, 8), (2, 3, 4)))
+        yield Slot("forward by descriptor (m, n, warps, stages)", DESCRIPTOR_TILES, arch, tiles)
+    for index, name in enumerate(("forward", "dq", "dk and dv")):
+        if by_descriptor and name == "forward":
+            continue
+        sizes = product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
+        # The block that a program owns is a multiple of the other: queries, and keys for dk and dv.
+        owned = (t for t in sizes if (t[1] % t[0] if name == "dk and dv" else t[0] % t[1]) == 0)
+        tiles = tuple(Tile(*t) for t in owned)
+        yield Slot(f"{name} (m, n, warps, stages)", TILES[arch], width, tiles, index)
+
+
+CAUSAL_ATTENTION = Op(
     name="causal_attention",
     family="attention",
     implementations={
@@ -642,18 +647,33 @@ OP = Op(
     reference=causal_attention_reference,
     make=_inputs,
     cost=_cost,
+    run_all=_run_all,
     samples=(
+        {"B": 1, "T": 33, "H": 1, "D": 24},
         {"B": 1, "T": 1, "H": 1, "D": 16},
         {"B": 2, "T": 2, "H": 3, "D": 64},
-        {"B": 1, "T": 33, "H": 1, "D": 24},
-        {"B": 1, "T": 64, "H": 1, "D": 128, "softmax_scale": 0.3},
-        {"B": 2, "T": 45, "H": 2, "D": 80},
-        {"B": 1, "T": 97, "H": 1, "D": 32},
-        {"B": 2, "T": 40, "H": 1, "D": 20},
+        {"B": 1, "T": 64, "H": 1, "D": 128},
+        {"B": 2, "T": 34, "H": 2, "D": 80},
+        {"B": 1, "T": 70, "H": 1, "D": 32},
+        {"B": 2, "T": 18, "H": 1, "D": 20},
         {"B": 2, "T": 35, "H": 1, "D": 32, "expanded": True},
     ),
-    shipped=(
-        {"B": 8, "T": 1024, "H": 12, "D": 64},
+    launches=([_attention_forward_kernel], [_attention_dq_kernel, _attention_dkdv_kernel]),
+    large_sample={"B": 4, "T": 1000, "H": 12, "D": 64},
+    benchmark_shapes=tuple(
+        dict(zip("BTHD", sizes))
+        for sizes in (
+            (64, 1024, 12, 64),
+            (16, 2048, 16, 128),
+            (8, 4096, 12, 64),
+            (32, 1024, 12, 64),
+            (16, 2048, 12, 64),
+            (2, 16384, 12, 64),
+            (8, 4096, 16, 128),
+        )
+    ),
+    production_shapes=(
+        {"B": 64, "T": 1024, "H": 12, "D": 64},
         {"B": 8, "T": 1024, "H": 12, "D": 128},
         {"B": 8, "T": 1024, "H": 12, "D": 64, "expanded": True},
         {"B": 8, "T": 1000, "H": 12, "D": 64},
@@ -664,5 +684,5 @@ OP = Op(
         {"B": 8, "T": 1000, "H": 12, "D": 80, "dropout_p": 0.1},
         {"B": 8, "T": 1024, "H": 12, "D": 128, "dtype": torch.float32},
     ),
-    launchers=_launchers,
+    slots=_slots,
 )

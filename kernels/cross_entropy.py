@@ -2,10 +2,9 @@
 # (a Triton kernel's arguments have no Python types)
 """Cross-entropy of logits against class indices.
 
-    loss_i = logsumexp(logits_i) - logits_i[target_i]        with label smoothing s, the target is
-    (1 - s) one_hot(target_i) + s / V; rows whose target is `ignore_index` count for nothing
+    loss_i = logsumexp(logits_i) - logits_i[target_i]        0 where the target is `ignore_index`
 
-Backward: dlogits_i = dloss_i * (softmax(logits_i) - (1 - s) one_hot(target_i) - s / V).
+Backward: dlogits_i = dloss_i * (softmax(logits_i) - one_hot(target_i)).
 
 A program takes rows one by one: a first pass keeps a running maximum and sum of exponentials (online
 softmax), a second writes the gradient while the row is still in the L2 cache, which is why there are few
@@ -21,6 +20,8 @@ Source: Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867 (online s
 """
 
 import sys
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from kernels.op import (
     UNTUNED,
     Cost,
     Op,
+    Slot,
     check_tensors,
     jit,
     launch,
@@ -48,20 +50,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 def cross_entropy_reference(
-    input: Tensor,
-    target: Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
+    input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
     """`F.cross_entropy`: input (N, V) logits, target (N,) int64; the loss is () or, for "none", (N,).
 
     As torch has it, the mean is over the targets that are not ignored: NaN when all of them are.
     """
-    return F.cross_entropy(
-        input, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-    )
+    return F.cross_entropy(input, target, ignore_index=ignore_index, reduction=reduction)
 
 
 @jit
@@ -87,37 +82,24 @@ def _fringe(lead, end, ALIGN: tl.constexpr):
 
 
 @jit
-def _accumulate(x, inside, top, total, plain, SMOOTH: tl.constexpr):
-    """Adds a tile to its rows' maximum of x log2(e), sum of 2^(x log2(e) - maximum), and sum of x."""
+def _accumulate(x, top, total):
+    """Adds a tile to its rows' maximum of x log2(e) and sum of 2^(x log2(e) - maximum)."""
     x = x.to(tl.float32)
     new = tl.maximum(top, tl.max(x, 1) * LOG2E)
     base = tl.where(new == -float("inf"), 0.0, new)  # of -inf alone: 2^(-inf - -inf) would be NaN
     # One instruction, x * LOG2E - base. The rounding of base does not matter: all terms share it.
-    total = total * tl.exp2(top - base) + tl.sum(tl.exp2(x * LOG2E - base[:, None]), 1)
-    if SMOOTH:
-        # Subtracted, as adding to what a loop carries fails in OptimizeThreadLocality of Triton 3.6 and 3.7.
-        plain = plain - tl.sum(tl.where(inside, -x, 0.0), 1)
-    return new, total, plain
+    return new, total * tl.exp2(top - base) + tl.sum(tl.exp2(x * LOG2E - base[:, None]), 1)
 
 
 @jit
-def _statistics(
-    X,
-    lead,
-    end,
-    BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
-    FRINGE: tl.constexpr,
-    SMOOTH: tl.constexpr,
-):
-    """(log2 of the sum of exponentials, sum) of the row in columns lead to end of X.
+def _log2sum(X, lead, end, BLOCK: tl.constexpr, ALIGN: tl.constexpr, FRINGE: tl.constexpr):
+    """log2 of the sum of exponentials of the row in columns lead to end of X.
 
     A thread keeps the maximum and the sum of what it reads: nothing waits for other threads in the loop.
     """
     col = _columns(BLOCK, ALIGN)
     top = tl.full((BLOCK // ALIGN,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK // ALIGN,), tl.float32)
-    plain = tl.zeros((BLOCK // ALIGN,), tl.float32)
     first, last = 0, end
     if FRINGE:
         first, last = _between(lead, end, ALIGN)
@@ -125,32 +107,30 @@ def _statistics(
         fringe = tl.load(X + at, mask=is_fringe, other=-float("inf"))
         nothing = tl.full((1,), -float("inf"), tl.float32)
         zero = tl.zeros((1,), tl.float32)
-        fringe_top, fringe_total, fringe_plain = _accumulate(fringe, is_fringe, nothing, zero, zero, SMOOTH)
+        fringe_top, fringe_total = _accumulate(fringe, nothing, zero)
         here = tl.arange(0, BLOCK // ALIGN) == 0
         top = tl.maximum(top, tl.max(fringe_top, 0))
         total = tl.where(here, tl.sum(fringe_total, 0), total)
-        plain = tl.where(here, tl.sum(fringe_plain, 0), plain)
     rest = first + (last - first) // BLOCK * BLOCK
     for start in range(first, rest, BLOCK):
         x = tl.load(X + start + col)
-        top, total, plain = _accumulate(x, True, top, total, plain, SMOOTH)
+        top, total = _accumulate(x, top, total)
     if rest < last:
-        inside = rest + col < last
-        x = tl.load(X + rest + col, mask=inside, other=-float("inf"))
-        top, total, plain = _accumulate(x, inside, top, total, plain, SMOOTH)
+        x = tl.load(X + rest + col, mask=rest + col < last, other=-float("inf"))
+        top, total = _accumulate(x, top, total)
     highest = tl.max(top, 0)
     base = tl.where(highest == -float("inf"), 0.0, highest)
-    return highest + tl.log2(tl.sum(total * tl.exp2(top - base), 0)), tl.sum(plain, 0)
+    return highest + tl.log2(tl.sum(total * tl.exp2(top - base), 0))
 
 
 @jit
-def _write(X, DX, col, inside, log2sum, g, smooth, ZERO: tl.constexpr):
-    """A tile of g (softmax - smooth), or of zeros: also where the logits are NaN."""
+def _write(X, DX, col, inside, log2sum, g, ZERO: tl.constexpr):
+    """A tile of g softmax, or of zeros: also where the logits are NaN."""
     if ZERO:
         dx = tl.zeros(col.shape, tl.float32)
     else:
         x = tl.load(X + col, mask=inside).to(tl.float32)
-        dx = g * tl.exp2(x * LOG2E - log2sum) - g * smooth
+        dx = g * tl.exp2(x * LOG2E - log2sum)
     tl.store(DX + col, round_to(dx, DX.dtype.element_ty), mask=inside)
 
 
@@ -162,7 +142,6 @@ def _rows_gradient(
     end,
     log2sum,
     g,
-    smooth,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     FRINGE: tl.constexpr,
@@ -173,12 +152,12 @@ def _rows_gradient(
     if FRINGE:
         first, last = _between(lead, end, ALIGN)
         at, is_fringe = _fringe(lead, end, ALIGN)
-        _write(X, DX, at, is_fringe, log2sum, g, smooth, ZERO)
+        _write(X, DX, at, is_fringe, log2sum, g, ZERO)
     rest = first + (last - first) // BLOCK * BLOCK
     for start in range(first, rest, BLOCK):
-        _write(X, DX, start + col, None, log2sum, g, smooth, ZERO)
+        _write(X, DX, start + col, None, log2sum, g, ZERO)
     if rest < last:
-        _write(X, DX, rest + col, rest + col < last, log2sum, g, smooth, ZERO)
+        _write(X, DX, rest + col, rest + col < last, log2sum, g, ZERO)
 
 
 @jit
@@ -193,26 +172,21 @@ def _gradient(
     log2sum,
     nothing,
     g,
-    smoothing,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     FRINGE: tl.constexpr,
-    SMOOTH: tl.constexpr,
 ):
     """A row's gradient for the upstream gradient g: zeros where that is `nothing`, NaN logits or not.
 
     The target, in column `hot`, is set right afterwards: a comparison for every element would cost more.
     """
-    smooth = 0.0
-    if SMOOTH:
-        smooth = smoothing / (end - lead)
     tl.debug_barrier()  # every warp has read its part of the row, and the target's logit
     if nothing:
-        _rows_gradient(X, DX, lead, end, log2sum, g, smooth, BLOCK, ALIGN, FRINGE, True)
+        _rows_gradient(X, DX, lead, end, log2sum, g, BLOCK, ALIGN, FRINGE, True)
     else:
-        _rows_gradient(X, DX, lead, end, log2sum, g, smooth, BLOCK, ALIGN, FRINGE, False)
+        _rows_gradient(X, DX, lead, end, log2sum, g, BLOCK, ALIGN, FRINGE, False)
         tl.debug_barrier()  # the target's column is written twice, by different warps
-        dx = g * (tl.exp2(x_target * LOG2E - log2sum) - (1 - smoothing) - smooth)
+        dx = g * (tl.exp2(x_target * LOG2E - log2sum) - 1)
         tl.store(DX + hot, round_to(dx, DX.dtype.element_ty), mask=valid)
 
 
@@ -228,11 +202,9 @@ def _loss_kernel(
     x_stride,
     target_stride,
     ignore_index,
-    smoothing,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     FRINGE: tl.constexpr,
-    SMOOTH: tl.constexpr,
 ):
     for i in range(tl.program_id(0), rows, tl.num_programs(0)):
         row = tl.zeros((), tl.int64) + (rows - 1 - i)
@@ -245,19 +217,15 @@ def _loss_kernel(
         # Read before the gradient takes its place. A target out of range poisons the loss and the gradient.
         x_target = tl.load(x + lead + target, mask=valid, other=float("nan")).to(tl.float32)
         log2sum = tl.where(ignored, 0.0, float("nan"))
-        plain = log2sum
         if valid:
-            log2sum, plain = _statistics(x, lead, end, BLOCK, ALIGN, FRINGE, SMOOTH)
+            log2sum = _log2sum(x, lead, end, BLOCK, ALIGN, FRINGE)
         lse = log2sum * LN2
-        loss = lse - x_target
-        if SMOOTH:
-            loss = (1 - smoothing) * loss + smoothing * (lse - plain / V)
-        tl.store(LOSS + row, tl.where(ignored, 0.0, loss))
+        tl.store(LOSS + row, tl.where(ignored, 0.0, lse - x_target))
         tl.store(LSE + row, lse)
         if DX is not None:
             _gradient(
-                x, DX + aligned, lead, end, lead + target, valid, x_target, log2sum, ignored, 1.0, smoothing,
-                BLOCK, ALIGN, FRINGE, SMOOTH,
+                x, DX + aligned, lead, end, lead + target, valid, x_target, log2sum, ignored, 1.0,
+                BLOCK, ALIGN, FRINGE,
             )  # fmt: skip
 
 
@@ -275,11 +243,9 @@ def _gradient_kernel(
     target_stride,
     dloss_stride,
     ignore_index,
-    smoothing,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     FRINGE: tl.constexpr,
-    SMOOTH: tl.constexpr,
     SAME_STRIDE: tl.constexpr,
     LAST_FIRST: tl.constexpr,
 ):
@@ -296,7 +262,7 @@ def _gradient_kernel(
         log2sum = tl.load(LSE + row) * LOG2E
         _gradient(
             x, dx, lead, end, lead + target, valid, x_target, log2sum, (target == ignore_index) | (g == 0), g,
-            smoothing, BLOCK, ALIGN, FRINGE, SMOOTH,
+            BLOCK, ALIGN, FRINGE,
         )  # fmt: skip
 
 
@@ -328,7 +294,7 @@ def _plan(logits: Tensor, *outputs: Tensor) -> tuple[tuple[int], dict[str, int]]
 
 
 def loss_and_gradient_(
-    logits: Tensor, target: Tensor, ignore_index: int, smoothing: float, gradient: bool
+    logits: Tensor, target: Tensor, ignore_index: int, gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """(N, V) logits -> losses and log-sum-exps, both (N,) fp32 and 0 where the target is ignored.
 
@@ -341,20 +307,13 @@ def loss_and_gradient_(
         launch(
             _loss_kernel, grid,
             logits, target, losses, lse, logits if gradient else None,
-            *logits.shape, logits.stride(0), target.stride(0), ignore_index, smoothing,
-            SMOOTH=smoothing > 0, **constants,
+            *logits.shape, logits.stride(0), target.stride(0), ignore_index, **constants,
         )  # fmt: skip
     return losses, lse
 
 
 def write_gradient(
-    dlosses: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    ignore_index: int,
-    smoothing: float,
-    out: Tensor,
+    dlosses: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int, out: Tensor
 ) -> None:
     """The gradient of the logits for upstream `dlosses` (N,), into `out` (N, V), which may be the logits."""
     grid, constants = _plan(logits, out)
@@ -363,8 +322,7 @@ def write_gradient(
             _gradient_kernel, grid,
             logits, target, lse, dlosses, out,
             *logits.shape, logits.stride(0), out.stride(0), target.stride(0), dlosses.stride(0),
-            ignore_index, smoothing,
-            SMOOTH=smoothing > 0, SAME_STRIDE=logits.stride(0) == out.stride(0),
+            ignore_index, SAME_STRIDE=logits.stride(0) == out.stride(0),
             # Logits of which these are the gradient's memory were just formed, and the last rows last; else
             # the loss was the last to read them, and the first rows last.
             LAST_FIRST=out is logits, **constants,
@@ -386,63 +344,58 @@ def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _forward(logits: Tensor, target: Tensor, ignore_index: int, smoothing: float) -> tuple[Tensor, Tensor]:
-    return loss_and_gradient_(_rows(logits), target, ignore_index, smoothing, gradient=False)
+def _launch_forward(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    return loss_and_gradient_(_rows(logits), target, ignore_index, gradient=False)
 
 
-def _backward(
-    dlosses: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int, smoothing: float
+def _launch_backward(
+    dlosses: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int
 ) -> Tensor:
     dlogits = logits.new_empty(logits.shape)
-    write_gradient(dlosses, _rows(logits), target, lse, ignore_index, smoothing, out=dlogits)
+    write_gradient(dlosses, _rows(logits), target, lse, ignore_index, out=dlogits)
     return dlogits
 
 
-def _forward_like(logits, target, ignore_index, smoothing):
+def _fake_forward(logits, target, ignore_index):
     return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
 
 
-def _backward_like(dlosses, logits, target, lse, ignore_index, smoothing):
+def _fake_backward(dlosses, logits, target, lse, ignore_index):
     return logits.new_empty(logits.shape)
 
 
-_forward_op = operator("cross_entropy", _forward, _forward_like)
-_backward_op = operator("cross_entropy_backward", _backward, _backward_like)
+_forward_op = operator("cross_entropy", _launch_forward, _fake_forward)
+_backward_op = operator("cross_entropy_backward", _launch_backward, _fake_backward)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, target, ctx.ignore_index, ctx.smoothing = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, target, ctx.ignore_index = inputs
     ctx.save_for_backward(logits, target, output[1])
     ctx.set_materialize_grads(False)  # the log-sum-exps have no gradient: don't fill one with zeros
 
 
-def _call(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    return _backward_op(dlosses, *ctx.saved_tensors, ctx.ignore_index, ctx.smoothing), None, None, None
+def _backward(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    return _backward_op(dlosses, *ctx.saved_tensors, ctx.ignore_index), None, None
 
 
-_forward_op.register_autograd(_call, setup_context=_save)
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
+    input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
     """`F.cross_entropy` of input (N, V) and target (N,) int64: () or, for "none", (N,).
 
     The loss is fp32 whatever the logits are, with or without autocast; their gradient has their dtype. The
     mean is over the targets that are not ignored: NaN when all of them are. A target that is no class and
     not `ignore_index` raises ValueError on a CPU and gives NaN on a GPU, where a check would wait for the
-    GPU. Raises ValueError for what it cannot do.
+    GPU. torch's weight and label_smoothing are not accepted. Raises ValueError for what it cannot do.
     """
     check_tensors("cross_entropy", input=input)
     if input.dim() != 2 or input.shape[1] == 0:
         raise ValueError(f"cross_entropy: input {tuple(input.shape)} must be (N, V) with V at least 1")
-    check_targets("cross_entropy", input, target, reduction, label_smoothing)
-    losses, _ = _forward_op(input, target, ignore_index, float(label_smoothing))
+    check_targets("cross_entropy", input, target, reduction)
+    losses, _ = _forward_op(input, target, ignore_index)
     return losses if reduction == "none" else reduce(losses.sum(), target, ignore_index, reduction)
 
 
@@ -451,7 +404,7 @@ def reduce(total: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
     return total / (target != ignore_index).sum() if reduction == "mean" else total
 
 
-def check_targets(name: str, input: Tensor, target: Tensor, reduction: str, label_smoothing: float) -> None:
+def check_targets(name: str, input: Tensor, target: Tensor, reduction: str) -> None:
     """ValueError unless the arguments that cross_entropy and linear_cross_entropy share are right."""
     if target.shape != input.shape[:1] or target.dtype != torch.int64:
         raise ValueError(
@@ -461,9 +414,7 @@ def check_targets(name: str, input: Tensor, target: Tensor, reduction: str, labe
     if target.device != input.device:
         raise ValueError(f"{name}: target is on {target.device} and input on {input.device}")
     if reduction not in REDUCTIONS:
-        raise ValueError(f"{name}: reduction={reduction!r} is none of {', '.join(REDUCTIONS)}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{name}: label_smoothing={label_smoothing} must be from 0 to 1")
+        raise ValueError(f"{name}: reduction={reduction!r} must be one of {', '.join(REDUCTIONS)}")
 
 
 def random_target(N: int, V: int, device: str, ignore_index: int) -> Tensor:
@@ -486,34 +437,49 @@ def _cost(input: Tensor, **_: Any) -> Cost:
     return Cost(tensor, 2 * tensor, 4 * input.numel(), 4 * input.numel())
 
 
-def _launchers(input, target, ignore_index=-100, label_smoothing=0.0, **_):
-    losses, lse = _forward(input, target, ignore_index, label_smoothing)
-    _backward(losses, input, target, lse, ignore_index, label_smoothing)
+def _run_all(input, target, ignore_index=-100, **_):
+    losses, lse = _launch_forward(input, target, ignore_index)
+    _launch_backward(losses, input, target, lse, ignore_index)
 
 
-OP = Op(
+def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
+    if input.shape[1] <= 2048:
+        return
+    sizes = product((4096, 8192, 16384, 32768), (4, 8, 16, 32), (1, 2, 3, 4, A_ROW_EACH))
+    tiles = tuple(
+        (block, warps, programs)
+        for block, warps, programs in sizes
+        if 8 <= block // (32 * warps) <= 32 and (programs == A_ROW_EACH or 16 <= warps * programs <= 64)
+    )
+    yield Slot("(BLOCK, warps, programs)", tiles_for(input, TILES), _width(input.shape[1]), tiles)
+
+
+CROSS_ENTROPY = Op(
     name="cross_entropy",
     family="cross_entropy",
     implementations={"triton": cross_entropy, "torch": cross_entropy_reference},
     reference=cross_entropy_reference,
     make=_inputs,
     cost=_cost,
+    run_all=_run_all,
     samples=(
+        {"N": 7, "V": 65, "reduction": "none", "ignore_index": -1},
         {"N": 1, "V": 1},
         {"N": 5, "V": 2, "reduction": "sum"},
-        {"N": 7, "V": 65, "reduction": "none", "ignore_index": -1},
-        {"N": 4, "V": 128, "label_smoothing": 0.1},
-        {"N": 3, "V": 333, "label_smoothing": 0.3, "reduction": "none"},
-        {"N": 4, "V": 50257},
-        {"N": 3, "V": 50304, "reduction": "sum"},
+        {"N": 4, "V": 128},
+        {"N": 3, "V": 333, "reduction": "none"},
+        {"N": 4, "V": 9001},
+        {"N": 3, "V": 8208, "reduction": "sum"},
     ),
-    shipped=(
-        {"N": 8192, "V": 256},
+    launches=([_loss_kernel], [_gradient_kernel]),
+    large_sample={"N": 2048, "V": 50257},
+    benchmark_shapes=tuple({"N": N, "V": V} for N in (8192, 32768) for V in (50304, 50257, 128256)),
+    production_shapes=(
         {"N": 8192, "V": 50304},
+        {"N": 8192, "V": 256},
         {"N": 8192, "V": 50257},
-        {"N": 8192, "V": 50304, "label_smoothing": 0.1},
-        {"N": 8192, "V": 50304, "label_smoothing": 0.1, "dtype": torch.float32},
+        {"N": 8192, "V": 50304, "dtype": torch.float32},
         {"N": 8192, "V": 128256},
     ),
-    launchers=_launchers,
+    slots=_slots,
 )

@@ -2,7 +2,7 @@
 # (a Triton kernel's arguments have no Python types)
 """Attention of one new token against a cache of keys and values: a step of generation.
 
-    s = q k^T * softmax_scale over the keys that the sequence has        o = softmax(s) v        per head
+    s = q k^T / sqrt(D) over the keys that the sequence has        o = softmax(s) v        per head
 
 There is one query, so nothing is reused and no tensor core is of use: the time is that of reading the cache
 once. A batch of few sequences has fewer heads than a GPU has multiprocessors, so the keys of a head are split
@@ -20,6 +20,8 @@ Source: Vaswani et al., 2017, https://arxiv.org/abs/1706.03762; Dao et al., 2023
 https://pytorch.org/blog/flash-decoding/
 """
 
+from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,7 @@ from kernels.op import (
     UNTUNED,
     Cost,
     Op,
+    Slot,
     autocast_dtype,
     check_tensors,
     jit,
@@ -49,11 +52,7 @@ LOWEST = tl.constexpr(-1e38)  # below every score, and finite: the difference of
 
 
 def decode_attention_reference(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor | None = None,
-    softmax_scale: float | None = None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None = None
 ) -> Tensor:
     """q (B, H, D), caches (B, H, T, D), lengths (B,) int64 -> (B, H, D), by `F.scaled_dot_product_attention`.
 
@@ -63,9 +62,7 @@ def decode_attention_reference(
     mask = None
     if lengths is not None:
         mask = (torch.arange(k_cache.size(2), device=q.device) < lengths[:, None])[:, None, None]
-    out = F.scaled_dot_product_attention(
-        q[:, :, None], k_cache, v_cache, attn_mask=mask, scale=softmax_scale
-    )
+    out = F.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache, attn_mask=mask)
     return out[:, :, 0]
 
 
@@ -177,9 +174,9 @@ class Tile(NamedTuple):
 # (predicted). With 2 programs a multiprocessor the heads stay whole. Each of these few has to load more: two
 # tiles of 16 KiB are on their way, 64 KiB a multiprocessor, and bandwidth times latency is 23 KiB.
 TILES = {
-    INTERPRETER: {64: (Tile(16, 4, 1, 4),), 128: (Tile(16, 4, 1, 4),)},
-    UNTUNED: {64: (Tile(32, 4, 3, 4),), 128: (Tile(16, 4, 3, 4),)},
-    90: {64: (Tile(64, 4, 4, 2),), 128: (Tile(32, 4, 4, 2),)},
+    INTERPRETER: {64: Tile(16, 4, 1, 4), 128: Tile(16, 4, 1, 4)},
+    UNTUNED: {64: Tile(32, 4, 3, 4), 128: Tile(16, 4, 3, 4)},
+    90: {64: Tile(64, 4, 4, 2), 128: Tile(32, 4, 4, 2)},
 }
 
 
@@ -187,13 +184,11 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _forward(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None, softmax_scale: float
-) -> Tensor:
-    out = _forward_like(q, k_cache, v_cache, lengths, softmax_scale)
+def _launch_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None) -> Tensor:
+    out = _fake_forward(q, k_cache, v_cache, lengths)
     q, k, v = _dense(q), _dense(k_cache), _dense(v_cache)
     B, H, T, D = k.shape
-    (tile,) = tiles_for(q, TILES)[64 if D <= 64 else 128]
+    tile = tiles_for(q, TILES)[64 if D <= 64 else 128]
     wanted = -(-tile.programs * multiprocessors(q) // (B * H)) if B * H else 1
     splits = min(wanted, -(-T // tile.n), MAX_SPLITS)
     parts = out if splits == 1 else q.new_empty(B, H, splits, D, dtype=torch.float32)
@@ -203,7 +198,7 @@ def _forward(
         launch(
             _split_kernel, (B * H * splits,),
             q, k, v, None if lengths is None else lengths.contiguous(), parts, lse,
-            *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], T, H, splits, softmax_scale,
+            *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], T, H, splits, D**-0.5,
             **sizes, BLOCK_N=tile.n, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         if splits > 1:
@@ -213,44 +208,32 @@ def _forward(
     return out
 
 
-def _forward_like(q, k_cache, v_cache, lengths, softmax_scale):
+def _fake_forward(q, k_cache, v_cache, lengths):
     return q.new_empty(q.shape)
 
 
-_forward_op = operator("decode_attention", _forward, _forward_like)
+_forward_op = operator("decode_attention", _launch_forward, _fake_forward)
 
 
-def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor | None = None,
-    softmax_scale: float | None = None,
-) -> Tensor:
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None = None) -> Tensor:
     """q (B, H, D) against the first lengths[b] keys, or all, of caches (B, H, T, D) -> (B, H, D).
 
     lengths (B,) is int64 and stays on the device, so it is not checked: each is to be at least 1, and beyond
-    T it counts as T. What the caches hold from lengths[b] on is never read. D from 16 to 128; `softmax_scale`
-    defaults to 1 / sqrt(D). Under autocast everything is cast to the autocast dtype, and that is the dtype of
-    the result; without it, the one dtype of q and caches is. There is no gradient. Raises ValueError for what
-    it cannot do.
+    T it counts as T. What the caches hold from lengths[b] on is never read. D from 16 to 128. Under autocast
+    everything is cast to the autocast dtype, and that is the dtype of the result; otherwise q and the caches
+    must share a dtype, which the result has. There is no gradient. Raises ValueError for what it cannot do.
     """
     _check("decode_attention", q, k_cache, v_cache, lengths)
     if not MIN_D <= q.shape[-1] <= MAX_D:
         raise ValueError(
             f"decode_attention: q {tuple(q.shape)} has D={q.shape[-1]}; D from {MIN_D} to {MAX_D} is allowed"
         )
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     dtype = autocast_dtype(q)
-    return _forward_op(q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), lengths, scale)
+    return _forward_op(q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), lengths)
 
 
 def decode_attention_flash(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor | None = None,
-    softmax_scale: float | None = None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None = None
 ) -> Tensor:
     """The same by the flash-attn package: fp16 or bf16 on a GPU."""
     from flash_attn import flash_attn_with_kvcache
@@ -258,10 +241,8 @@ def decode_attention_flash(
     _check("decode_attention", q, k_cache, v_cache, lengths)
     dtype = autocast_dtype(q)
     k, v = (cache.to(dtype).transpose(1, 2) for cache in (k_cache, v_cache))
-    held = k_cache.size(2) if lengths is None else lengths.int()
-    out = flash_attn_with_kvcache(
-        q.to(dtype)[:, None], k, v, cache_seqlens=held, softmax_scale=softmax_scale
-    )
+    sizes = k_cache.size(2) if lengths is None else lengths.int()
+    out = flash_attn_with_kvcache(q.to(dtype)[:, None], k, v, cache_seqlens=sizes)
     return out[:, 0]
 
 
@@ -304,11 +285,22 @@ def _cost(q: Tensor, k_cache: Tensor, v_cache: Tensor, **_: Any) -> Cost:
     return Cost(2 * q.nbytes + k_cache.nbytes + v_cache.nbytes, 0, 4 * k_cache.numel(), 0)
 
 
-def _launchers(q, k_cache, v_cache, lengths=None, softmax_scale=1.0):
-    _forward(q, k_cache, v_cache, lengths, softmax_scale)
+def _run_all(q, k_cache, v_cache, lengths=None):
+    _launch_forward(q, k_cache, v_cache, lengths)
 
 
-OP = Op(
+def _slots(q: Tensor, **_: Any) -> Iterator[Slot]:
+    width = 64 if q.shape[-1] <= 64 else 128
+    # 16 or 32 values of a tile in a lane: more spill or fill the registers, fewer load too little ahead.
+    settings = product((16, 32), (2, 4, 8), (3, 4), (2, 3, 4))
+    tiles = tuple(
+        Tile(values * 32 * warps // width, warps, stages, programs)
+        for values, warps, stages, programs in settings
+    )
+    yield Slot("(n, warps, stages, programs)", tiles_for(q, TILES), width, tiles)
+
+
+DECODE_ATTENTION = Op(
     name="decode_attention",
     family="attention",
     implementations={
@@ -319,23 +311,38 @@ OP = Op(
     reference=decode_attention_reference,
     make=_inputs,
     cost=_cost,
+    run_all=_run_all,
     samples=(
+        {"B": 2, "H": 2, "T": 97, "D": 24},
         {"B": 1, "H": 1, "T": 1, "D": 16},
         {"B": 3, "H": 4, "T": 17, "D": 64},
-        {"B": 2, "H": 2, "T": 97, "D": 24},
-        {"B": 1, "H": 1, "T": 530, "D": 128, "softmax_scale": 0.3},
+        {"B": 1, "H": 1, "T": 200, "D": 128},
         {"B": 5, "H": 3, "T": 64, "D": 80},
         {"B": 2, "H": 1, "T": 33, "D": 16, "ragged": False},
     ),
-    shipped=(
+    launches=([_split_kernel, _combine_kernel], []),
+    large_sample={"B": 16, "H": 12, "T": 1000, "D": 64},
+    benchmark_shapes=tuple(
+        dict(zip("BHTD", sizes)) | {"ragged": False}
+        for sizes in (
+            (32, 12, 1024, 64),
+            (1, 12, 1024, 64),
+            (8, 12, 1024, 64),
+            (128, 12, 1024, 64),
+            (32, 16, 1024, 128),
+            (1, 12, 16384, 64),
+            (8, 25, 1024, 64),
+        )
+    ),
+    production_shapes=(
+        {"B": 32, "H": 12, "T": 1024, "D": 64, "ragged": False},
         {"B": 1, "H": 12, "T": 1024, "D": 64},
         {"B": 128, "H": 12, "T": 1024, "D": 64},
         {"B": 8, "H": 20, "T": 1024, "D": 80},
         {"B": 8, "H": 16, "T": 1024, "D": 128},
         {"B": 128, "H": 16, "T": 1024, "D": 128},
         {"B": 8, "H": 12, "T": 1024, "D": 64, "dtype": torch.float32},
-        {"B": 8, "H": 12, "T": 1024, "D": 64, "ragged": False},
     ),
-    launchers=_launchers,
+    slots=_slots,
     differentiable=False,
 )

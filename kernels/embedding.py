@@ -139,7 +139,7 @@ class Tile(NamedTuple):
 TILES = {INTERPRETER: {0: Tile(4, 64, 2, 2)}, UNTUNED: {0: Tile(32, 256, 4, 16)}}
 
 
-def _backward(dout: Tensor, ids: Tensor, rows: int) -> Tensor:
+def _launch_backward(dout: Tensor, ids: Tensor, rows: int) -> Tensor:
     """dout (..., C), ids (...) -> dweight (rows, C) in the dtype of dout."""
     C = dout.shape[-1]
     dweight = dout.new_zeros(rows, C)
@@ -163,11 +163,11 @@ def _backward(dout: Tensor, ids: Tensor, rows: int) -> Tensor:
     return dweight
 
 
-def _backward_like(dout, ids, rows):
+def _fake_backward(dout, ids, rows):
     return dout.new_empty(rows, dout.shape[-1])
 
 
-_backward_op = operator("embedding_backward", _backward, _backward_like)
+_backward_op = operator("embedding_backward", _launch_backward, _fake_backward)
 
 
 class _Embedding(torch.autograd.Function):
@@ -219,29 +219,32 @@ def _cost(input: Tensor, weight: Tensor) -> Cost:
     return Cost(2 * n * size + input.nbytes, n * size + input.nbytes + weight.nbytes, 0, n)
 
 
-def _launchers(input, weight):
-    _backward(weight.new_empty(*input.shape, weight.shape[1]), input, len(weight))
+def _run_all(input, weight):
+    _launch_backward(weight.new_empty(*input.shape, weight.shape[1]), input, len(weight))
 
 
-OP = Op(
+EMBEDDING = Op(
     name="embedding",
     family="embedding",
     implementations={"triton": embedding, "torch": embedding_reference},
     reference=embedding_reference,
     make=_inputs,
     cost=_cost,
+    run_all=_run_all,
     samples=(
+        {"shape": (3, 11), "V": 9, "C": 96, "used": 4},
         {"shape": (1,), "V": 1, "C": 1},
         {"shape": (2, 7), "V": 50, "C": 59},
-        {"shape": (3, 11), "V": 9, "C": 96, "used": 4},
         {"shape": (45,), "V": 5, "C": 33, "used": 1},
         {"shape": (5, 8), "V": 300, "C": 16},
         {"shape": (4,), "V": 3, "C": 64},
         {"shape": (0, 3), "V": 7, "C": 8},
     ),
-    shipped=(
+    launches=([], [_embedding_sum_kernel, _embedding_combine_kernel]),
+    large_sample={"shape": (16, 1000), "V": 50257, "C": 768, "used": 100},
+    benchmark_shapes=tuple({"shape": (64, 1024), "V": 50304, "C": C} for C in (768, 1600)),
+    production_shapes=(
         {"shape": (64, 1024), "V": 50304, "C": 768},
         {"shape": (64, 1024), "V": 50304, "C": 768, "dtype": torch.float32},
     ),
-    launchers=_launchers,
 )

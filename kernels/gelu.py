@@ -33,6 +33,7 @@ Source: Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415; Abramowitz
 Mathematical Functions, 26.2.17 (the same polynomial gives erf in 7.1.26)
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ from kernels.op import (
     UNTUNED,
     Cost,
     Op,
+    Slot,
     check_tensors,
     jit,
     launch,
@@ -175,7 +177,7 @@ TILES = {
 }
 
 
-def _launch(kernel, direction: str, approximate: str, *tensors: Tensor) -> None:
+def _run(kernel, direction: str, approximate: str, *tensors: Tensor) -> None:
     """Runs `kernel` over contiguous tensors of one shape.
 
     The last n % 16 elements have a launch of their own, because their mask would turn every load into loads
@@ -193,41 +195,41 @@ def _launch(kernel, direction: str, approximate: str, *tensors: Tensor) -> None:
             )  # fmt: skip
 
 
-def _forward(input: Tensor, approximate: str) -> Tensor:
-    out = _forward_like(input, approximate)
-    _launch(_gelu_forward_kernel, "forward", approximate, input.contiguous(), out)
+def _launch_forward(input: Tensor, approximate: str) -> Tensor:
+    out = _fake_forward(input, approximate)
+    _run(_gelu_forward_kernel, "forward", approximate, input.contiguous(), out)
     return out
 
 
-def _backward(dout: Tensor, input: Tensor, approximate: str) -> Tensor:
-    dinput = _backward_like(dout, input, approximate)
+def _launch_backward(dout: Tensor, input: Tensor, approximate: str) -> Tensor:
+    dinput = _fake_backward(dout, input, approximate)
     tensors = dout.contiguous(), input.contiguous(), dinput
-    _launch(_gelu_backward_kernel, "backward", approximate, *tensors)
+    _run(_gelu_backward_kernel, "backward", approximate, *tensors)
     return dinput
 
 
-def _forward_like(input, approximate):
+def _fake_forward(input, approximate):
     return input.new_empty(input.shape)
 
 
-def _backward_like(dout, input, approximate):
+def _fake_backward(dout, input, approximate):
     return input.new_empty(input.shape)
 
 
-_forward_op = operator("gelu", _forward, _forward_like)
-_backward_op = operator("gelu_backward", _backward, _backward_like)
+_forward_op = operator("gelu", _launch_forward, _fake_forward)
+_backward_op = operator("gelu_backward", _launch_backward, _fake_backward)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
     input, ctx.approximate = inputs
     ctx.save_for_backward(input)
 
 
-def _call(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
     return _backward_op(dout, *ctx.saved_tensors, ctx.approximate), None
 
 
-_forward_op.register_autograd(_call, setup_context=_save)
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
@@ -252,33 +254,48 @@ def _cost(input: Tensor, **_: Any) -> Cost:
     return Cost(2 * input.nbytes, 3 * input.nbytes, 15 * input.numel(), 18 * input.numel())
 
 
-def _launchers(input, approximate="none"):
-    _backward(_forward(input, approximate), input, approximate)
+def _run_all(input, approximate="none"):
+    _launch_backward(_launch_forward(input, approximate), input, approximate)
 
 
-OP = Op(
+def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
+    tiles = tuple(Tile(32 * warps * each, warps) for warps in (2, 4, 8) for each in (8, 16, 32))
+    for direction in ("forward", "backward"):
+        yield Slot(f"{direction} (block, warps)", tiles_for(input, TILES), direction, tiles)
+
+
+GELU = Op(
     name="gelu",
     family="activation",
     implementations={"triton": gelu, "torch": gelu_reference},
     reference=gelu_reference,
     make=_inputs,
     cost=_cost,
+    run_all=_run_all,
     samples=(
+        {"shape": (2, 5, 111)},
         {"shape": (1, 1)},
         {"shape": (7, 768)},
-        {"shape": (2, 5, 111)},
         {"shape": (3, 59), "approximate": "tanh"},
         {"shape": (4, 96), "approximate": "tanh"},
         {"shape": (1023,)},
         {"shape": (0, 64)},
     ),
-    shipped=(
+    # 1104 elements, and 6
+    launches=([_gelu_forward_kernel] * 2, [_gelu_backward_kernel] * 2),
+    large_sample={"shape": (4001, 3071)},
+    benchmark_shapes=(
+        {"shape": (65536, 3072)},
+        {"shape": (65536, 3072), "approximate": "tanh"},
+        {"shape": (65536, 6400)},
+    ),
+    production_shapes=(
         {"shape": (65536, 3072)},
         {"shape": (65536, 3072), "approximate": "tanh"},
         {"shape": (65536, 3072), "dtype": torch.float16},
         {"shape": (65536, 3072), "dtype": torch.float32},
         {"shape": (65536, 3072), "dtype": torch.float32, "approximate": "tanh"},
     ),
-    launchers=_launchers,
+    slots=_slots,
     instructions={"_gelu_forward_kernel": 19, "_gelu_backward_kernel": 24},
 )

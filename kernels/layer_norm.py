@@ -27,7 +27,8 @@ then adds up; without atomics the bits are the same every run.
 Source: Ba, Kiros and Hinton, 2016, https://arxiv.org/abs/1607.06450
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from kernels.op import (
     UNTUNED,
     Cost,
     Op,
+    Slot,
     autocast_dtype,
     check_tensors,
     jit,
@@ -291,21 +293,22 @@ def _norm_sum_kernel(
 
 
 # Widest row -> (rows a program, warps, columns a tile) forward, and the same with programs a multiprocessor
-# backward. A row is cut into tiles of columns, not padded to a power of two: 768 is three of 256. A tile of
-# 256 columns is 16 bytes for each lane of a warp in half precision, so that a warp has a row to itself and
-# its sums need no shared memory. What is not tuned was chosen for at least 48 KiB in flight a multiprocessor
-# and no spills; no tensor core is involved, so all architectures start alike.
+# and stages backward. A row is cut into tiles of columns, not padded to a power of two: 768 is three of 256.
+# A tile of 256 columns is 16 bytes for each lane of a warp in half precision, so that a warp has a row to
+# itself and its sums need no shared memory. What is not tuned was chosen for at least 48 KiB in flight a
+# multiprocessor and no spills; no tensor core is involved, so all architectures start alike.
 _UNTUNED = {
-    512: ((4, 4, 256), (4, 4, 256, 4)),
-    1024: ((4, 4, 256), (4, 4, 256, 3)),
-    2048: ((4, 4, 256), (2, 4, 512, 2)),
-    4096: ((1, 4, 1024), (1, 4, 1024, 2)),
-    8192: ((1, 8, 2048), (1, 8, 2048, 1)),
+    512: ((4, 4, 256), (4, 4, 256, 4, 1)),
+    1024: ((4, 4, 256), (4, 4, 256, 3, 1)),
+    1280: ((4, 4, 256), (2, 4, 512, 2, 1)),
+    2048: ((4, 4, 256), (2, 4, 512, 2, 1)),
+    4096: ((1, 4, 1024), (1, 4, 1024, 2, 1)),
+    8192: ((1, 8, 2048), (1, 8, 2048, 1, 1)),
 }
 TILES = {
-    INTERPRETER: {widest: ((8, 4, 256), (8, 4, 256, 1)) for widest in _UNTUNED},
+    INTERPRETER: {widest: ((8, 4, 256), (8, 4, 256, 1, 1)) for widest in _UNTUNED},
     UNTUNED: _UNTUNED,
-    90: _UNTUNED | {1024: ((2, 4, 1024), (1, 1, 256, 8))},  # tuned on H200, C=768, 65536 rows
+    90: _UNTUNED | {1024: ((2, 4, 1024), (1, 1, 256, 8, 1))},  # tuned on H200, C=768, 65536 rows
 }
 
 
@@ -324,7 +327,7 @@ def _width(C: int) -> int:
     return next(widest for widest in _UNTUNED if widest >= C)
 
 
-def _forward(
+def _launch_forward(
     input: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -337,7 +340,7 @@ def _forward(
 
     With a carrier mean is empty, and without one the next is.
     """
-    outputs = _forward_like(input, residual, weight, bias, eps, dtype, carrier)
+    outputs = _fake_forward(input, residual, weight, bias, eps, dtype, carrier)
     normed, summed, mean, rstd, following = outputs
     x, r = _rows(input), None if residual is None else _rows(residual)
     rows, C = x.shape
@@ -353,7 +356,7 @@ def _forward(
     return outputs
 
 
-def _backward(
+def _launch_backward(
     dnormed: Tensor,
     dsummed: Tensor | None,
     x: Tensor,
@@ -368,33 +371,33 @@ def _backward(
 
     x is what was normalised; without a mean it is the output.
     """
-    dinput, dresidual, dweight, dbias = _backward_like(
+    dinput, dresidual, dweight, dbias = _fake_backward(
         dnormed, dsummed, x, weight, bias_dtype, mean, rstd, input_dtype, residual_dtype
     )
     dy, x = _rows(dnormed), _rows(x)
     ds = None if dsummed is None else _rows(dsummed)
     rows, C = x.shape
-    tile, warps, columns, programs = tiles_for(x, TILES)[_width(C)][1]
+    tile, warps, columns, programs, stages = tiles_for(x, TILES)[_width(C)][1]
     programs = max(1, min(programs * multiprocessors(x), -(-rows // tile)))
-    wanted = [out if out.numel() else None for out in (dweight, dbias)]
-    parts = x.new_empty(sum(out is not None for out in wanted), programs, C, dtype=torch.float32)
+    sums = [out if out.numel() else None for out in (dweight, dbias)]
+    parts = x.new_empty(sum(out is not None for out in sums), programs, C, dtype=torch.float32)
     launch(
         _norm_backward_kernel, (programs,),
         dy, ds, x, _dense(weight), mean, rstd, dinput,
         dresidual if dresidual.numel() else None,
-        None if wanted[0] is None else parts[0], None if wanted[1] is None else parts[-1],
+        None if sums[0] is None else parts[0], None if sums[1] is None else parts[-1],
         rows, dy.stride(0), 0 if ds is None else ds.stride(0), x.stride(0),
-        C=C, COLUMNS=columns, ROWS=tile, num_warps=warps,
+        C=C, COLUMNS=columns, ROWS=tile, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     if parts.numel():
         launch(
             _norm_sum_kernel, (-(-C // SUM_COLUMNS), len(parts)),
-            parts, *wanted, programs, C, COLUMNS=SUM_COLUMNS, PROGRAMS=128, num_warps=8,
+            parts, *sums, programs, C, COLUMNS=SUM_COLUMNS, PROGRAMS=128, num_warps=8,
         )  # fmt: skip
     return dinput, dresidual, dweight, dbias
 
 
-def _forward_like(input, residual, weight, bias, eps, dtype, carrier=None):
+def _fake_forward(input, residual, weight, bias, eps, dtype, carrier=None):
     rows = input.numel() // input.shape[-1]
     summed = input.new_empty(0)
     if residual is not None:
@@ -406,7 +409,7 @@ def _forward_like(input, residual, weight, bias, eps, dtype, carrier=None):
     return input.new_empty(input.shape, dtype=dtype), summed, mean, rstd, following
 
 
-def _backward_like(dnormed, dsummed, x, weight, bias_dtype, mean, rstd, input_dtype, residual_dtype):
+def _fake_backward(dnormed, dsummed, x, weight, bias_dtype, mean, rstd, input_dtype, residual_dtype):
     dinput = x.new_empty(x.shape, dtype=input_dtype)
     dresidual = x.new_empty(0 if input_dtype == residual_dtype else x.shape, dtype=residual_dtype)
     C = x.shape[-1]
@@ -415,11 +418,11 @@ def _backward_like(dnormed, dsummed, x, weight, bias_dtype, mean, rstd, input_dt
     return dinput, dresidual, dweight, dbias
 
 
-_forward_op = operator("layer_norm_forward", _forward, _forward_like)
-_backward_op = operator("layer_norm_backward", _backward, _backward_like)
+_forward_op = operator("layer_norm_forward", _launch_forward, _fake_forward)
+_backward_op = operator("layer_norm_backward", _launch_backward, _fake_backward)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, residual, weight, bias, _, _, carrier = inputs
     normed, summed, mean, rstd, _ = output
     if carrier is None:
@@ -430,7 +433,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)  # the last sum of a network has no gradient of its own: don't read zeros
 
 
-def _call(
+def _backward(
     ctx: Any,
     dnormed: Tensor | None,
     dsummed: Tensor | None,
@@ -466,7 +469,7 @@ def _call(
     )
 
 
-_forward_op.register_autograd(_call, setup_context=_save)
+_forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def layer_norm(
@@ -517,9 +520,9 @@ def add_layer_norm_mixed(
     """`add_layer_norm` on a fp32 stream whose gradient is bfloat16: -> (normed, summed, the next carrier).
 
     Autograd gives a gradient the dtype of its tensor. So residual (..., C), which is fp32, gets none, and
-    `carrier` (..., C) gets the gradient of the stream; of a carrier nothing but shape and dtype is used, and
-    the next one is 0 everywhere. `input` and `normed` have its dtype, bfloat16 or fp32. `input` is None before
-    the first layer, which adds nothing. Raises ValueError for what it cannot do.
+    `carrier` (..., C) gets the gradient of the stream. Nobody reads the values of a carrier; the next one is 0
+    everywhere. `input` and `normed` have its dtype, bfloat16 or fp32. `input` is None before the first layer,
+    which adds nothing. Raises ValueError for what it cannot do.
     """
     name = "add_layer_norm_mixed"
     _check(name, residual, weight, None)
@@ -612,71 +615,109 @@ def _mixed_cost(residual: Tensor, carrier: Tensor, **_: Any) -> Cost:
     return Cost((2 * half + 8) * n, 4 * half * n, 8 * n, 12 * n)
 
 
-def _mixed_launchers(input, residual, carrier, weight, eps=1e-5):
-    normed, _, _, rstd, _ = _forward(input, residual, weight, None, eps, carrier.dtype, carrier)
-    _backward(normed, normed, normed, weight, None, None, rstd, carrier.dtype, carrier.dtype)
+def _mixed_run_all(input, residual, carrier, weight, eps=1e-5):
+    normed, _, _, rstd, _ = _launch_forward(input, residual, weight, None, eps, carrier.dtype, carrier)
+    _launch_backward(normed, normed, normed, weight, None, None, rstd, carrier.dtype, carrier.dtype)
 
 
-def _launchers(input, residual=None, weight=None, bias=None, eps=1e-5, normalized_shape=None):
-    normed, summed, mean, rstd, _ = _forward(input, residual, weight, bias, eps, input.dtype)
+def _run_all(input, residual=None, weight=None, bias=None, eps=1e-5, normalized_shape=None):
+    normed, summed, mean, rstd, _ = _launch_forward(input, residual, weight, bias, eps, input.dtype)
     x, ds = (input, None) if residual is None else (summed, summed)
     residual_dtype = input.dtype if residual is None else residual.dtype
     bias_dtype = None if bias is None else bias.dtype
-    _backward(normed, ds, x, weight, bias_dtype, mean, rstd, input.dtype, residual_dtype)
+    _launch_backward(normed, ds, x, weight, bias_dtype, mean, rstd, input.dtype, residual_dtype)
+
+
+def _slots(residual: Tensor | None = None, input: Tensor | None = None, **_: Any) -> Iterator[Slot]:
+    x = input if residual is None else residual
+    C, table = x.shape[-1], tiles_for(x, TILES)
+    yield Slot("forward (rows, warps, columns)", table, _width(C), tuple(_candidates(C, 64)), 0)
+    # Backward holds six values for each of a lane's columns, so a warp has 256 columns of one row. It waits
+    # for both sums of a row. Either many programs fill that time, 8 to 16 warps, or the second stage does.
+    lean = [tile for tile in _candidates(C, 56) if tile[0] * tile[2] == 256 * tile[1] and tile[0] <= 2]
+    resident = tuple(
+        (*t, p, s) for t, p, s in product(lean, (1, 2, 3, 4, 6, 8), (1, 2)) if 8 <= t[1] * p <= 16
+    )
+    yield Slot("backward (rows, warps, columns, programs, stages)", table, _width(C), resident, 1)
+
+
+def _candidates(C: int, most: int) -> Iterator[tuple[int, int, int]]:
+    """(rows, warps, columns) with up to `most` values of a row or two in a lane, a quarter of them idle."""
+    for rows, warps, columns in product((1, 2, 4), (1, 2, 4, 8), (256, 512, 1024, 2048)):
+        tiles = -(-C // columns)
+        values = rows * columns * tiles // (32 * warps)
+        if warps <= rows * columns // 256 and 8 <= values <= most and tiles * columns <= max(256, 1.34 * C):
+            yield rows, warps, columns
 
 
 _SAMPLES = (
+    {"shape": (2, 5, 111)},
     {"shape": (1, 1)},
     {"shape": (3, 59), "bias": False},
-    {"shape": (2, 5, 111)},
     {"shape": (7, 768)},
-    {"shape": (19, 1023), "bias": False},
+    {"shape": (19, 300), "bias": False},
     {"shape": (2, 1600)},
     {"shape": (0, 64)},
 )
-# A width for each tile, and the dtypes of a training. The add needs more registers, and one width shows that
-# its absence changes nothing.
-_SHIPPED = tuple({"shape": (65536, C)} for C in (512, 768, 1024, 1600, 4096, 8192))
+_LAUNCHES = [_norm_forward_kernel], [_norm_backward_kernel, _norm_sum_kernel]
+_BENCHMARK_SHAPES = tuple(
+    {"shape": (rows, C)} for rows in (65536, 16384) for C in (768, 1024, 1280, 1600, 2048, 4096, 8192)
+)
 
-OPS = (
-    Op(
-        name="layer_norm",
-        family="layer_norm",
-        implementations={"triton": layer_norm, "torch": layer_norm_reference},
-        reference=layer_norm_reference,
-        make=_inputs,
-        cost=_cost,
-        samples=(*_SAMPLES, {"shape": (5, 33), "weight": False, "bias": False}),
-        shipped=_SHIPPED[1:2],
-        launchers=_launchers,
+LAYER_NORM = Op(
+    name="layer_norm",
+    family="layer_norm",
+    implementations={"triton": layer_norm, "torch": layer_norm_reference},
+    reference=layer_norm_reference,
+    make=_inputs,
+    cost=_cost,
+    run_all=_run_all,
+    samples=(*_SAMPLES, {"shape": (5, 33), "weight": False, "bias": False}),
+    launches=_LAUNCHES,
+    large_sample={"shape": (4099, 1600)},
+    benchmark_shapes=_BENCHMARK_SHAPES,
+    # One width shows that the absence of the add, which needs more registers, changes nothing.
+    production_shapes=({"shape": (65536, 768)},),
+    slots=_slots,
+)
+ADD_LAYER_NORM = Op(
+    name="add_layer_norm",
+    family="layer_norm",
+    implementations={"triton": add_layer_norm, "torch": add_layer_norm_reference},
+    reference=add_layer_norm_reference,
+    make=_add_inputs,
+    cost=_cost,
+    run_all=_run_all,
+    samples=_SAMPLES,
+    launches=_LAUNCHES,
+    large_sample={"shape": (4099, 1600)},
+    benchmark_shapes=({"shape": (65536, 768), "mixed": True}, *_BENCHMARK_SHAPES),
+    # The dtypes of a training, then a width for each tile.
+    production_shapes=(
+        {"shape": (65536, 768), "mixed": True, "bias": False},
+        *({"shape": (65536, C)} for C in (512, 768, 1024, 1600, 4096, 8192)),
     ),
-    Op(
-        name="add_layer_norm",
-        family="layer_norm",
-        implementations={"triton": add_layer_norm, "torch": add_layer_norm_reference},
-        reference=add_layer_norm_reference,
-        make=_add_inputs,
-        cost=_cost,
-        samples=_SAMPLES,
-        shipped=(*_SHIPPED, {"shape": (65536, 768), "mixed": True, "bias": False}),
-        launchers=_launchers,
+    slots=_slots,
+)
+ADD_LAYER_NORM_MIXED = Op(
+    name="add_layer_norm_mixed",
+    family="layer_norm",
+    implementations={"triton": add_layer_norm_mixed, "torch": add_layer_norm_mixed_reference},
+    reference=add_layer_norm_mixed_reference,
+    make=_mixed_inputs,
+    cost=_mixed_cost,
+    run_all=_mixed_run_all,
+    samples=(
+        {"shape": (2, 5, 111)},
+        {"shape": (1, 1)},
+        {"shape": (7, 768), "zeros": True},
+        {"shape": (2, 5, 111), "add": False},
+        {"shape": (2, 1600)},
+        {"shape": (0, 64)},
     ),
-    Op(
-        name="add_layer_norm_mixed",
-        family="layer_norm",
-        implementations={"triton": add_layer_norm_mixed, "torch": add_layer_norm_mixed_reference},
-        reference=add_layer_norm_mixed_reference,
-        make=_mixed_inputs,
-        cost=_mixed_cost,
-        samples=(
-            {"shape": (1, 1)},
-            {"shape": (3, 59)},
-            {"shape": (2, 5, 111)},
-            {"shape": (7, 768), "zeros": True},
-            {"shape": (2, 5, 111), "add": False},
-            {"shape": (0, 64)},
-        ),
-        shipped=_SHIPPED,
-        launchers=_mixed_launchers,
-    ),
+    launches=_LAUNCHES,
+    large_sample={"shape": (4099, 1600)},
+    benchmark_shapes=_BENCHMARK_SHAPES,
+    production_shapes=tuple({"shape": (65536, C)} for C in (768, 512, 1024, 1600, 4096, 8192)),
+    slots=_slots,
 )

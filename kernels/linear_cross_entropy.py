@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cross_entropy import (
+    CROSS_ENTROPY,
     check_targets,
     loss_and_gradient_,
     random_target,
@@ -49,7 +50,6 @@ def linear_cross_entropy_reference(
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
     chunk_size: int | None = None,
 ) -> Tensor:
     """input (N, C), linear_weight (V, C), target (N,) int64; the loss is () or, for "none", (N,).
@@ -57,9 +57,7 @@ def linear_cross_entropy_reference(
     Forms all the (N, V) logits at once, whatever `chunk_size` says.
     """
     logits = F.linear(input, linear_weight)
-    return F.cross_entropy(
-        logits, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-    )
+    return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
 
 
 def chunk_rows(N: int, V: int, itemsize: int, memory: float | None = None) -> int:
@@ -112,10 +110,10 @@ class _Chunks:
                 dinput.copy_(torch.mm(gradient, self.weight))
         if self.dweight.numel():
             x = self.input[part].to(gradient.dtype)
-            _add_product(self.dweight, gradient.t(), x, first=part.start == 0)
+            add_product(self.dweight, gradient.t(), x, first=part.start == 0)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """Adds a @ b to `total`, in fp32; the `first` product is written over what is there."""
     if a.dtype == torch.float32 or not (a.is_cuda and _mixes_precisions(a.device)):
         total.addmm_(a.float(), b.float(), beta=0 if first else 1)
@@ -140,12 +138,11 @@ def _mixes_precisions(device: torch.device) -> bool:
     return True
 
 
-def _sum(
+def _launch_sum(
     input: Tensor,
     weight: Tensor,
     target: Tensor,
     ignore_index: int,
-    smoothing: float,
     chunk_size: int | None,
     dtype: torch.dtype,
     d_input: bool,
@@ -155,19 +152,17 @@ def _sum(
     losses = input.new_empty(input.shape[0], dtype=torch.float32)
     chunks = _Chunks(input, weight, chunk_size, dtype, d_input, d_weight)
     for part, logits in chunks:
-        losses[part], _ = loss_and_gradient_(
-            logits, target[part], ignore_index, smoothing, gradient=d_input or d_weight
-        )
+        gradient = d_input or d_weight
+        losses[part], _ = loss_and_gradient_(logits, target[part], ignore_index, gradient)
         chunks.take(part, logits)
     return losses.sum(), chunks.dinput, chunks.dweight
 
 
-def _rows(
+def _launch_rows(
     input: Tensor,
     weight: Tensor,
     target: Tensor,
     ignore_index: int,
-    smoothing: float,
     chunk_size: int | None,
     dtype: torch.dtype,
     d_input: bool,
@@ -176,20 +171,17 @@ def _rows(
     """-> the losses and the log-sum-exps, both (N,) fp32; d_input and d_weight are for backward to know."""
     losses, lse = (input.new_empty(input.shape[0], dtype=torch.float32) for _ in range(2))
     for part, logits in _Chunks(input, weight, chunk_size, dtype, False, False):
-        losses[part], lse[part] = loss_and_gradient_(
-            logits, target[part], ignore_index, smoothing, gradient=False
-        )
+        losses[part], lse[part] = loss_and_gradient_(logits, target[part], ignore_index, gradient=False)
     return losses, lse
 
 
-def _rows_backward(
+def _launch_rows_backward(
     dlosses: Tensor,
     input: Tensor,
     weight: Tensor,
     target: Tensor,
     lse: Tensor,
     ignore_index: int,
-    smoothing: float,
     chunk_size: int | None,
     dtype: torch.dtype,
     d_input: bool,
@@ -197,50 +189,48 @@ def _rows_backward(
 ) -> tuple[Tensor, Tensor]:
     chunks = _Chunks(input, weight, chunk_size, dtype, d_input, d_weight)
     for part, logits in chunks:
-        write_gradient(
-            dlosses[part], logits, target[part], lse[part], ignore_index, smoothing, out=logits
-        )
+        write_gradient(dlosses[part], logits, target[part], lse[part], ignore_index, out=logits)
         chunks.take(part, logits)
     return chunks.dinput, chunks.dweight
 
 
-def _gradients_like(input, weight, d_input, d_weight):
+def _fake_gradients(input, weight, d_input, d_weight):
     dweight = weight.new_empty(weight.shape if d_weight else 0, dtype=torch.float32)
     return input.new_empty(input.shape if d_input else 0), dweight
 
 
-def _sum_like(input, weight, target, ignore_index, smoothing, chunk_size, dtype, d_input, d_weight):
-    return input.new_empty((), dtype=torch.float32), *_gradients_like(input, weight, d_input, d_weight)
+def _fake_sum(input, weight, target, ignore_index, chunk_size, dtype, d_input, d_weight):
+    return input.new_empty((), dtype=torch.float32), *_fake_gradients(input, weight, d_input, d_weight)
 
 
-def _rows_like(input, weight, target, ignore_index, smoothing, chunk_size, dtype, d_input, d_weight):
+def _fake_rows(input, weight, target, ignore_index, chunk_size, dtype, d_input, d_weight):
     return tuple(input.new_empty(input.shape[0], dtype=torch.float32) for _ in range(2))
 
 
-def _rows_backward_like(
-    dlosses, input, weight, target, lse, ignore_index, smoothing, chunk_size, dtype, d_input, d_weight
+def _fake_rows_backward(
+    dlosses, input, weight, target, lse, ignore_index, chunk_size, dtype, d_input, d_weight
 ):
-    return _gradients_like(input, weight, d_input, d_weight)
+    return _fake_gradients(input, weight, d_input, d_weight)
 
 
-_sum_op = operator("linear_cross_entropy_sum", _sum, _sum_like)
-_rows_op = operator("linear_cross_entropy_rows", _rows, _rows_like)
-_rows_backward_op = operator("linear_cross_entropy_rows_backward", _rows_backward, _rows_backward_like)
+_sum_op = operator("linear_cross_entropy_sum", _launch_sum, _fake_sum)
+_rows_op = operator("linear_cross_entropy_rows", _launch_rows, _fake_rows)
+_rows_backward_op = operator("linear_cross_entropy_rows_backward", _launch_rows_backward, _fake_rows_backward)
 
 
-def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.wanted, ctx.weight_dtype = inputs[-2:], inputs[1].dtype
     ctx.save_for_backward(*output[1:])
     ctx.set_materialize_grads(False)  # the gradients have no gradient: don't fill their like with zeros
 
 
-def _call_sum(ctx: Any, dtotal: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _backward_of_sum(ctx: Any, dtotal: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     dinput, dweight = ctx.saved_tensors
     d_input, d_weight = ctx.wanted
     return (
         _scaled(dinput, dtotal, dinput.dtype) if d_input else None,
         _scaled(dweight, dtotal, ctx.weight_dtype) if d_weight else None,
-        *(None,) * 7,
+        *(None,) * 6,
     )
 
 
@@ -250,24 +240,24 @@ def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(x, factor.reshape(1), out=torch.empty_like(x, dtype=dtype))
 
 
-def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     input, weight, target, *ctx.options = inputs
     ctx.save_for_backward(input, weight, target, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _call_rows(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _backward_of_rows(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None, ...]:
     *_, d_input, d_weight = ctx.options
     dinput, dweight = _rows_backward_op(dlosses, *ctx.saved_tensors, *ctx.options)
     return (
         dinput if d_input else None,
         dweight.to(ctx.saved_tensors[1].dtype) if d_weight else None,
-        *(None,) * 7,
+        *(None,) * 6,
     )
 
 
-_sum_op.register_autograd(_call_sum, setup_context=_save_sum)
-_rows_op.register_autograd(_call_rows, setup_context=_save_rows)
+_sum_op.register_autograd(_backward_of_sum, setup_context=_setup_sum)
+_rows_op.register_autograd(_backward_of_rows, setup_context=_setup_rows)
 
 
 def linear_cross_entropy(
@@ -277,7 +267,6 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
-    label_smoothing: float = 0.0,
     chunk_size: int | None = None,
 ) -> Tensor:
     """cross_entropy(F.linear(input, linear_weight), target) without the (N, V) logits: () or (N,), fp32.
@@ -287,8 +276,8 @@ def linear_cross_entropy(
     are computed in the autocast dtype, whatever the dtypes of input and weight; without it the two must have
     one dtype. Gradients come back in the dtype of their tensor, so that a fp32 master weight receives what
     was accumulated in fp32. Gradients that nobody wants (a frozen tensor, no_grad) are not computed. torch's
-    linear_bias, weight and options are not accepted. Targets out of range are answered as in cross_entropy.
-    Raises ValueError for what it cannot do.
+    linear_bias, weight, label_smoothing and options are not accepted. Targets out of range are answered as in
+    cross_entropy. Raises ValueError for what it cannot do.
     """
     check_tensors("linear_cross_entropy", input=input, linear_weight=linear_weight)
     if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1:] != linear_weight.shape[1:]:
@@ -300,7 +289,7 @@ def linear_cross_entropy(
         raise ValueError(
             f"linear_cross_entropy: linear_weight {tuple(linear_weight.shape)} has no classes or no features"
         )
-    check_targets("linear_cross_entropy", input, target, reduction, label_smoothing)
+    check_targets("linear_cross_entropy", input, target, reduction)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"linear_cross_entropy: chunk_size={chunk_size} must be at least 1 row")
     dtype = autocast_dtype(input)
@@ -309,10 +298,9 @@ def linear_cross_entropy(
             f"linear_cross_entropy: input is {input.dtype} and linear_weight {linear_weight.dtype}; "
             "without autocast they must be the same"
         )
-    wanted = [torch.is_grad_enabled() and t.requires_grad for t in (input, linear_weight)]
+    needs_gradient = [torch.is_grad_enabled() and t.requires_grad for t in (input, linear_weight)]
     op = _rows_op if reduction == "none" else _sum_op
-    smoothing = float(label_smoothing)
-    loss, *_ = op(input, linear_weight, target, ignore_index, smoothing, chunk_size, dtype, *wanted)
+    loss, *_ = op(input, linear_weight, target, ignore_index, chunk_size, dtype, *needs_gradient)
     return loss if reduction == "none" else reduce(loss, target, ignore_index, reduction)
 
 
@@ -334,28 +322,34 @@ def _cost(input: Tensor, linear_weight: Tensor, **_: Any) -> Cost:
     return Cost(tensors, 2 * tensors, product, 2 * product)
 
 
-def _launchers(input, linear_weight, target, ignore_index=-100, label_smoothing=0.0, **_):
-    options = ignore_index, label_smoothing, None, input.dtype, True, True
-    _sum(input, linear_weight, target, *options)
-    losses, lse = _rows(input, linear_weight, target, *options)
-    _rows_backward(losses, input, linear_weight, target, lse, *options)
+def _run_all(input, linear_weight, target, ignore_index=-100, **_):
+    options = ignore_index, None, input.dtype, True, True
+    _launch_sum(input, linear_weight, target, *options)
+    losses, lse = _launch_rows(input, linear_weight, target, *options)
+    _launch_rows_backward(losses, input, linear_weight, target, lse, *options)
 
 
-OP = Op(
+LINEAR_CROSS_ENTROPY = Op(
     name="linear_cross_entropy",
     family="cross_entropy",
     implementations={"triton": linear_cross_entropy, "torch": linear_cross_entropy_reference},
     reference=linear_cross_entropy_reference,
     make=_inputs,
     cost=_cost,
+    run_all=_run_all,
     samples=(
+        {"N": 6, "C": 32, "V": 111, "chunk_size": 2, "reduction": "sum", "ignore_index": -1},
         {"N": 1, "C": 1, "V": 2},
         {"N": 7, "C": 59, "V": 65, "chunk_size": 3},
-        {"N": 6, "C": 32, "V": 111, "chunk_size": 2, "reduction": "sum", "ignore_index": -1},
         {"N": 6, "C": 24, "V": 130, "chunk_size": 4, "reduction": "none"},
-        {"N": 9, "C": 16, "V": 50, "label_smoothing": 0.2},
+        {"N": 9, "C": 16, "V": 50},
         {"N": 4, "C": 8, "V": 5003, "chunk_size": 2},
     ),
-    shipped=({"N": 8192, "C": 768, "V": 50304},),
-    launchers=_launchers,
+    # three chunks, whose gradients forward computes
+    launches=([*CROSS_ENTROPY.launches[0]] * 3, []),
+    large_sample={"N": 2000, "C": 256, "V": 50257, "chunk_size": 512},
+    benchmark_shapes=tuple(
+        {"N": N, "C": C, "V": 50304} for N in (65536, 16384) for C in (768, 1024, 1280, 1600)
+    ),
+    production_shapes=({"N": 65536, "C": 768, "V": 50304},),
 )

@@ -10,7 +10,7 @@ interpreter.
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -48,6 +48,24 @@ class Cost(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Slot:
+    """An entry of a table of tiles, `table[key]` or `table[key][index]`, and what may stand there."""
+
+    name: str
+    table: dict[Any, Any]
+    key: Any
+    candidates: tuple[Any, ...]
+    index: int | None = None
+
+    def get(self) -> Any:
+        return self.table[self.key] if self.index is None else self.table[self.key][self.index]
+
+    def set(self, tile: Any) -> None:
+        entries, i = self.table[self.key], self.index
+        self.table[self.key] = tile if i is None else (*entries[:i], tile, *entries[i + 1 :])
+
+
+@dataclass(frozen=True)
 class Op:
     """An operation, as its tests and benchmarks need to know it.
 
@@ -56,15 +74,27 @@ class Op:
     """
 
     name: str
-    family: str  # what a load spec calls it
+    # What a load spec calls it.
+    family: str
     implementations: Mapping[str, Callable[..., Any]]
     reference: Callable[..., Any]
     make: Callable[..., dict[str, Any]]
     cost: Callable[..., Cost]  # cost(**call)
-    samples: tuple[dict[str, Any], ...]  # small and awkward: what the tests run
-    shipped: tuple[dict[str, Any], ...]  # together they launch every kernel with every tile, for bench.aot
-    launchers: Callable[..., None]  # launchers(**call) runs every launcher, on meta tensors too
+    run_all: Callable[..., Any]  # run_all(**call) launches every kernel once, on meta tensors too
+    # What the tests run: small and awkward. The first stands for all where the shape is not the question.
+    samples: tuple[dict[str, Any], ...]
+    # The kernels that samples[0] launches forward, and those that it launches backward.
+    launches: tuple[Sequence[Any], Sequence[Any]]
+    # What a GPU's tests run: many programs, so that a race would show.
+    large_sample: dict[str, Any]
+    # What bench.kernels times. The first shape decides how fast the 124M trains.
+    benchmark_shapes: tuple[dict[str, Any], ...]
+    # What bench.aot compiles and bench.sweep tunes: together they launch every kernel with every tile. The
+    # first is what the 124M launches.
+    production_shapes: tuple[dict[str, Any], ...]
     differentiable: bool = True
+    # slots(**call): the tiles of such a call that bench.sweep may change.
+    slots: Callable[..., Iterable[Slot]] = lambda **_: ()
     # Kernel -> the most instructions an element in half precision on sm_90. bench.aot checks it; the kernel's
     # argument BLOCK is the number of elements of a program.
     instructions: Mapping[str, float] = field(default_factory=dict)

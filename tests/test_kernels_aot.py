@@ -1,4 +1,4 @@
-"""Shipped tiles compile within the rules of bench.aot: all for sm_80 and sm_90, of others one a kernel."""
+"""The tiles in use compile within the rules of bench.aot: all for sm_90, of others one a kernel."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.aot import Build, Figures, _instructions, _one_by_one, faults
+from bench.aot import Build, Figures, faults, instructions, waits_after_every_product
 from kernels import OPS
 from kernels.op import Launch, record
 
@@ -93,16 +93,16 @@ def test_limited_kernels_are_launched_with_a_block() -> None:
     assert sum(bool(op.instructions) for op in OPS) == 1
     for op in OPS:
         with record(assume=90) as launches:
-            op.launchers(**op.make(dtype=torch.bfloat16, device="meta", **op.shipped[0]))
+            op.run_all(**op.make(dtype=torch.bfloat16, device="meta", **op.production_shapes[0]))
         arguments = {launch.kernel.__name__: launch.arguments for launch in launches}
         assert all("BLOCK" in arguments[name] for name in op.instructions)
 
 
 def test_waits_after_every_product_are_found() -> None:
     product, wait = "HGMMA.64x64x16.F32.BF16", "WARPGROUP.DEPBAR.LE"
-    assert _one_by_one([product, "MOV", wait, product, wait])
-    assert not _one_by_one([product, wait, product, "MOV", product, wait])
-    assert not _one_by_one(["HMMA.16816.F32.BF16", "HMMA.16816.F32.BF16"])
+    assert waits_after_every_product([product, "MOV", wait, product, wait])
+    assert not waits_after_every_product([product, wait, product, "MOV", product, wait])
+    assert not waits_after_every_product(["HMMA.16816.F32.BF16", "HMMA.16816.F32.BF16"])
 
 
 def test_loops_are_found_in_sass() -> None:
@@ -116,5 +116,5 @@ def test_loops_are_found_in_sass() -> None:
 .L_x_2:
         /*0040*/                   BRA `(.L_x_2);
     """
-    found = [(line.split()[0], inside) for line, inside in _instructions(sass)]
+    found = [(line.split()[0], inside) for line, inside in instructions(sass)]
     assert found == [("STL", False), ("LDL", True), ("BRA", True), ("EXIT", False), ("BRA", False)]

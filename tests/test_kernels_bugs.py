@@ -3,7 +3,6 @@
 A number after a name is an issue or pull request of that project.
 """
 
-import sys
 from typing import Any
 
 import pytest
@@ -13,12 +12,13 @@ from torch import Tensor
 
 import kernels
 from kernels import OPS
-from kernels.linear_cross_entropy import chunk_rows
+from kernels.attention import TILES, Tile
+from kernels.cross_entropy import loss_and_gradient_
+from kernels.linear_cross_entropy import add_product, chunk_rows
+from kernels.op import architecture
 from tests.kernel_cases import TRAINED, distance, judge, leaves, make, run, upstream
 
 BY_NAME = {op.name: op for op in OPS}
-attention = kernels.attention
-cross_entropy_file = sys.modules["kernels.cross_entropy"]  # kernels.cross_entropy is the operation
 INT32 = 2**31
 
 
@@ -55,7 +55,7 @@ def test_offsets_beyond_int32_in_cross_entropy(device: str) -> None:
     logits, target = far["input"], call["target"]
     expected = torch.softmax(call["input"].double(), 1) - F.one_hot(target.clamp(0), 65)
     expected[target == -100] = 0
-    cross_entropy_file.loss_and_gradient_(logits, target, -100, 0.0, gradient=True)
+    loss_and_gradient_(logits, target, -100, gradient=True)
     assert distance(logits, expected) < 1e-3
 
 
@@ -79,11 +79,10 @@ def test_offsets_beyond_int32_in_attention(device: str) -> None:
 # ---- the loss
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_unreduced_loss_has_the_right_weight_gradient(smoothing: float, device: str, poisoned: None) -> None:
+def test_unreduced_loss_has_the_right_weight_gradient(device: str, poisoned: None) -> None:
     """Liger 968: reduction="none" scaled every row of the weight's gradient alike."""
     op = BY_NAME["linear_cross_entropy"]
-    sample = {"N": 9, "C": 16, "V": 33, "reduction": "none", "chunk_size": 4, "label_smoothing": smoothing}
+    sample = {"N": 9, "C": 16, "V": 33, "reduction": "none", "chunk_size": 4}
     call = make(op, torch.float32, device, sample)
     gradients = (torch.arange(1, 10, dtype=torch.float64, device=device) ** 2,)
     judge(op, run(op.implementations["triton"], call, gradients), call, gradients)
@@ -127,7 +126,7 @@ def test_frozen_arguments_save_their_product(reduction: str, forward: int, devic
 def test_weight_gradient_is_accumulated_in_fp32(device: str, poisoned: None) -> None:
     """llm.c 476: in bf16 a sum over many chunks stops growing. A fp32 weight gets it unrounded."""
     torch.manual_seed(0)
-    N, C, V = 512, 4, 8
+    N, C, V = 128, 4, 8
     x = torch.randn(N, C, device=device).abs().bfloat16()
     weight = torch.randn(V, C, device=device).bfloat16().float().requires_grad_()
     target = torch.zeros(N, dtype=torch.int64, device=device)
@@ -140,8 +139,9 @@ def test_weight_gradient_is_accumulated_in_fp32(device: str, poisoned: None) -> 
     assert relative < 1e-3  # bf16 itself resolves 4e-3
 
 
-@pytest.mark.parametrize("V", [33, 50257])
-@pytest.mark.parametrize("sentinel", [-1, -100, 33, 50257, 60000])
+@pytest.mark.parametrize(
+    ("V", "sentinel"), [(33, -1), (33, -100), (33, 33), (33, 63), (33, 64), (4097, 4097)]
+)
 def test_sentinel_never_reads_a_column(V: int, sentinel: int, device: str, poisoned: None) -> None:
     """CCE 59: ignore_index hit the padding. The padding of a private chunk is NaN here."""
     op = BY_NAME["linear_cross_entropy"]
@@ -167,7 +167,7 @@ def test_strided_logits_and_targets(device: str, poisoned: None) -> None:
     judge(op, found, call, gradients)
 
 
-@pytest.mark.parametrize("V", [1, 3, 7, 8, 9, 15, 17, 24, 39, 70])
+@pytest.mark.parametrize("V", [1, 7, 8, 9, 17, 70])
 def test_rows_that_start_at_any_two_bytes(V: int, device: str, poisoned: None) -> None:
     """Up to 14 bytes before a row's first 16-byte boundary and after its last are read by themselves."""
     torch.manual_seed(0)
@@ -181,7 +181,7 @@ def test_rows_that_start_at_any_two_bytes(V: int, device: str, poisoned: None) -
     expected[4] = 0
     logits[4] = torch.nan  # whatever an ignored row holds, its gradient is 0
     assert (run(kernels.cross_entropy, call, gradients)["dinput"][4] == 0).all()
-    cross_entropy_file.loss_and_gradient_(logits, target, -1, 0.0, gradient=True)
+    loss_and_gradient_(logits, target, -1, gradient=True)
     assert distance(logits, expected) < 1e-3
 
 
@@ -189,12 +189,11 @@ def test_rows_that_start_at_any_two_bytes(V: int, device: str, poisoned: None) -
 def test_products_are_added_to_what_is_there_but_the_first(first: bool, device: str) -> None:
     """What is there before the first may be NaN. In half precision too, and where PyTorch cannot mix."""
     torch.manual_seed(0)
-    file = sys.modules["kernels.linear_cross_entropy"]
     a, b = (torch.randn(2 * shape[0], shape[1], device=device)[::2] for shape in ((24, 16), (16, 40)))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         a, b = a.to(dtype), b.to(dtype)
         before = torch.full((24, 40), torch.nan if first else 7.0, device=device)
-        file._add_product(before, a, b, first)
+        add_product(before, a, b, first)
         exact = a.double() @ b.double() + (0 if first else 7)
         assert distance(before, exact) < 1e-4
 
@@ -224,7 +223,7 @@ def test_loss_is_that_of_the_logits_before_their_gradient(device: str, poisoned:
     logits = torch.randn(5, 40, device=device) * 30
     target = logits.argmin(1)
     exact = F.cross_entropy(logits, target, reduction="none")
-    losses, _ = cross_entropy_file.loss_and_gradient_(logits, target, -100, 0.0, gradient=True)
+    losses, _ = loss_and_gradient_(logits, target, -100, gradient=True)
     torch.testing.assert_close(losses, exact)
 
 
@@ -233,7 +232,7 @@ def test_loss_is_that_of_the_logits_before_their_gradient(device: str, poisoned:
 def test_all_targets_ignored(name: str, reduction: str, device: str, poisoned: None) -> None:
     """torch: the mean over nothing is NaN, the sum 0."""
     op = BY_NAME[name]
-    call = make(op, torch.float32, device, op.samples[2] | {"reduction": reduction, "ignore_index": -1})
+    call = make(op, torch.float32, device, op.samples[0] | {"reduction": reduction, "ignore_index": -1})
     call["target"].fill_(-1)
     loss = op.implementations["triton"](**call)
     assert torch.equal(loss.isnan(), op.reference(**call).isnan())
@@ -301,7 +300,7 @@ def test_offsets_beyond_int32_in_the_cache(device: str) -> None:
 
 def test_no_gradient_is_pretended(device: str) -> None:
     op = BY_NAME["decode_attention"]
-    call = leaves(make(op, torch.float32, device, op.samples[1]))
+    call = leaves(make(op, torch.float32, device, op.samples[0]))
     with pytest.raises(RuntimeError):
         op.implementations["triton"](**call).sum().backward()
 
@@ -312,7 +311,7 @@ def test_no_gradient_is_pretended(device: str) -> None:
 @pytest.mark.parametrize("op", TRAINED, ids=lambda op: op.name)
 def test_gradients_follow_the_upstream_gradient(op: Any, device: str, poisoned: None) -> None:
     """modded-nanogpt: a backward ignored it. Doubled, the gradients double; zero, they are zero."""
-    call = make(op, torch.float32, device, op.samples[2])
+    call = make(op, torch.float32, device, op.samples[0])
     gradients = upstream(op, call)
     once, twice, never = (
         run(op.implementations["triton"], call, tuple(f * g for g in gradients)) for f in (1, 2, 0)
@@ -326,7 +325,7 @@ def test_gradients_follow_the_upstream_gradient(op: Any, device: str, poisoned: 
 @pytest.mark.parametrize("op", TRAINED, ids=lambda op: op.name)
 def test_every_subset_of_gradients(op: Any, device: str, poisoned: None) -> None:
     """unsloth: a gradient was silently None when another one was not wanted."""
-    call = make(op, torch.float32, device, op.samples[2])
+    call = make(op, torch.float32, device, op.samples[0])
     gradients = upstream(op, call)
     full = run(op.implementations["triton"], call, gradients)
     wanted = [k for k in call if f"d{k}" in full]
@@ -363,8 +362,7 @@ def test_norm_parameters_gradients_are_accumulated_in_fp32(device: str, poisoned
 # ---- attention
 
 
-@pytest.mark.parametrize("T", [1, 2, 31, 32, 33])
-@pytest.mark.parametrize("D", [16, 40, 64, 112, 128])
+@pytest.mark.parametrize(("T", "D"), [(1, 16), (2, 40), (31, 64), (32, 112), (33, 128)])
 def test_lengths_and_head_sizes(T: int, D: int, device: str, poisoned: None) -> None:
     """FlashAttention 334: NaN in dq at T=1. Triton 621: right for a head of 64 only."""
     op = BY_NAME["causal_attention"]
@@ -373,26 +371,26 @@ def test_lengths_and_head_sizes(T: int, D: int, device: str, poisoned: None) -> 
     judge(op, run(op.implementations["triton"], call, gradients), call, gradients)
 
 
-TILES = [
-    (attention.Tile(16, 16, 4, 1), attention.Tile(64, 16, 4, 1), attention.Tile(16, 64, 4, 1)),
-    (attention.Tile(64, 32, 4, 1), attention.Tile(16, 16, 4, 1), attention.Tile(32, 32, 4, 1)),
-    (attention.Tile(32, 32, 4, 1), attention.Tile(32, 16, 4, 1), attention.Tile(16, 16, 4, 1)),
+OTHER_TILES = [  # forward, dq, dk and dv
+    (Tile(16, 16, 4, 1), Tile(64, 16, 4, 1), Tile(16, 64, 4, 1)),
+    (Tile(64, 32, 4, 1), Tile(16, 16, 4, 1), Tile(32, 32, 4, 1)),
+    (Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
 ]
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-@pytest.mark.parametrize("T", [64, 77])
+@pytest.mark.parametrize(("T", "dropout_p"), [(64, 0.0), (77, 0.4)])
 def test_result_does_not_depend_on_the_tiles(
     T: int, dropout_p: float, device: str, poisoned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FlashAttention 2337: the tiles of the preprocessing and of the main kernel disagreed. A dropout mask
     that is drawn in tiles would change with them, too."""
     op = BY_NAME["causal_attention"]
-    call = make(op, torch.float32, device, {"B": 1, "T": T, "H": 2, "D": 16, "dropout_p": dropout_p})
+    call = make(op, torch.float32, device, {"B": 1, "T": T, "H": 1, "D": 16, "dropout_p": dropout_p})
     gradients = upstream(op, call)
     found = []
-    for tiles in TILES:
-        monkeypatch.setattr(attention, "_tiles", lambda *_, tiles=tiles: tiles)
+    for tiles in OTHER_TILES:
+        monkeypatch.setitem(TILES, architecture(call["qkv"]), {64: tiles})
+        monkeypatch.setattr("kernels.attention.FP32_TILES", tiles)  # a GPU has these in fp32
         torch.manual_seed(3)
         found.append(run(op.implementations["triton"], call, gradients))
     for other in found[1:]:
@@ -410,7 +408,7 @@ def _kept(B: int, T: int, H: int, D: int, p: float, seed: int, device: str) -> T
 
 def test_dropout_against_an_explicit_mask(device: str, poisoned: None) -> None:
     """The same mask forward and backward: the results are those of attention with that mask, in fp64."""
-    B, T, H, D, p = 2, 40, 2, 48, 0.3
+    B, T, H, D, p = 2, 33, 2, 48, 0.3
     kept = _kept(B, T, H, D, p, 1, device)
     torch.manual_seed(0)
     qkv = torch.randn(B, T, 3, H, D, device=device).requires_grad_()
@@ -432,16 +430,16 @@ def test_dropout_against_an_explicit_mask(device: str, poisoned: None) -> None:
 
 def test_dropout_is_random_where_it_should_be(device: str) -> None:
     """Independent masks of the right density over heads and batch; torch's seed repeats them."""
-    shape = 2, 64, 3, 64, 0.25
-    kept = _kept(*shape, 1, device)
+    kept = _kept(2, 64, 3, 64, 0.25, 1, device)
     causal = torch.ones(64, 64, device=device).tril().bool()
     assert not (kept & ~causal).any()
     drawn = kept[..., causal].flatten(0, 1).float()  # (B * H, pairs)
     assert abs(drawn.mean() - 0.75) < 0.02  # five standard deviations
     correlation = torch.corrcoef(drawn).fill_diagonal_(0)
     assert correlation.abs().max() < 0.12
-    assert torch.equal(kept, _kept(*shape, 1, device))
-    assert not torch.equal(kept, _kept(*shape, 2, device))
+    first, again, other = (_kept(1, 16, 1, 16, 0.25, seed, device) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 @pytest.mark.parametrize(

@@ -68,15 +68,18 @@ def test_each_spec_runs_the_kernels_it_names_and_no_other(spec, device):
     default, *exceptions = spec.split(",")
     chosen = dict.fromkeys(LAUNCHES, default) | dict(e.split("=") for e in exceptions)
     assert load(spec, device).spec == spec
-    model = build(spec, device, n_layer=3)
+    model = build(spec, device)
     with record() as launches:
         model(*batch(device))[1].backward()
-    expected = {f: {k: n(3) for k, n in LAUNCHES[f].items()} for f in chosen if chosen[f] == "triton"}
+    expected = {f: {k: n(2) for k, n in LAUNCHES[f].items()} for f in chosen if chosen[f] == "triton"}
     assert counts(launches) == expected
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [("triton", torch.float32), ("triton", torch.float16), *((spec, torch.bfloat16) for spec in SPECS)],
+    ids=str,
+)
 def test_loss_and_gradients_are_pytorchs_under_autocast_too(spec, dtype, device):
     """Half precision is held to float32: twice as far from it as PyTorch's operations are, at most."""
     idx, targets = batch(device)
@@ -194,11 +197,10 @@ def test_two_runs_have_the_same_bits_and_a_resumed_one_too(workplace):
     assert_same_run("first", "resumed")
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_accumulation_under_loss_scaling(spec, device):
+def test_accumulation_under_loss_scaling(device):
     """Two micro-batches in float16 with a GradScaler: the step that PyTorch's operations make."""
     found = {}
-    for each in (spec, "torch"):
+    for each in ("triton", "torch"):
         model = build(each, device)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         scaler = torch.amp.GradScaler(device, init_scale=1024.0)
@@ -208,7 +210,7 @@ def test_accumulation_under_loss_scaling(spec, device):
         )
         found[each] = {"loss": loss, "norm": norm} | dict(model.named_parameters())
     for name, expected in found["torch"].items():
-        torch.testing.assert_close(found[spec][name], expected, rtol=5e-3, atol=5e-4, msg=name)
+        torch.testing.assert_close(found["triton"][name], expected, rtol=5e-3, atol=5e-4, msg=name)
 
 
 def test_two_ranks_with_loss_scaling_on_our_kernels_equal_one_on_pytorchs(workplace):
@@ -264,13 +266,13 @@ def implicit_fallbacks():
     logger.setLevel(level)
 
 
-def test_a_deep_compiled_model_starts(device, implicit_fallbacks):
+def test_a_compiled_model_has_no_operator_that_inductor_describes(device, implicit_fallbacks):
     """Up to PyTorch 2.12 the text of such a message is made even when nobody logs it.
 
-    It doubles with every add_layer_norm, so that 12 layers never finished compiling.
+    It doubles with every add_layer_norm: 2 layers show the message, and 12 never finished compiling.
     """
     torch._dynamo.reset()
-    model = build("triton", device, n_layer=12, n_head=1, bias=False, n_embd=16)
+    model = build("triton", device, n_layer=2, n_head=1, bias=False, n_embd=16)
     reference = copy.deepcopy(model)
     trained = distributed.parallel(model, "ddp", True, "float32", Ranks(0, 1, device, None))
     idx, targets = batch(device, B=1, T=4)
@@ -291,7 +293,7 @@ def test_an_operator_without_a_lowering_would_be_seen(device, implicit_fallbacks
     assert [message for message in implicit_fallbacks if "implicit fallback" in message]
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", SPECS[:2])
 def test_one_graph_without_a_break(spec, device):
     """Forward and backward as one graph each; on a CPU without PyTorch's code generation."""
     backend = "inductor" if device == "cuda" else "aot_eager"
