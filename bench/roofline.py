@@ -125,10 +125,10 @@ def parts(config: GPTConfig, batch_size: int, accumulation: int) -> list[Part]:
 def memory(config: GPTConfig, batch_size: int, available: float | None = None) -> dict[str, float]:
     """Bytes by what they hold, at the end of a forward pass, when there are most.
 
-    A layer and token keep for the backward pass: twice the stream (4C in fp32, 2C in bf16, nothing where it is
-    mixed) and the bf16 norm of it (2C), with rstd and, where the stream is kept, the mean; qkv (6C), the attention's output (2C), the log-sum-exp of every head; the MLP's middle
-    before and after the GELU (8C each). `available` is the memory of the GPU: a small one takes the loss in
-    small chunks.
+    A layer and token keep for the backward pass: twice the stream (4C in fp32, 2C in bf16, nothing if it is
+    mixed) and the bf16 norm of it (2C), with rstd and, beside a stream, the mean; qkv (6C), the attention's
+    output (2C), the log-sum-exp of every head; the MLP's middle before and after the GELU (8C each).
+    `available` is the memory of the GPU: a small one takes the loss in small chunks.
     """
     with torch.device("meta"):
         model = GPT(config)

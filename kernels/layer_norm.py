@@ -520,7 +520,7 @@ def add_layer_norm_mixed(
     """`add_layer_norm` on a fp32 stream whose gradient is bfloat16: -> (normed, summed, the next carrier).
 
     Autograd gives a gradient the dtype of its tensor. So residual (..., C), which is fp32, gets none, and
-    `carrier` (..., C) gets the gradient of the stream. Nobody reads the values of a carrier; the next one is 0
+    `carrier` (..., C) gets the gradient of the stream. Nobody reads the values of a carrier; the next is 0
     everywhere. `input` and `normed` have its dtype, bfloat16 or fp32. `input` is None before the first layer,
     which adds nothing. Raises ValueError for what it cannot do.
     """

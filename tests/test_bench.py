@@ -214,7 +214,8 @@ def test_throughput_makes_the_steps_of_training(monkeypatch):
     monkeypatch.setattr(throughput, "train_step", counted)
     config = GPTConfig(16, 64, 1, 2, 32, bias=False)
     variant = throughput.prepare(
-        lambda: throughput.our_variant("ours", {"kernels": "torch"}, False, config, "float32", ranks, 2), ranks
+        lambda: throughput.our_variant("ours", {"kernels": "torch"}, False, config, "float32", ranks, 2),
+        ranks,
     )
     assert (
         variant.tokens == 2 * 2 * 16
