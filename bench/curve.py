@@ -20,10 +20,10 @@ from bench.roofline import SIZES
 from gpt.device import autocast
 from gpt.model import GPT, GPTConfig
 from train import distributed
-from train.__main__ import evaluate, prepare, read_ahead, update
 from train.config import TrainConfig, resolve
 from train.data import TokenFile
 from train.distributed import Ranks
+from train.loop import estimate_loss, prepare, read_ahead, train_step
 from train.optim import learning_rate
 from train.prepare import corpora
 
@@ -55,11 +55,14 @@ def train(
         for spec, (model, optimizer, scaler) in trained.items():
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
-            loss, _ = update(model, optimizer, scaler, batches, accumulation, config.grad_clip, precision)
+            loss, _ = train_step(model, optimizer, scaler, batches, accumulation, config.grad_clip, precision)
             losses[spec].append(loss)
         if (step + 1) % max(1, config.max_iters // 20) == 0:
             print(f"{step + 1:4}" + "".join(f"{losses[spec][-1].item():25.4f}" for spec in specs), flush=True)
-    validation = {s: [evaluate(m, {"val": val}, config, ranks, precision)["val"]] for s, m in models.items()}
+    validation = {
+        spec: [estimate_loss(model, {"val": val}, config, ranks, precision)["val"]]
+        for spec, model in models.items()
+    }
     return {
         "losses": {s: torch.stack(values).tolist() for s, values in losses.items()},
         "validation": validation,

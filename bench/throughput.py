@@ -1,6 +1,6 @@
 """python -m bench.throughput: tokens/s, MFU and memory of the training step, each kernel taken away in turn.
 
-The step is `train.update`, the one that trains, on random tokens: forward and backward in mixed precision,
+The step is `train_step`, the one that trains, on random tokens: forward and backward in mixed precision,
 accumulation to about half a million tokens, clipping, AdamW. Variants take turns in one process, so that
 clocks and temperature treat them alike. With --nanogpt=PATH, a checkout of nanoGPT, its own model and step
 are among them. Under torchrun it measures all GPUs together.
@@ -19,7 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -30,13 +30,15 @@ import torch._dynamo
 
 from bench import roofline, timing
 from bench.roofline import PARTS, SIZES, TOKENS_PER_STEP
+from gpt.checkpoint import MODEL_ARGS
 from gpt.device import autocast, resolve_dtype
 from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
-from gpt.pretrained import MODEL_ARGS
 from train import distributed, fit
-from train.__main__ import update
+from train.config import TrainConfig
 from train.distributed import Ranks
+from train.loop import prepare as prepare_training
+from train.loop import train_step
 
 ABLATIONS = ("layer_norm", "attention", "activation", "cross_entropy")
 OUT_OF_MEMORY = "out of memory"
@@ -83,16 +85,15 @@ def our_variant(
     step_tokens: int = TOKENS_PER_STEP,
 ) -> Variant:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**vars(config), "kernels": spec}), ranks.device).to(ranks.device)
-    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), ranks.device_type)
-    scaler = torch.amp.GradScaler(ranks.device_type, enabled=dtype == "float16")
+    model = GPT(replace(config, kernels=spec), ranks.device).to(ranks.device)
+    settings = TrainConfig(dtype=dtype, compile=compiled, model=model.config)
+    trained, optimizer, scaler = prepare_training(model, settings, ranks)
     precision = partial(autocast, ranks.device, dtype)
-    trained = distributed.parallel(model, "ddp", compiled, dtype, ranks)
     accumulation = _accumulation(step_tokens, batch_size * config.block_size, ranks)
     batch = _batch(config, batch_size, ranks.device)
 
     def step() -> None:
-        update(trained, optimizer, scaler, repeat(batch, accumulation), accumulation, 1.0, precision)
+        train_step(trained, optimizer, scaler, repeat(batch, accumulation), accumulation, 1.0, precision)
 
     tokens = accumulation * ranks.world_size * batch_size * config.block_size
     return Variant(name, step, tokens, model.flops_per_token())

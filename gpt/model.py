@@ -12,10 +12,12 @@ References: Radford et al., 2019 (GPT-2); https://github.com/karpathy/nanoGPT; P
 https://arxiv.org/abs/1608.05859 (tied embeddings).
 """
 
+import importlib.util
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,19 +26,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import kernels
 from gpt.device import DTYPES
 from gpt.flops import flops_per_token, peak_flops
 
 # Hugging Face has a package of this name; whichever Python finds first is the one.
-if not hasattr(kernels, "OPS"):
+try:
+    import kernels
+
+    other = "" if hasattr(kernels, "OPS") else next(iter(kernels.__path__))
+except Exception:  # what the other package imports may be missing
+    spec = importlib.util.find_spec("kernels")
+    other = str(Path(spec.origin).parent) if spec and spec.origin else ""
+    if other in ("", str(Path(__file__).parents[1] / "kernels")):
+        raise
+if other:
     sys.exit(
-        f"error: the package kernels in {next(iter(kernels.__path__))} is not this project's, and hides it; "
+        f"error: the package kernels in {other} is not this project's, and hides it; "
         "move that folder away or `pip uninstall kernels`, then `pip install -e .` in this project again"
     )
 
 Attend = Callable[[Tensor], Tensor]  # qkv (B, T, 3, H, D) -> (B, T, H, D)
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> the `approximate` of F.gelu
+# Fields of GPTConfig that a run chooses. The others are the model's: a checkpoint or a folder has them.
+RUN_OPTIONS = ("dropout", "kernels", "activation_checkpointing")
 
 
 @dataclass

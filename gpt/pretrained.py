@@ -1,78 +1,21 @@
-"""Weights in and out: checkpoints, this project's and nanoGPT's, and Hugging Face's GPT-2."""
+"""Trained models in and out: checkpoints, see gpt/checkpoint.py, and Hugging Face's GPT-2."""
 
 import difflib
 import json
-import os
-import pickle
-import sys
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt import tokenizer
-from gpt.model import GPT, GPTConfig
+from gpt import checkpoint, tokenizer
+from gpt.checkpoint import MASKS, Checkpoint
+from gpt.model import GPT, RUN_OPTIONS, GPTConfig
 
-# nanoGPT calls GPTConfig(**model_args): these seven and no eighth.
-MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 ACTIVATION = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # theirs -> ours
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# Causal masks that older versions of nanoGPT and transformers kept among the weights.
-MASKS = (".attn.bias", ".attn.masked_bias")
-WRAPPERS = ("module", "_orig_mod")  # DDP and torch.compile put these into the names of the weights
 OWN_KEY = "tritongpt"  # in config.json: what a GPT2Config has no name for
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A ckpt.pt of this project or of nanoGPT, on the CPU, with the names that the weights have in GPT.
-
-    Names that DDP and torch.compile add are taken off, and causal masks are left out.
-    Only plain values and tensors are read: a file that would run code is refused. Raises ValueError, OSError.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        RuntimeError,
-        EOFError,
-        LookupError,
-        TypeError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
-        size = path.stat().st_size
-        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
-            raise ValueError(
-                f"{path} holds more than plain values and tensors; it could run code, so it is refused "
-                f"({_first_line(error)})"
-            ) from None
-        raise ValueError(
-            f"{path} ({size:,} bytes) is truncated or no checkpoint: {_first_line(error)}"
-        ) from None
-    missing = {"model", "model_args"} - checkpoint.keys() if isinstance(checkpoint, dict) else {"model"}
-    if missing:
-        raise ValueError(f"{path} is no GPT checkpoint: it lacks {', '.join(sorted(missing))}")
-    if not all(isinstance(checkpoint[name], dict) for name in ("model", "model_args")):
-        raise ValueError(f"{path} is no GPT checkpoint: its model and model_args are no dicts")
-    checkpoint["model"] = {
-        ".".join(part for part in key.split(".") if part not in WRAPPERS): value
-        for key, value in checkpoint["model"].items()
-        if not key.endswith(MASKS)
-    }
-    return checkpoint
-
-
-def model_config(checkpoint: dict[str, Any], **overrides: Any) -> GPTConfig:
-    """The GPTConfig a checkpoint was made with; `kernels` is the run's to choose, not the checkpoint's."""
-    args = checkpoint["model_args"]
-    if missing := [name for name in MODEL_ARGS if name not in args and name not in ("dropout", "bias")]:
-        raise ValueError(f"the checkpoint's model_args lack {', '.join(missing)}")
-    args = {name: args[name] for name in MODEL_ARGS if name in args}
-    return GPTConfig(**{**args, "activation": checkpoint.get("activation", "gelu"), **overrides})
 
 
 def load_weights(model: GPT, weights: dict[str, torch.Tensor], source: str | Path) -> None:
@@ -87,18 +30,20 @@ def load_weights(model: GPT, weights: dict[str, torch.Tensor], source: str | Pat
 
 def from_checkpoint(
     path: Path, device: str = "cpu", dtype: str = "bfloat16", **overrides: Any
-) -> tuple[GPT, dict[str, Any]]:
-    """(model on `device`, checkpoint); `overrides` are fields of GPTConfig, such as dropout or kernels."""
-    checkpoint = read_checkpoint(path)
-    model = GPT(model_config(checkpoint, **overrides), device, dtype)
-    load_weights(model, checkpoint["model"], path)
-    return model.to(device), checkpoint
+) -> tuple[GPT, Checkpoint]:
+    """(model on `device`, checkpoint); `overrides` are values for some of RUN_OPTIONS."""
+    saved = checkpoint.read(path)
+    own = {name: value for name, value in saved.gpt_config.items() if name not in RUN_OPTIONS}
+    dropout = {"dropout": saved.gpt_config.get("dropout", 0.0)}
+    model = GPT(GPTConfig(**own | dropout | overrides), device, dtype)
+    load_weights(model, saved.model, path)
+    return model.to(device), saved
 
 
 def best_or_latest(out_dir: Path) -> Path:
     """best.pt of a run with always_save_checkpoint=False, ckpt.pt of any other."""
     latest, best = out_dir / "ckpt.pt", out_dir / "best.pt"
-    wants_best = not read_checkpoint(latest).get("config", {}).get("always_save_checkpoint", True)
+    wants_best = not checkpoint.read(latest).config.get("always_save_checkpoint", True)
     return best if wants_best and best.exists() else latest
 
 
@@ -137,9 +82,8 @@ def from_hugging_face(
 
     Raises ValueError for what is no GPT-2, is not whole, or computes something else than a GPT does here.
     """
-    allowed = {"dropout", "kernels"}
-    if not override_args.keys() <= allowed:
-        raise ValueError(f"only {', '.join(sorted(allowed))} may be overridden, not {sorted(override_args)}")
+    if not override_args.keys() <= set(RUN_OPTIONS):
+        raise ValueError(f"only {', '.join(RUN_OPTIONS)} may be overridden, not {sorted(override_args)}")
     try:
         from transformers import AutoConfig, GPT2LMHeadModel
     except ImportError:
@@ -186,20 +130,11 @@ def from_hugging_face(
 
 
 def hugging_face_tokenizer(name: str) -> dict[str, Any]:
-    """The tokenizer of one of OpenAI's GPT-2s or of a folder, by `to_dict`.
-
-    A folder without any has GPT-2's where the embedding has GPT-2's rows, or nanoGPT's padding of them; of
-    other vocabularies the tokenizer is unknown.
-    """
+    """The tokenizer of one of OpenAI's GPT-2s or of a folder, by `to_dict`: unknown where it has none."""
     if not Path(name).is_dir():
         return {"kind": "gpt2"}
     rows = json.loads(Path(name, "config.json").read_text(encoding="utf-8")).get("vocab_size", 50257)
-    described = tokenizer.describe_folder(Path(name), rows)
-    if described["kind"] == "unknown" and rows in (tokenizer.GPT2_VOCAB_SIZE, 50304):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{name} has no tokenizer: with {rows} symbols GPT-2's is taken", file=sys.stderr)
-        return {"kind": "gpt2"}
-    return described
+    return tokenizer.describe_folder(Path(name), rows)
 
 
 def load(
@@ -221,9 +156,8 @@ def load(
                 f"{source} knows {size} symbols: its tokenizer is not {tokenizer.name(described)}"
             )
         return model, described
-    model, checkpoint = from_checkpoint(Path(source), device, dtype, **overrides)
-    recorded = checkpoint.get("tokenizer")
-    dataset = checkpoint.get("config", {}).get("dataset", "")
+    model, saved = from_checkpoint(Path(source), device, dtype, **overrides)
+    recorded, dataset = saved.tokenizer, saved.config.get("dataset", "")
     # nanoGPT's checkpoints look for the data set by name; so do those whose data set lacked its symbols.
     if recorded is not None and not (recorded["kind"] == "unknown" and dataset):
         return model, recorded
@@ -257,19 +191,15 @@ def resize_vocabulary(model: GPT, vocab_size: int, symbols: int) -> GPT:
 
 def save_checkpoint(model: GPT, described: dict[str, Any], path: Path) -> None:
     """Writes a ckpt.pt that this project and nanoGPT open: weights and tokenizer, no optimizer."""
-    config = vars(model.config)
-    contents = {
-        "model": model.state_dict(),
-        "model_args": {name: config[name] for name in MODEL_ARGS},
-        "activation": model.config.activation,
-        "tokenizer": described,
-        "config": {},
-        "iter_num": 0,
-        "best_val_loss": float("inf"),
-    }
+    saved = Checkpoint(
+        model=model.state_dict(),
+        model_args=checkpoint.model_args(model.config),
+        gpt_config=dict(vars(model.config)),
+        tokenizer=described,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.tmp")
-    torch.save(contents, partial)
+    checkpoint.write(saved, partial)
     partial.replace(path)
 
 

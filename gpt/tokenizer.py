@@ -220,8 +220,8 @@ def describe_folder(folder: Path, rows: int | None = None) -> dict[str, Any]:
         return unknown(
             size,
             f"{folder} has {there}, so what its {size:,} symbols are is unknown: no prompt can be encoded; "
-            "put the model's tokenizer.json into the folder (transformers writes it: AutoTokenizer"
-            ".from_pretrained(...).save_pretrained(FOLDER))",
+            "put the model's tokenizer.json into the folder, for GPT-2's encoding by transformers: "
+            f"AutoTokenizer.from_pretrained('gpt2').save_pretrained({str(folder)!r})",
         )
     size = _json_vocab_size(text, str(folder / "tokenizer.json"))
     content = json.loads(text)

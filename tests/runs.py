@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from train import distributed
-from train.__main__ import train
 from train.config import parse
+from train.loop import train
 
 TINY = """
     --dataset=tiny --device=cpu --n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4

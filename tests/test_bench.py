@@ -275,17 +275,17 @@ def test_the_suite_runs_from_a_bare_checkout_and_says_what_is_missing(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny model is for CPUs")
 def test_throughput_makes_the_steps_of_training(monkeypatch):
-    """Its step is `train.update`: it clips, accumulates, and changes the weights."""
+    """Its step is `train_step`: it clips, accumulates, and changes the weights."""
     ranks = Ranks(0, 1, "cpu", None)
     calls = []
-    update = throughput.update
+    train_step = throughput.train_step
 
     def counted(model, *rest):
-        loss, norm = update(model, *rest)
+        loss, norm = train_step(model, *rest)
         calls.append((loss.item(), norm.item()))
         return loss, norm
 
-    monkeypatch.setattr(throughput, "update", counted)
+    monkeypatch.setattr(throughput, "train_step", counted)
     config = GPTConfig(16, 64, 1, 2, 32, bias=False)
     variant = throughput.prepare(
         lambda: throughput.our_variant("ours", "torch", False, config, "float32", ranks, 2), ranks

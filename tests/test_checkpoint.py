@@ -6,7 +6,7 @@ import os
 import pickle
 import resource
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from gpt import pretrained
+from gpt.checkpoint import Checkpoint, read
 from gpt.convert import convert
+from gpt.model import GPTConfig
 from tests.runs import TINY, run
 from tests.test_command_line import command
-from train import __main__ as loop
 from train import checkpoint, distributed, metrics
-from train.__main__ import train
+from train.__main__ import main
 from train.config import parse
+from train.loop import train
 
 
 @dataclass
@@ -66,6 +68,62 @@ def test_nanogpts_checkpoint_resumes_here_as_if_never_interrupted(workplace):
     resumed = run("--init_from=resume", out_dir="stopped")
     for name, weight in straight["model"].items():
         assert torch.equal(weight, resumed["model"][name]), name
+
+
+def test_a_checkpoint_of_before_gpt_config_resumes_as_if_never_interrupted(workplace):
+    """The keys are those that commit 9111c6c wrote."""
+    flags = ["--dropout=0.2", "--activation=gelu_tanh"]
+    straight = run(*flags, out_dir="straight")
+    stopped = run(*flags, "--max_iters=4", out_dir="stopped")
+    keys = "model optimizer model_args config scaler rng iter_num position evaluated tokenizer data skipped"
+    before = [*keys.split(), "best_val_loss", "began"]
+    older = {name: stopped[name] for name in before} | {"activation": "gelu_tanh", "kernels": "torch"}
+    assert older.keys() - {"activation", "kernels"} == stopped.keys() - {"gpt_config"}
+    torch.save(older, "stopped/ckpt.pt")
+    assert read(Path("stopped/ckpt.pt")).gpt_config["activation"] == "gelu_tanh"
+    resumed = run("--dropout=0.2", "--init_from=resume", out_dir="stopped")
+    assert resumed["gpt_config"] == straight["gpt_config"]
+    for key in ("position", "skipped", "best_val_loss", "evaluated", "began", "tokenizer", "data"):
+        assert straight[key] == resumed[key], key
+    for name, weight in straight["model"].items():
+        assert torch.equal(weight, resumed["model"][name]), name
+
+
+def test_every_key_that_is_saved_is_described_and_every_option_of_a_model_comes_back(workplace):
+    state = run("--max_iters=1", "--activation=gelu_tanh", "--activation_checkpointing=True", "--bias=True")
+    assert state.keys() == {key.name for key in fields(Checkpoint)}
+    assert state["gpt_config"].keys() == {option.name for option in fields(GPTConfig)}
+    config = vars(pretrained.from_checkpoint(Path("out/ckpt.pt"))[0].config)
+    expected = state["gpt_config"] | {"activation_checkpointing": False}  # the run's own, as kernels are
+    assert config == expected and config["bias"] and config["activation"] == "gelu_tanh"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("iter_num", "4", "iter_num is '4', and must be a whole number of at least 0"),
+        ("iter_num", -4, "iter_num is -4, and must be a whole number of at least 0"),
+        ("iter_num", True, "iter_num is True, and must be a whole number of at least 0"),
+        ("position", 1.5, "position is 1.5, and must be a whole number of at least 0"),
+        ("best_val_loss", None, "best_val_loss is None, and must be a number"),
+        ("config", [1], "config is a list, and must be a dict"),
+        ("model", {"transformer.wte.weight": 1.0}, "model['transformer.wte.weight'] is 1.0, and must be"),
+        ("optimizer", {"state": {}}, "optimizer['param_groups'] is None, and must be a list"),
+        ("optimizer", {"state": {"a": {}}, "param_groups": []}, "a key of optimizer['state'] is 'a', and"),
+        ("rng", [{"cpu": 1}], "rng[0]['cpu'] is 1, and must be a tensor"),
+        ("gpt_config", {"n_layer": -1}, "n_layer is -1, and must be a whole number of at least 0"),
+        ("gpt_config", {"wings": 2}, "has a model option that is unknown here: wings"),
+        ("model_args", {"n_layer": 2}, "its model_args lack n_head, n_embd, block_size, vocab_size"),
+    ],
+)  # fmt: skip
+def test_a_key_of_another_type_is_named(workplace, key, value, problem):
+    state = run("--max_iters=1", "--n_layer=1")
+    if key == "model_args":
+        del state["gpt_config"]
+    torch.save(state | {key: value}, "out/ckpt.pt")
+    with pytest.raises(ValueError) as error:
+        run("--init_from=out/ckpt.pt", out_dir="tuned")
+    assert problem in str(error.value) and str(error.value).startswith("out/ckpt.pt ")
 
 
 def test_flags_not_the_checkpoint_say_how_to_go_on(workplace):
@@ -143,7 +201,7 @@ def test_damage_anywhere_in_a_file_leads_to_one_that_can_be_read(workplace):
         damaged[bit // 8] ^= 1 << bit % 8
         latest.write_bytes(damaged)
         found = checkpoint.newest_whole(latest)
-        assert pretrained.read_checkpoint(found)["iter_num"] == (4 if found == latest else 2)
+        assert read(found).iter_num == (4 if found == latest else 2)
         fell_back += found != latest
     assert fell_back > 75
 
@@ -181,18 +239,22 @@ def test_killed_between_its_names_a_checkpoint_is_made_again(workplace, monkeypa
         assert a["iter_num"] == b["iter_num"] and a["best_val_loss"] == b["best_val_loss"]
 
 
+def at(step):
+    return Checkpoint(model={}, model_args={}, iter_num=step)
+
+
 def test_the_last_few_are_kept_and_none_of_a_future_that_was_given_up(tmp_path):
     def kept():
         return sorted(p.name for p in tmp_path.glob("ckpt-*.pt"))
 
     for step in (900, 1000, 1100):
-        checkpoint.save(tmp_path, {"iter_num": step}, best=False, keep_last=2)
+        checkpoint.save(tmp_path, at(step), best=False, keep_last=2)
     assert kept() == ["ckpt-1000.pt", "ckpt-1100.pt"]
     assert (tmp_path / "ckpt.pt").samefile(tmp_path / "ckpt-1100.pt"), "it costs no second file"
     (tmp_path / "ckpt-mine.pt").touch()
-    checkpoint.save(tmp_path, {"iter_num": 1050}, best=False, keep_last=2)
+    checkpoint.save(tmp_path, at(1050), best=False, keep_last=2)
     assert kept() == ["ckpt-1000.pt", "ckpt-1050.pt", "ckpt-mine.pt"]
-    checkpoint.save(tmp_path, {"iter_num": 1060}, best=False, keep_last=0)
+    checkpoint.save(tmp_path, at(1060), best=False, keep_last=0)
     assert kept() == ["ckpt-mine.pt"]
 
 
@@ -219,7 +281,7 @@ def test_what_is_no_checkpoint_is_told(workplace):
     torch.save({"weights": 1}, "other.pt")
     with pytest.raises(ValueError, match="it lacks model, model_args"):
         run("--init_from=other.pt")
-    with pytest.raises(ValueError, match="no GPT checkpoint"):
+    with pytest.raises(ValueError, match=r"list.pt is not a GPT checkpoint: it holds a list"):
         torch.save([1, 2], "list.pt")
         run("--init_from=list.pt")
 
@@ -304,22 +366,22 @@ def test_saving_flushes_to_the_disk_before_the_name_changes(tmp_path, monkeypatc
     monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
     replace = Path.replace
     monkeypatch.setattr(Path, "replace", lambda a, b: (calls.append(b.name), replace(a, b))[1])
-    checkpoint.save(tmp_path, {"iter_num": 1}, best=True)
+    checkpoint.save(tmp_path, at(1), best=True)
     assert calls == ["fsync", "best.pt", "ckpt.pt", "fsync"]  # the file, then its names, then the folder
     assert (tmp_path / "best.pt").samefile(tmp_path / "ckpt.pt")
-    checkpoint.save(tmp_path, {"iter_num": 2}, best=False)
+    checkpoint.save(tmp_path, at(2), best=False)
     numbers = [torch.load(tmp_path / name)["iter_num"] for name in ("ckpt.pt", "best.pt")]
     assert numbers == [2, 1]
 
 
 def test_a_stale_temporary_file_shares_no_bytes_with_what_is_saved(tmp_path):
     """Left by a crash between linking best.pt and renaming it: a third name of both checkpoints."""
-    checkpoint.save(tmp_path, {"iter_num": 1}, best=True)
+    checkpoint.save(tmp_path, at(1), best=True)
     os.link(tmp_path / "ckpt.pt", tmp_path / "ckpt.pt.tmp")
     os.link(tmp_path / "ckpt.pt", tmp_path / "best.pt.tmp")
-    checkpoint.save(tmp_path, {"iter_num": 2}, best=False)
+    checkpoint.save(tmp_path, at(2), best=False)
     assert torch.load(tmp_path / "best.pt")["iter_num"] == 1
-    checkpoint.save(tmp_path, {"iter_num": 3}, best=True)
+    checkpoint.save(tmp_path, at(3), best=True)
     assert torch.load(tmp_path / "best.pt")["iter_num"] == torch.load(tmp_path / "ckpt.pt")["iter_num"] == 3
 
 
@@ -328,8 +390,8 @@ def test_best_is_copied_where_there_are_no_links(tmp_path, monkeypatch):
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", refused)
-    checkpoint.save(tmp_path, {"iter_num": 1}, best=True)
-    checkpoint.save(tmp_path, {"iter_num": 2}, best=False)
+    checkpoint.save(tmp_path, at(1), best=True)
+    checkpoint.save(tmp_path, at(2), best=False)
     assert [torch.load(tmp_path / name)["iter_num"] for name in ("ckpt.pt", "best.pt")] == [2, 1]
 
 
@@ -358,8 +420,11 @@ def test_fine_tuning_takes_the_shape_of_the_checkpoint_or_refuses(workplace):
         run("--init_from=out/ckpt.pt", "--n_embd=64", out_dir="tuned")
 
 
-def test_gpt2_by_folder_starts_a_fine_tuning(workplace):
-    """`init_from=gpt2*` goes through transformers, here with a small model of random weights."""
+def test_gpt2_by_folder_starts_a_fine_tuning_with_the_tokenizer_of_the_data(workplace, capsys):
+    """`init_from=gpt2*` goes through transformers, here with a small model of random weights.
+
+    The folder has no tokenizer, so that of the data is taken, with a line that says so.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     hf = GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=32, n_layer=1, n_head=2, n_embd=16))
@@ -368,15 +433,15 @@ def test_gpt2_by_folder_starts_a_fine_tuning(workplace):
         "--init_from=gpt2-small --dataset=tiny --device=cpu --batch_size=2 --gradient_accumulation_steps=1 "
     )
     flags += "--eval_iters=1 --max_iters=1 --learning_rate=0 --min_lr=0 --block_size=16"
-    config, given = parse(flags.split())
-    with pytest.raises(
-        ValueError, match="gpt2-small was trained with another tokenizer or alphabet than data/tiny"
-    ):
+    note = "gpt2-small does not say which tokenizer it was trained with: that of data/tiny is taken, "
+    for out_dir, data_tokenizer in (("chars", "char (21 symbols)"), ("out", "gpt2 (50,257 symbols)")):
+        config, given = parse([*flags.split(), f"--out_dir={out_dir}"])
         train(config, distributed.start("auto", "cpu"), given)
-    (workplace / "data" / "tiny" / "meta.pkl").unlink()
-    train(config, distributed.start("auto", "cpu"), given)
+        assert f"{note}{data_tokenizer}\n" in capsys.readouterr().out
+        (workplace / "data" / "tiny" / "meta.pkl").unlink(missing_ok=True)
     model, state = pretrained.from_checkpoint(Path("out/ckpt.pt"))
-    assert state["activation"] == "gelu_tanh" and state["model_args"]["block_size"] == 16
+    assert state.tokenizer == {"kind": "gpt2"}
+    assert state.gpt_config["activation"] == "gelu_tanh" and state.model_args["block_size"] == 16
     idx = torch.arange(16)[None]
     torch.testing.assert_close(
         model.eval()(idx, idx, return_logits=True)[0], hf.eval()(idx).logits, rtol=1e-4, atol=1e-5
@@ -452,15 +517,15 @@ def test_a_second_run_at_the_same_time_stops_and_the_first_goes_on(workplace, mo
     ranks = distributed.start("auto", "cpu")
     with checkpoint.locked_folder(config, ranks):
         for source in ("scratch", "auto"):
-            code, _, err = command(loop.main, monkeypatch, capsys, *flags, f"--init_from={source}")
+            code, _, err = command(main, monkeypatch, capsys, *flags, f"--init_from={source}")
             assert code == 1 and f"another run writes to out now (process {os.getpid()} on " in err
         assert [path.name for path in Path("out").iterdir()] == [".lock"], "the second has written nothing"
-        command(loop.main, monkeypatch, capsys, *flags, "--eval_only=True")
+        command(main, monkeypatch, capsys, *flags, "--eval_only=True")
         assert [path.name for path in Path("out").iterdir()] == [".lock"]
-        code, _, err = command(loop.main, monkeypatch, capsys, *flags, "--out_dir=elsewhere")
+        code, _, err = command(main, monkeypatch, capsys, *flags, "--out_dir=elsewhere")
         assert code == 0, err
         train(config, ranks, given)
-    code, _, err = command(loop.main, monkeypatch, capsys, *flags, "--init_from=resume", "--max_iters=6")
+    code, _, err = command(main, monkeypatch, capsys, *flags, "--init_from=resume", "--max_iters=6")
     assert code == 0 and torch.load("out/ckpt.pt")["iter_num"] == 6, err
 
 
@@ -469,5 +534,5 @@ def test_a_file_system_without_locks_stops_no_run(workplace, monkeypatch, capsys
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    code, _, err = command(loop.main, monkeypatch, capsys, *TINY, "--max_iters=4", "--out_dir=out")
+    code, _, err = command(main, monkeypatch, capsys, *TINY, "--max_iters=4", "--out_dir=out")
     assert code == 0 and torch.load("out/ckpt.pt")["iter_num"] == 4, err

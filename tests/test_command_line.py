@@ -15,9 +15,10 @@ import torch
 from gpt import cli, convert, sample, tokenizer
 from gpt import generate as generation
 from tests.runs import TINY, run, surroundings
-from train import __main__ as loop
+from train import __main__ as training
 from train import distributed, evaluate, plot
 from train.config import PRESETS, TrainConfig, config_file, parse
+from train.loop import train
 from train.prepare import __main__ as prepare
 from train.prepare import corpora
 
@@ -88,7 +89,7 @@ def test_every_preset_parses_by_name_and_assigns_only_flags(preset, capsys):
 
 
 COMMANDS = {
-    "train": (loop.main, TrainConfig),
+    "train": (training.main, TrainConfig),
     "sample": (sample.main, sample.SampleConfig),
     "evaluate": (evaluate.main, evaluate.EvaluateConfig),
     "prepare text": (prepare.main, prepare.PrepareConfig),
@@ -119,7 +120,7 @@ def test_help_explains_every_flag_with_its_default_within_the_screen(monkeypatch
 
 def test_help_groups_flags_and_lists_the_presets_with_what_they_are_for(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
-    _, out, _ = command(loop.main, monkeypatch, capsys, "quickstart", "--help")
+    _, out, _ = command(training.main, monkeypatch, capsys, "quickstart", "--help")
     sections = {s.split("\n")[0]: s for s in out.split("\n\n")}
     for group, flag in (
         ("data", "dataset"),
@@ -139,7 +140,7 @@ def test_a_switch_alone_means_true(workplace, monkeypatch, capsys):
     assert config.model.n_layer == 3 and set(given) >= {"eval_only", "compile", "wandb_log", "n_layer"}
     assert parse(["--compile", "auto"])[0].compile == "auto"
     assert parse(["--bias"])[0].model.bias is True
-    code, _, err = command(loop.main, monkeypatch, capsys, "--eval_only=so")
+    code, _, err = command(training.main, monkeypatch, capsys, "--eval_only=so")
     assert code == 2 and err == "error: --eval_only=so must be True or False\n"
 
 
@@ -164,7 +165,7 @@ def test_a_whole_number_may_be_written_as_a_float(workplace, monkeypatch, capsys
     assert numbers == (600000, 10, 320, 100, 200000) and {type(n) for n in numbers} == {int}
     assert config.compile is False and given["max_iters"] == ["600000"]
     for value in ("6.5", "inf", "nan", "1e30", "x"):
-        code, out, err = command(loop.main, monkeypatch, capsys, f"--max_iters={value}")
+        code, out, err = command(training.main, monkeypatch, capsys, f"--max_iters={value}")
         assert (code, out) == (2, "")
         assert err == f"error: --max_iters={value} must be a whole number of at most 64 bits\n"
 
@@ -185,7 +186,7 @@ def test_a_configuration_comes_back_from_its_file(tmp_path, text):
 def test_print_config_is_a_config_file_and_trains_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # without data
     flags = ["quickstart", "--n_layer=3", "--dataset=it's", "--device=cpu"]
-    code, out, err = command(loop.main, monkeypatch, capsys, *flags, "--print_config")
+    code, out, err = command(training.main, monkeypatch, capsys, *flags, "--print_config")
     assert code == 0 and err == "" and not list(tmp_path.iterdir())
     Path("mine.py").write_text(out)
     found, asked = parse(["mine.py"])[0].flat(), parse(flags)[0].flat()
@@ -205,10 +206,10 @@ def test_a_printed_config_leaves_a_loaded_model_its_shape_and_a_resumed_run_its_
     for source in ("--init_from=first/ckpt.pt", "--init_from=auto", "--init_from=resume"):
         flags = [*(flag for flag in TINY if not flag.startswith("--n_")), source, "--out_dir=first"]
         flags = flags if "first/" in source else [*TINY, source, "--out_dir=first"]
-        _, out, _ = command(loop.main, monkeypatch, capsys, *flags, "--print_config")
+        _, out, _ = command(training.main, monkeypatch, capsys, *flags, "--print_config")
         Path("mine.py").write_text(out)
         out_dir = "--out_dir=tuned" if "first/" in source else "--out_dir=first"
-        code, _, err = command(loop.main, monkeypatch, capsys, "mine.py", out_dir, "--max_iters=6")
+        code, _, err = command(training.main, monkeypatch, capsys, "mine.py", out_dir, "--max_iters=6")
         assert code == 0, err
 
 
@@ -224,7 +225,7 @@ def test_the_config_file_of_a_resumed_run_begins_where_the_run_began(workplace):
 def test_the_config_file_beside_the_checkpoint_gives_the_same_run(workplace, optimizer):
     first = run("--dropout=0.2", f"--optimizer={optimizer}", out_dir="it's")
     config, given = parse(["it's/config.py", "--out_dir=again"])
-    loop.train(config, distributed.start("auto", config.device), given)
+    train(config, distributed.start("auto", config.device), given)
     again = torch.load("again/ckpt.pt", weights_only=True)
     assert all(torch.equal(weight, again["model"][name]) for name, weight in first["model"].items())
     assert first["config"] | {"out_dir": "again"} == again["config"]
@@ -269,7 +270,7 @@ def test_the_config_file_beside_the_checkpoint_gives_the_same_run(workplace, opt
     ids=lambda v: " ".join(v) if isinstance(v, list) and v[0].startswith(("-", "q")) else None,
 )
 def test_a_mistake_is_one_clear_message(workplace, monkeypatch, capsys, flags, code, words):
-    got, _, err = command(loop.main, monkeypatch, capsys, *TINY, *flags)
+    got, _, err = command(training.main, monkeypatch, capsys, *TINY, *flags)
     assert got == code
     for word in words:
         assert word in " ".join(err.replace("│", " ").split()), err
@@ -279,7 +280,7 @@ def test_a_mistake_is_one_clear_message(workplace, monkeypatch, capsys, flags, c
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_told(workplace, monkeypatch, capsys):
-    _, _, err = command(loop.main, monkeypatch, capsys, *TINY, "--device=cuda")
+    _, _, err = command(training.main, monkeypatch, capsys, *TINY, "--device=cuda")
     assert err == "error: device='cuda' was asked for, but this PyTorch sees no GPU; try --device=auto\n"
 
 
@@ -300,11 +301,12 @@ def test_accumulation_that_does_not_divide_and_nccl_without_gpus():
     [
         ("n_layer = 2\nn_head = = 3", "line 2: SyntaxError"),
         ("n_layer = 2\nn_head = layers", "line 2: NameError: name 'layers' is not defined"),
+        ("n_layer = 2\nexit(0)", "line 2: SystemExit: 0"),
     ],
 )
 def test_a_mistake_in_a_config_file_is_one_sentence(workplace, monkeypatch, capsys, content, message):
     Path("mine.py").write_text(content)
-    code, _, err = command(loop.main, monkeypatch, capsys, "mine.py")
+    code, _, err = command(training.main, monkeypatch, capsys, "mine.py")
     assert code == 1 and err.startswith(f"error: mine.py, {message}") and err.count("\n") == 1
 
 
@@ -327,7 +329,7 @@ def test_a_mistake_in_a_config_file_has_the_file_and_its_line(
     Path("worse.py").write_text("n_layer = 2\nn_head = x")
     Path("worst.py").write_text("n_layer = 2\n\nn_head = = 3")
     Path("mine.py").write_text(content)
-    code, _, err = command(loop.main, monkeypatch, capsys, "mine.py")
+    code, _, err = command(training.main, monkeypatch, capsys, "mine.py")
     assert code == 1 and err.count("\n") == 1
     assert err.startswith("error: " + message.format(here=workplace.resolve())), err
 
@@ -578,7 +580,7 @@ def test_sampling_from_nanogpts_checkpoint_needs_its_meta_file(workplace, monkey
 
 
 PROGRAMS = {
-    "train": loop.main, "sample": sample.main, "convert": convert.main, "prepare": prepare.main,
+    "train": training.main, "sample": sample.main, "convert": convert.main, "prepare": prepare.main,
     "evaluate": evaluate.main, "plot": plot.main,
 }  # fmt: skip
 
@@ -636,20 +638,47 @@ def test_a_tilde_that_is_not_a_path_stays(monkeypatch):
     assert (config.wandb_run_name, config.out_dir, config.init_from) == ("~/x", "a~/b", "/home/me")
 
 
-def test_prompt_files_are_utf8_whatever_the_locale_is(tmp_path):
-    (tmp_path / "p.txt").write_bytes("\ufeffgröße\n".encode())
+def test_what_is_typed_or_read_from_a_file_is_utf8_whatever_the_locale_is(tmp_path):
+    (tmp_path / "größe.txt").write_bytes("\ufeffgröße\n".encode())
     (tmp_path / "latin.txt").write_bytes("größe\n".encode("latin-1"))
-    program = (
-        "from gpt.sample import *; from gpt.sample import _prompts\n"
-        "print(ascii(_prompts(SampleConfig(prompts='p.txt')) + _prompts(SampleConfig(start='FILE:p.txt'))))\n"
-        "cli.run(lambda: _prompts(SampleConfig(start='FILE:latin.txt')))"
-    )
+    (tmp_path / "größe").mkdir()
+    (tmp_path / "c.py").write_bytes("prompts = 'größe.txt'\nout_dir = 'größe'".encode())
+    program = """if True:
+        from gpt.sample import *
+        from gpt.sample import _prompts
+        config = cli.parse(SampleConfig, sys.argv[1:4], "sample")
+        print(ascii([config.stop, *_prompts(config), *_prompts(replace(config, prompts=""))]))
+        for main in (
+            lambda: _prompts(SampleConfig(start="FILE:latin.txt")),
+            lambda: cli.parse(SampleConfig, sys.argv[4:], "sample"),
+            lambda: [print(ascii(cli.ask("")), Path(config.out_dir).exists()) for _ in range(3)],
+        ):
+            try:
+                cli.run(main)
+            except SystemExit as stop:
+                print(stop, file=sys.stderr)
+    """
     environment = surroundings(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    flags = ["c.py", "--stop=ü", "--start=FILE:größe.txt", b"--start=\xfc"]
     result = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert result.stdout == ascii(["größe", "größe\n"]) + "\n"
-    assert result.stderr == "error: latin.txt is not UTF-8 text: byte 2 cannot be read; convert it to UTF-8\n"
+        [sys.executable, "-c", program, *flags],
+        cwd=tmp_path, env=environment, input="größe\nü\n".encode() + b"\xfc\n", capture_output=True,
+    )  # fmt: skip
+    assert result.stdout.decode().splitlines() == [
+        ascii(["ü", "größe", "größe\n"]), ascii("größe") + " True", ascii("ü") + " True",
+    ], result.stderr.decode()  # fmt: skip
+    assert result.stderr.decode().splitlines() == [
+        "error: latin.txt is not UTF-8 text: byte 2 cannot be read; convert it to UTF-8",
+        r"error: --start='\udcfc' is not UTF-8 text",
+        "2",
+        r"error: '\udcfc' is not UTF-8 text",
+    ]
+
+
+def test_what_is_typed_in_a_locale_of_its_own_encoding_is_read_as_either():
+    for typed in ("größe", "größe".encode().decode("latin-1")):
+        assert cli.typed_text(typed, "latin-1") == "größe"
+    assert cli.typed_text("größe", "utf-8") == cli.typed_text("größe", "ascii") == "größe"
 
 
 def started(tmp_path, *args, **environment):
@@ -670,11 +699,18 @@ def test_a_rank_without_the_rest_of_torchrun_is_told(workplace):
     )
 
 
-@pytest.mark.parametrize("file", ["__init__.py", "readme.txt"])
-def test_another_package_called_kernels_is_told(tmp_path, file):
-    """Hugging Face's, or a folder that stands where Python looks first."""
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("__init__.py", "def get_kernel(name): pass"),
+        ("__init__.py", "import a_package_that_is_not_installed"),
+        ("readme.txt", ""),
+    ],
+)
+def test_another_package_called_kernels_is_told(tmp_path, file, content):
+    """Hugging Face's, whole or broken, or a folder that stands where Python looks first."""
     (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / file).write_text("def get_kernel(name): pass\n")
+    (tmp_path / "kernels" / file).write_text(content)
     program = f"import sys, runpy; sys.path[:0] = [{str(tmp_path)!r}]\n"
     if file == "readme.txt":  # as an editable install is looked for last, a folder without __init__.py wins
         program += "import types; sys.modules['kernels'] = kernels = types.ModuleType('kernels')\n"
@@ -695,7 +731,7 @@ def test_a_folder_with_the_name_of_a_package_that_is_missing_is_told(workplace, 
     Path(name).mkdir()
     Path("rows.jsonl").write_text('{"text": "a"}\n')
     main, flags = {
-        "wandb": (loop.main, [*TINY, "--wandb_log"]),
+        "wandb": (training.main, [*TINY, "--wandb_log"]),
         "datasets": (prepare.main, ["text", "--input=rows.jsonl", "--name=x", "--tokenizer=char"]),
     }[name]
     code, _, err = command(main, monkeypatch, capsys, *flags)
@@ -704,11 +740,20 @@ def test_a_folder_with_the_name_of_a_package_that_is_missing_is_told(workplace, 
 
 
 def test_a_seed_beyond_64_bits_is_told(monkeypatch, capsys):
-    for main in (loop.main, sample.main):
+    for main in (training.main, sample.main):
         code, _, err = command(main, monkeypatch, capsys, f"--seed={2**64}")
         assert code == 2
         assert err == f"error: --seed={2**64} must be a whole number of at most 64 bits\n"
     assert parse([f"--seed={2**64 - 1}"])[0].seed == 2**64 - 1
+
+
+@pytest.mark.parametrize(("seed", "of_rank_1"), [(1337, 1338), (2**64 - 1, 0), (-1, 0)])
+def test_every_rank_of_every_seed_has_random_numbers_of_its_own(workplace, monkeypatch, seed, of_rank_1):
+    config, given = parse([*TINY, f"--seed={seed}"])
+    monkeypatch.setattr("train.checkpoint.find_start", lambda *args: sys.exit("started"))
+    with pytest.raises(SystemExit, match="started"):
+        train(config, distributed.Ranks(1, 2, "cpu", None), given)
+    assert torch.initial_seed() == of_rank_1
 
 
 @pytest.mark.parametrize("name", ["", ".", "./"])

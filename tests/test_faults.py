@@ -135,8 +135,8 @@ def test_a_stop_where_an_evaluation_is_due_leaves_it_to_the_resumed_run(workplac
             return "SIGTERM" if self.asked > 4 else None  # after the first evaluation, then after each step
 
     from train import distributed
-    from train.__main__ import train
     from train.config import parse
+    from train.loop import train
 
     run(out_dir="straight")
     config, given = parse([*TINY, "--out_dir=stopped"])
@@ -275,9 +275,9 @@ def test_data_cut_short_while_training_ends_the_run_with_a_sentence_and_the_last
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_whose_gradient_is_not_finite_changes_nothing_but_the_count(workplace, monkeypatch, optimizer):
-    import train.__main__ as loop
+    from train import loop
 
-    update, seen = loop.update, []
+    train_step, seen = loop.train_step, []
 
     def poisoned(model, optimizer, *rest):
         step = len(seen)
@@ -286,7 +286,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_but_the_count(workp
         )
         before = {k: v.clone() for k, v in model.state_dict().items()}
         moments = [m.clone() for s in optimizer.state.values() for m in s.values()]
-        found = update(model, optimizer, *rest)
+        found = train_step(model, optimizer, *rest)
         hook.remove()
         unchanged = all(torch.equal(before[k], v) for k, v in model.state_dict().items())
         after = [m for s in optimizer.state.values() for m in s.values()]
@@ -294,7 +294,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_but_the_count(workp
         seen.append((unchanged, same_moments))
         return found
 
-    monkeypatch.setattr(loop, "update", poisoned)
+    monkeypatch.setattr(loop, "train_step", poisoned)
     run("--log_interval=1", f"--optimizer={optimizer}")
     assert [i for i, (unchanged, _) in enumerate(seen) if unchanged] == [2, 5]
     assert [i for i, (_, same) in enumerate(seen) if same] == [2, 5]

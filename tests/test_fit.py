@@ -11,8 +11,8 @@ import torch
 from tests.runs import TINY, run
 from tests.test_command_line import command
 from tests.test_faults import assert_same_run
-from train import __main__ as loop
-from train import checkpoint, evaluate, fit, metrics
+from train import checkpoint, evaluate, fit, loop, metrics
+from train.__main__ import main
 from train.config import TrainConfig, asked_batch_size, parse
 from train.distributed import Ranks
 
@@ -98,10 +98,10 @@ def test_all_ranks_take_what_fits_on_the_smallest(memory_for, monkeypatch):
 
 
 def test_where_auto_cannot_be_it_says_what_to_do(workplace, memory_for, monkeypatch, capsys):
-    code, _, err = command(loop.main, monkeypatch, capsys, *TINY, "--batch_size=auto")
+    code, _, err = command(main, monkeypatch, capsys, *TINY, "--batch_size=auto")
     assert code == 1 and "cpu cannot be asked: give a number, such as --batch_size=12" in err
     memory_for(0)
-    code, _, err = command(loop.main, monkeypatch, capsys, *TINY, "--batch_size=auto")
+    code, _, err = command(main, monkeypatch, capsys, *TINY, "--batch_size=auto")
     assert code == 1 and err.count("\n") == 1
     assert "not one sequence of block_size=16 can be trained on in the 8.0 GiB of cpu; try" in err
 
@@ -138,7 +138,7 @@ def test_out_of_memory_at_any_time_is_a_sentence(workplace, monkeypatch, capsys,
     if when == "creation":
         flags = ["--block_size=2199023255552"]
     else:
-        name = {"training": "update", "evaluation": "evaluate"}[when]
+        name = {"training": "train_step", "evaluation": "estimate_loss"}[when]
         whole, calls = getattr(loop, name), []
 
         def failing(*args):
@@ -152,7 +152,7 @@ def test_out_of_memory_at_any_time_is_a_sentence(workplace, monkeypatch, capsys,
         saved = "--init_from=resume goes on from out/ckpt.pt"
         begin = checkpoint.Saver.save  # in the background: here it is over when the memory ends
         monkeypatch.setattr(checkpoint.Saver, "save", lambda self, *args: (begin(self, *args), self.wait()))
-    code, _, err = command(loop.main, monkeypatch, capsys, *TINY, *flags)
+    code, _, err = command(main, monkeypatch, capsys, *TINY, *flags)
     assert code == 1 and err.startswith("error: out of memory (") and err.count("\n") == 1
     assert (
         "bytes more were wanted): try a smaller batch_size than 4, with gradient_accumulation_steps=2" in err
@@ -198,7 +198,7 @@ def test_a_profile_of_steps_that_are_not_made_is_refused(workplace, monkeypatch,
         ("5:5", "profile='5:5' must be START:STOP, such as 10:13"),
         ("8:9", "profile=8:9: this run makes the steps 0 to 7"),
     ):
-        code, _, err = command(loop.main, monkeypatch, capsys, *TINY, f"--profile={flag}")
+        code, _, err = command(main, monkeypatch, capsys, *TINY, f"--profile={flag}")
         assert code == 1 and words in err
 
 

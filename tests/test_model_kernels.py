@@ -16,9 +16,9 @@ from kernels.op import record
 from tests.runs import TINY, run, surroundings
 from tests.test_faults import assert_same_run
 from train import distributed
-from train.__main__ import update
 from train.config import parse, resolve
 from train.distributed import Ranks
+from train.loop import train_step
 from train.metrics import read
 
 SPECS = ["triton", "triton,attention=torch"]
@@ -111,7 +111,7 @@ def test_a_training_has_the_losses_of_pytorchs_operations(device):
         with record() as launches:
             for step in range(steps):
                 idx, targets = batch(device, B=1, T=5, V=11, seed=step % 4)
-                loss, _ = update(model, optimizer, scaler, [(idx, targets)], 1, 1.0, nullcontext)
+                loss, _ = train_step(model, optimizer, scaler, [(idx, targets)], 1, 1.0, nullcontext)
                 losses[spec].append(loss.item())
         assert len(launches) == (steps * (3 + 3 + 3 + 3 + 2 + 1 + 2) if spec == "triton" else 0)
     assert losses["torch"][-1] < 0.85 * losses["torch"][0]
@@ -203,7 +203,7 @@ def test_accumulation_under_loss_scaling(spec, device):
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         scaler = torch.amp.GradScaler(device, init_scale=1024.0)
         micro = [batch(device, seed=s) for s in (1, 2)]
-        loss, norm = update(
+        loss, norm = train_step(
             model, optimizer, scaler, micro, 2, 0.5, lambda: torch.autocast(device, torch.float16)
         )
         found[each] = {"loss": loss, "norm": norm} | dict(model.named_parameters())

@@ -208,6 +208,8 @@ JUNK = b"\x00\x05\x16\x07\xff"
         ({"in.json": b'["ab", "ba", "aab"]'}, ["aab", "ab", "ba"]),
         ({"in.jsonl.gz": gzip.compress("\n".join(ROWS).encode())}, ["aab", "ab", "ba"]),
         ({"in.JSONL": "\n".join(ROWS).encode()}, ["aab", "ab", "ba"]),
+        ({"in.ndjson": "\n".join(ROWS).encode()}, ["aab", "ab", "ba"]),
+        ({"in.csv": b"n,text\n1,ab\n2,ba\n3,aab\n"}, ["aab", "ab", "ba"]),
         ({"in.jsonl": "\n".join([*ROWS, '{"text": null}']).encode()}, ["aab", "ab", "ba"]),
         # whatever the case of an ending, and without what a Mac leaves
         (
@@ -226,6 +228,17 @@ def test_each_file_or_row_is_a_document_of_train_or_val(small_pieces, files, doc
     train, val = (text.splitlines() for text in read_characters("out"))
     assert sorted(train + val) == documents_of_it
     assert train and val
+
+
+def test_the_files_of_a_folder_that_are_left_out_are_named(small_pieces, capsys):
+    Path("texts").mkdir()
+    for name in ("a.txt", "list.json", "more.JSON", "readme", ".hidden", "._a.txt"):
+        Path("texts", name).write_text("[]")
+    assert documents.find("texts") == [Path("texts/a.txt")]
+    assert capsys.readouterr().err == (
+        "texts: of a folder only .txt, .jsonl and .parquet are read; left out: 2 .json, 1 without an ending "
+        "(a glob takes them: 'texts/**/*.json')\n"
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -287,10 +300,9 @@ def test_the_mark_of_a_documents_end_in_a_text_is_counted_and_on_demand_one_toke
 # ---- what is written
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "char", "wide"])
+@pytest.mark.parametrize("kind", ["gpt2", "char"])
 def test_an_interrupted_preparation_leaves_no_data_and_begins_anew(small_pieces, rows, kind):
     """Also over what another tokenizer left; several threads write what one writes."""
-    kind = wide_tokenizer() if kind == "wide" else kind
     corpus = documents.text("\n".join(rows[:30]), "x")
     whole = encode(Path("whole"), corpus, kind, 1)
     readings = []
@@ -400,9 +412,9 @@ def test_tiny_shakespeare_is_prepared_as_nanogpt_does(small_pieces, monkeypatch,
 
 def test_a_tokenizer_of_ones_own_from_its_training_to_a_sample(workplace, monkeypatch, capsys, text, type_in):
     Path("mine.txt").write_text(text + "été 東京 <|endoftext|>")
-    flags = ["tokenizer", "--input=mine.txt", "--vocab_size=300", "--output=bpe.json"]
-    assert type_in(*flags)[1] == "bpe.json: 300 tokens\n"
-    tokens = tokenizer.from_dict(tokenizer.describe_json(Path("bpe.json")))
+    flags = ["tokenizer", "--input=mine.txt", "--vocab_size=300", "--output=own/bpe.json"]
+    assert type_in(*flags)[1] == "own/bpe.json: 300 tokens\n"
+    tokens = tokenizer.from_dict(tokenizer.describe_json(Path("own/bpe.json")))
     assert tokens.vocab_size == 300
     for example in ("the king and queen", "été  東京\n\n\x00\U0001f600 don't", ""):
         assert tokens.decode(tokens.encode(example)) == example
@@ -411,7 +423,7 @@ def test_a_tokenizer_of_ones_own_from_its_training_to_a_sample(workplace, monkey
     # typed by a user the mark is the mark, in a corpus it is text
     assert tokens.encode("<|endoftext|>") == tokens.end and len(tokens.encode_ordinary("<|endoftext|>")) > 1
     monkeypatch.setattr(documents, "PIECE", 500)
-    type_in("text", "--input=mine.txt", "--name=own", "--tokenizer=bpe.json")
+    type_in("text", "--input=mine.txt", "--name=own", "--tokenizer=own/bpe.json")
     whole = Path("mine.txt").read_text()
     assert read("data/own", "train") == tokens.encode_ordinary(whole[: int(len(whole) * 0.9)]).tolist()
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt import convert, sample, tokenizer
+from gpt import checkpoint, convert, sample, tokenizer
 from gpt.model import GPT, GPTConfig
-from gpt.pretrained import from_hugging_face, load, read_checkpoint, save_checkpoint, save_hugging_face
+from gpt.pretrained import from_hugging_face, load, save_checkpoint, save_hugging_face
 from tests.runs import run
 from tests.test_command_line import command
 from tests.test_generate import stir
@@ -57,12 +57,12 @@ def test_a_checkpoint_goes_to_hugging_face_and_back_bit_for_bit(tmp_path, bias, 
     save_checkpoint(model, CHARS, tmp_path / "a" / "ckpt.pt")
     convert.convert(str(tmp_path / "a" / "ckpt.pt"), tmp_path / "hf")
     convert.convert(str(tmp_path / "hf"), tmp_path / "b.pt")
-    first, second = read_checkpoint(tmp_path / "a" / "ckpt.pt"), read_checkpoint(tmp_path / "b.pt")
-    assert first["model_args"] == second["model_args"] and first["model_args"]["dropout"] == 0.25
-    assert (second["activation"], second["tokenizer"]) == (activation, CHARS)
-    assert list(first["model"]) == list(second["model"])
-    for name, weight in first["model"].items():
-        assert torch.equal(weight, model.state_dict()[name]) and torch.equal(weight, second["model"][name])
+    first, second = checkpoint.read(tmp_path / "a" / "ckpt.pt"), checkpoint.read(tmp_path / "b.pt")
+    assert first.model_args == second.model_args and first.model_args["dropout"] == 0.25
+    assert (second.gpt_config["activation"], second.tokenizer) == (activation, CHARS)
+    assert list(first.model) == list(second.model)
+    for name, weight in first.model.items():
+        assert torch.equal(weight, model.state_dict()[name]) and torch.equal(weight, second.model[name])
 
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     idx = torch.randint(6, (2, 24))
@@ -97,7 +97,7 @@ def test_a_tokenizer_of_ones_own_goes_along_and_back(tmp_path):
     again, found = load(str(tmp_path / "hf"))
     assert found == described and torch.equal(again.lm_head.weight, model.lm_head.weight)
     convert.convert(str(tmp_path / "hf"), tmp_path / "small.pt", vocab_size=259)
-    assert read_checkpoint(tmp_path / "small.pt")["model_args"]["vocab_size"] == 259
+    assert checkpoint.read(tmp_path / "small.pt").model_args["vocab_size"] == 259
 
 
 def other_language(folder, rows=50265):
@@ -175,7 +175,8 @@ def test_gpt2s_encoding_is_known_by_its_ids(tmp_path):
     assert tokenizer.describe_folder(tmp_path, 50257)["kind"] == "json"
 
 
-@pytest.mark.parametrize("rows", [300, 50265])
+# GPT-2's own number of rows, and nanoGPT's, say nothing about the tokenizer either.
+@pytest.mark.parametrize("rows", [300, 50257, 50304])
 def test_a_folder_without_a_tokenizer_goes_there_and_back_and_says_so(tmp_path, monkeypatch, capsys, rows):
     monkeypatch.chdir(tmp_path)
     other_language("hf", rows)
@@ -189,6 +190,7 @@ def test_a_folder_without_a_tokenizer_goes_there_and_back_and_says_so(tmp_path, 
     assert code == 1 and f"vocab_size={rows - 8} is too small: the tokenizer has {rows} symbols" in err
     code, _, err = command(sample.main, monkeypatch, capsys, "--init_from=a.pt", "--device=cpu")
     assert code == 1 and "no prompt can be encoded; put the model's tokenizer.json into the folder" in err
+    assert "AutoTokenizer.from_pretrained('gpt2').save_pretrained('hf')" in err
 
 
 def test_truncation_and_padding_in_a_tokenizer_json_change_no_text(tmp_path):
@@ -402,7 +404,7 @@ def test_the_folder_of_a_run_stands_for_its_checkpoint(workplace, monkeypatch, c
     Path("out/best.pt").unlink()
     torch.save(best, "out/best.pt")
     convert.convert("out", Path("converted.pt"))
-    found = read_checkpoint(Path("converted.pt"))["model"]
+    found = checkpoint.read(Path("converted.pt")).model
     assert all(torch.equal(found[name], weight) for name, weight in best["model"].items())
     flags = ["--device=cpu", "--num_samples=1", "--max_new_tokens=20", "--start=king"]
     _, expected, _ = command(sample.main, monkeypatch, capsys, *flags, "--out_dir=out")

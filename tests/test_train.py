@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from tests.runs import TINY, run, surroundings
-from train import distributed, metrics
-from train.__main__ import train
+from train import distributed, loop, metrics
 from train.config import PRESETS, TrainConfig, parse
+from train.loop import train
 from train.optim import learning_rate
 
 ROOT = Path(__file__).parents[1]
@@ -158,10 +158,8 @@ def test_eval_only_trains_nothing_and_saves_nothing_also_when_resuming(workplace
 
 
 def test_best_checkpoint_is_that_of_the_lowest_validation_loss(workplace, monkeypatch):
-    import train.__main__ as loop
-
     losses = iter([3.0, 1.0, math.nan, 1.5, 1.2])
-    monkeypatch.setattr(loop, "evaluate", lambda *a: dict.fromkeys(("train", "val"), next(losses)))
+    monkeypatch.setattr(loop, "estimate_loss", lambda *a: dict.fromkeys(("train", "val"), next(losses)))
     latest = run("--eval_interval=2")
     best = torch.load("out/best.pt", weights_only=True)
     assert (latest["iter_num"], best["iter_num"]) == (8, 2)

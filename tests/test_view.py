@@ -15,6 +15,7 @@ from gpt.model import GPT, GPTConfig
 from tests.runs import TINY, run
 from train import __main__ as program
 from train import distributed, metrics
+from train.checkpoint import Progress
 from train.config import parse
 from train.view import Lines, LiveView, open_view
 
@@ -163,7 +164,7 @@ def test_lines_where_no_view_can_be_had(terminal, monkeypatch, lacking):
 
 def log_of(config, ranks, view):
     Path("out").mkdir()
-    return metrics.Metrics(config, ranks, GPT(GPTConfig(16, 21, 1, 1, 4)), view, {}, False)
+    return metrics.Metrics(config, ranks, GPT(GPTConfig(16, 21, 1, 1, 4)), view, Progress(), {})
 
 
 def test_only_rank_0_prints_and_writes(workplace, capsys):
@@ -172,7 +173,7 @@ def test_only_rank_0_prints_and_writes(workplace, capsys):
     log.print("a line")
     log.step(0, torch.tensor(1.0), torch.tensor(1.0), 1e-3)
     log.evaluation(0, {"train": 1.0, "val": 1.0}, 1e-3)
-    log.stop(1, "stopped", "how")
+    log.stop(1, "SIGTERM")
     log.close()
     assert capsys.readouterr().out == "" and not list(Path("out").iterdir())
 

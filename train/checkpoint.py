@@ -1,12 +1,13 @@
 """Checkpoints: out_dir/ckpt.pt is the latest, out_dir/best.pt the one of the lowest validation loss.
 
-The format is nanoGPT's, with more beside it: plain values and tensors, read with weights_only, the same for
-every strategy and number of ranks. A file is written under a temporary name, flushed to the disk and renamed,
-so what is called ckpt.pt is whole whatever happens. ckpt-STEP.pt are the last few, ckpt.pt among them under a
+What is in them is described in gpt/checkpoint.py; it is the same for every strategy and number of ranks. A
+file is written under a temporary name, flushed to the disk and renamed, so what is called ckpt.pt is whole
+whatever happens. ckpt-STEP.pt are the last few, ckpt.pt among them under a
 second name: where a disk has damaged the latest, resuming goes back to the one before.
 """
 
 import fcntl
+import math
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ import zipfile
 from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -25,20 +26,47 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gpt import tokenizer
-from gpt.model import GPT
+from gpt.checkpoint import Checkpoint, model_args, read, write
+from gpt.model import GPT, RUN_OPTIONS
 from gpt.pretrained import (
     GPT2_NAMES,
-    MODEL_ARGS,
     checkpoint_in,
     from_checkpoint,
     from_hugging_face,
     hugging_face_tokenizer,
     is_hugging_face,
-    read_checkpoint,
 )
 from train.config import SHAPE, TrainConfig
 from train.distributed import Ranks
 from train.optim import Muon, moments_of
+
+
+@dataclass
+class Progress:
+    """How far a run is, beside its weights and optimizer; the fields are keys of `Checkpoint`."""
+
+    # updates made: the number of the step that comes next
+    iter_num: int = 0
+    # windows of the training data that were read, where the next batch begins
+    position: int = 0
+    best_val_loss: float = math.inf
+    # updates left out, as their gradient was not finite
+    skipped: int = 0
+    # whether the evaluation due at iter_num is done
+    evaluated: bool = False
+    # init_from of the run's first process, which config.py has to repeat
+    began: str = "scratch"
+
+    @classmethod
+    def after(cls, saved: Checkpoint, config: TrainConfig) -> "Progress":
+        """Of the run that goes on from `saved`."""
+        progress = cls(**{key.name: getattr(saved, key.name) for key in fields(cls)})
+        if saved.position is None:
+            # nanoGPT draws its windows at random: go on where a run of ours would be after as many steps.
+            progress.position = saved.iter_num * config.sequences
+        if saved.began is None:
+            progress.began = saved.config.get("init_from", config.init_from)
+        return progress
 
 
 class Start(NamedTuple):
@@ -64,7 +92,7 @@ def _find_start(config: TrainConfig, given: Container[str]) -> Start:
     if source == "auto":
         source = "resume" if latest.exists() else "scratch"
     if source == "resume":
-        recorded = read_checkpoint(latest).get("config", {}).get("dataset")
+        recorded = read(latest).config.get("dataset")
         if recorded and "dataset" not in given and recorded != dataset:
             print(f"dataset: {recorded}, as in {latest}", flush=True)
             dataset = recorded
@@ -86,7 +114,7 @@ def _refuse_to_replace(folder: Path) -> None:
     if newest is None:
         return
     try:
-        step = f"step {read_checkpoint(newest).get('iter_num', 'unknown')}"
+        step = f"step {read(newest).iter_num}"
     except (ValueError, OSError):
         step = "unreadable"
     when = datetime.fromtimestamp(_modified(newest)).isoformat(" ", "minutes")
@@ -103,8 +131,8 @@ def _modified(path: Path) -> float:
 
 def initial_model(
     config: TrainConfig, given: Container[str], tokens: dict[str, Any], ranks: Ranks, start: Start
-) -> tuple[GPT, dict[str, Any]]:
-    """The model that `start` names, and the checkpoint to resume ({} for a new run).
+) -> tuple[GPT, Checkpoint | None]:
+    """The model that `start` names, and the checkpoint to resume, which a new run has none of.
 
     `given` are the flags that were set, `tokens` describes the tokenizer of the data. Raises ValueError where
     flags, checkpoint and data disagree.
@@ -113,27 +141,32 @@ def initial_model(
     source, latest, _ = start
     if source == "scratch":
         vocab_size = wanted.vocab_size or tokenizer.padded_vocab_size(tokens)
-        return GPT(replace(wanted, vocab_size=vocab_size), device, config.dtype).to(device), {}
+        return GPT(replace(wanted, vocab_size=vocab_size), device, config.dtype).to(device), None
 
     source = checkpoint_in(source)
+    overrides = {name: getattr(wanted, name) for name in RUN_OPTIONS}
+    saved: Checkpoint | None = None
     if is_hugging_face(source):
-        overrides = {"dropout": wanted.dropout, "kernels": wanted.kernels}
         model = from_hugging_face(source, overrides, device, config.dtype)
-        checkpoint: dict[str, Any] = {"tokenizer": hugging_face_tokenizer(source)}
+        trained_with = hugging_face_tokenizer(source)
     else:
         source_path = latest if source == "resume" else Path(source)
         if not source_path.suffix and not source_path.exists():
             known = ", ".join(("scratch", "resume", "auto", *GPT2_NAMES))
             raise ValueError(f"init_from={source!r} is none of {known}, or the path of a ckpt.pt")
-        overrides = {
-            name: getattr(wanted, name) for name in ("dropout", "kernels", "activation_checkpointing")
-        }
-        model, checkpoint = from_checkpoint(source_path, device, config.dtype, **overrides)
+        model, saved = from_checkpoint(source_path, device, config.dtype, **overrides)
+        trained_with = saved.tokenizer or tokens
     where = str(latest) if source == "resume" else source
-    if not tokenizer.fits(trained_with := checkpoint.get("tokenizer", tokens), tokens):
+    if not tokenizer.fits(trained_with, tokens):
         raise ValueError(
             f"{where} was trained with another tokenizer or alphabet than data/{config.dataset} has: "
             f"{tokenizer.name(trained_with)}, and the data {tokenizer.name(tokens)}"
+        )
+    if trained_with["kind"] == "unknown" != tokens["kind"] and source != "resume" and ranks.is_main:
+        print(
+            f"{where} does not say which tokenizer it was trained with: that of data/{config.dataset} "
+            f"is taken, {tokenizer.name(tokens)}",
+            flush=True,
         )
     if source != "resume" and wanted.block_size < model.config.block_size and "block_size" in given:
         model.crop_block_size(wanted.block_size)
@@ -141,7 +174,7 @@ def initial_model(
         asked, has = getattr(wanted, name), getattr(model.config, name)
         if name in given and asked not in (None, has):
             raise ValueError(f"{where} has {name}={has}, and {name}={asked} was asked for; leave it out")
-    return model, checkpoint if source == "resume" else {}
+    return model, saved if source == "resume" else None
 
 
 def newest_whole(latest: Path) -> Path:
@@ -168,7 +201,7 @@ def _damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        read_checkpoint(path)
+        read(path)
     except PermissionError:
         raise
     except Exception as error:  # damage can hide in any part of an archive
@@ -182,50 +215,55 @@ def contents(
     scaler: torch.amp.GradScaler,
     config: TrainConfig,
     ranks: Ranks,
-) -> dict[str, Any]:
-    """What nanoGPT keeps, under its names, and beside it what resuming exactly needs.
+    progress: Progress,
+    tokenizer: dict[str, Any],
+    data: dict[str, Any],
+) -> Checkpoint:
+    """All of a run: a copy on the CPU of rank 0, which later steps leave alone.
 
-    A copy on the CPU of rank 0, which later steps leave alone. All ranks call it: shards are put together.
+    All ranks call it: shards are put together.
     """
-    flat, optimized, weights = config.flat(), optimizer.state_dict(), model.state_dict()
+    optimized, weights = optimizer.state_dict(), model.state_dict()
     weights = {name: _copy(weight, ranks) for name, weight in weights.items() if name != "lm_head.weight"}
     weights["lm_head.weight"] = weights["transformer.wte.weight"]  # tied: written once
     moments = {
         i: {name: _copy(value, ranks) for name, value in state.items()}
         for i, state in optimized["state"].items()
     }
-    found = {
-        "model": weights,
-        "optimizer": {"state": moments, "param_groups": optimized["param_groups"]},
-        "model_args": {name: flat[name] for name in MODEL_ARGS},
-        "config": flat,
-        "activation": config.model.activation,
-        "kernels": config.model.kernels,
-        "scaler": scaler.state_dict(),
-        "rng": ranks.gather(_rng_state(ranks.device)),
-    }
+    state = Checkpoint(
+        model=weights,
+        model_args=model_args(model.config),
+        gpt_config=dict(vars(model.config)),
+        optimizer={"state": moments, "param_groups": optimized["param_groups"]},
+        config=config.flat(),
+        tokenizer=tokenizer,
+        data=data,
+        scaler=scaler.state_dict(),
+        rng=ranks.gather(_rng_state(ranks.device)),
+        **vars(progress),
+    )
     if ranks.device_type == "cuda":
         torch.cuda.synchronize()  # the copies
-    return found
+    return state
 
 
 def restore(
-    checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, ranks: Ranks
+    saved: Checkpoint, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, ranks: Ranks
 ) -> None:
     """Optimizer, loss scale and this rank's random numbers, as they were. Raises ValueError.
 
     Of the optimizer, moments and step counts; learning rate, weight decay and betas stay those of this run.
     """
     own = optimizer.state_dict()["param_groups"]
-    saved = checkpoint.get("optimizer", {})
-    trained_with = checkpoint.get("config", {}).get("optimizer", "adamw")  # nanoGPT knows no other
+    moments_then = saved.optimizer or {"state": {}, "param_groups": []}
+    trained_with = saved.config.get("optimizer", "adamw")  # nanoGPT knows no other
     wanted = "muon" if isinstance(optimizer, Muon) else "adamw"
-    if saved and trained_with != wanted:
+    if saved.optimizer and trained_with != wanted:
         raise ValueError(
             f"the checkpoint was trained with {trained_with}, and {wanted} cannot go on from its moments: "
             f"give --optimizer={trained_with}, or take the weights alone by --init_from=PATH/ckpt.pt"
         )
-    sizes = [[len(group["params"]) for group in groups] for groups in (saved.get("param_groups", []), own)]
+    sizes = [[len(group["params"]) for group in groups] for groups in (moments_then["param_groups"], own)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"the checkpoint's optimizer has groups of {sizes[0]} tensors, this run's of {sizes[1]}"
@@ -233,7 +271,7 @@ def restore(
     params = [p for group in optimizer.param_groups for p in group["params"]]
     kept = [moments_of(group) for group in optimizer.param_groups for _ in group["params"]]
     for i, (p, names) in enumerate(zip(params, kept, strict=True)):
-        moments = saved.get("state", {}).get(i, dict.fromkeys(names, p))  # none before the first step
+        moments = moments_then["state"].get(i, dict.fromkeys(names, p))  # none before the first step
         for name in names:
             if name not in moments or moments[name].shape != p.shape:
                 found = tuple(moments[name].shape) if name in moments else "missing"
@@ -242,31 +280,48 @@ def restore(
                 )
     state = {
         i: {name: _shard_like(value, params[i]) for name, value in values.items()}
-        for i, values in saved.get("state", {}).items()
+        for i, values in moments_then["state"].items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": own})
-    if checkpoint.get("scaler"):
-        scaler.load_state_dict(checkpoint["scaler"])
-    rng = checkpoint.get("rng", [])
-    if ranks.rank < len(rng):
-        state = rng[ranks.rank]
-        torch.set_rng_state(state["cpu"])
-        if ranks.device_type in state.keys() - {"cpu"}:
-            _device_rng(ranks.device).set_rng_state(state[ranks.device_type])
+    if saved.scaler:
+        scaler.load_state_dict(saved.scaler)
+    if ranks.rank < len(saved.rng):
+        rng = saved.rng[ranks.rank]
+        torch.set_rng_state(rng["cpu"])
+        if ranks.device_type in rng.keys() - {"cpu"}:
+            _device_rng(ranks.device).set_rng_state(rng[ranks.device_type])
 
 
 class Saver:
-    """Writes checkpoints on a thread of its own, one at a time, while training goes on."""
+    """Saves a run. The file is written on a thread, one at a time, while training goes on."""
 
-    def __init__(self, folder: Path, keep_last: int):
-        self.folder, self.keep_last = folder, keep_last
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        config: TrainConfig,
+        ranks: Ranks,
+        tokenizer: dict[str, Any],
+        data: dict[str, Any],
+    ):
+        """`tokenizer` describes the run's tokenizer, `data` is what `train.data.preflight` returned."""
+        self.state = model, optimizer, scaler, config, ranks
+        self.tokenizer, self.data = tokenizer, data
+        self.config, self.ranks = config, ranks
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future[None] | None = None
 
-    def save(self, checkpoint: dict[str, Any], best: bool) -> None:
-        """Returns at once, or when the one before is written. Raises OSError for the one before."""
+    def save(self, progress: Progress, best: bool) -> None:
+        """Copies the run as it is now, and returns while the copy is written; for all ranks to call.
+
+        Waits for the checkpoint before it, and raises OSError where that could not be written.
+        """
         self.wait()
-        self.pending = self.thread.submit(save, self.folder, checkpoint, best, self.keep_last)
+        state = contents(*self.state, progress, self.tokenizer, self.data)
+        if self.ranks.is_main:
+            folder, keep_last = Path(self.config.out_dir), self.config.keep_last
+            self.pending = self.thread.submit(save, folder, state, best, keep_last)
 
     def wait(self) -> None:
         """Returns when all is written. Raises OSError where that failed."""
@@ -279,22 +334,22 @@ class Saver:
             self.pending.result()
 
 
-def save(folder: Path, checkpoint: dict[str, Any], best: bool, keep_last: int = 0) -> None:
+def save(folder: Path, checkpoint: Checkpoint, best: bool, keep_last: int = 0) -> None:
     """Replaces ckpt.pt and, for the best so far, best.pt. Raises OSError; what was there stays whole."""
     latest, temporary = folder / "ckpt.pt", folder / "ckpt.pt.tmp"
     try:
         temporary.unlink(missing_ok=True)
-        torch.save(checkpoint, temporary)
+        write(checkpoint, temporary)
         _flush(temporary)
         if best:
             _duplicate(temporary, folder / "best.pt")
         if keep_last:
-            _duplicate(temporary, folder / f"ckpt-{checkpoint['iter_num']}.pt")
+            _duplicate(temporary, folder / f"ckpt-{checkpoint.iter_num}.pt")
         temporary.replace(latest)  # the last: a run that is killed before goes on from the one before
         _flush(folder)
         # Those of later steps are of a run that was given up for one before it.
         steps = sorted(_numbered(folder).items())
-        kept = [step for step, _ in steps if step <= checkpoint["iter_num"]][-keep_last or len(steps) :]
+        kept = [step for step, _ in steps if step <= checkpoint.iter_num][-keep_last or len(steps) :]
         for step, path in steps:
             if step not in kept:
                 path.unlink()

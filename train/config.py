@@ -5,7 +5,7 @@ is "auto", resolved once and recorded.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +13,12 @@ import kernels
 from gpt import cli
 from gpt.cli import UserPath
 from gpt.device import DTYPES, resolve_compile, resolve_dtype
-from gpt.model import GPTConfig
+from gpt.model import RUN_OPTIONS, GPTConfig
 from train.distributed import Ranks
 
 PRESETS = Path(__file__).parent / "configs"
-SHAPE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "activation")  # a model's own
+# A model's own: what is loaded has them.
+SHAPE = tuple(option.name for option in fields(GPTConfig) if option.name not in RUN_OPTIONS)
 
 
 @dataclass

@@ -124,16 +124,15 @@ class TokenFile:
         return np.concatenate(starts)
 
 
-def preflight(files: dict[str, TokenFile], checkpoint: dict[str, Any], dataset: str) -> dict[str, Any]:
-    """Looks at the data before a training: returns what tells, later, whether it changed.
+def preflight(files: dict[str, TokenFile], before: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Looks at the data before a training: returns, by split, what tells later whether it changed.
 
     Raises ValueError, a sentence each, where meta.json counts otherwise than the files, where the model's
-    vocabulary is too small, and where `checkpoint`, which is to be resumed ({} for none), was trained on
-    other tokens under the same name. Of large files a sample is read, see TokenFile.pieces: TokenFile.batch
-    looks at every id again.
+    vocabulary is too small, and where the run that is resumed was trained on other tokens: `before` is what
+    this returned then, {} for a new run. Of large files a sample is read, see TokenFile.pieces:
+    TokenFile.batch looks at every id again.
     """
-    found = {}
-    before = checkpoint.get("data", {}) if checkpoint.get("config", {}).get("dataset") == dataset else {}
+    data: dict[str, dict[str, Any]] = {}
     for split, file in files.items():
         meta = shards.read_meta(file.path.parent)
         if meta and meta[split]["tokens"] != len(file):
@@ -153,14 +152,14 @@ def preflight(files: dict[str, TokenFile], checkpoint: dict[str, Any], dataset: 
             digest.update(ids.astype("<u4").data)
             largest = max(largest, int(ids.max()))
         file.check_ids(largest)
-        found[split] = {"tokens": len(file), "sha256_of_pieces": digest.hexdigest()}
-        if before.get(split, found[split]) != found[split]:
+        data[split] = {"tokens": len(file), "sha256_of_pieces": digest.hexdigest()}
+        if before.get(split, data[split]) != data[split]:
             raise ValueError(
                 f"{file.path} is not what the checkpoint was trained on: {before[split]['tokens']:,} tokens "
                 f"then, {len(file):,} now, or others; put the data back, or start a new run from the "
                 "checkpoint: --init_from=PATH of it, another --out_dir"
             )
-    return found
+    return data
 
 
 def _key(seed: int, epoch: int) -> U64:

@@ -17,7 +17,6 @@ before a "start" and is not before its iter has been replaced, and `read` leaves
 """
 
 import json
-import math
 import os
 import resource
 import sys
@@ -34,12 +33,12 @@ import torch
 from torch import Tensor
 
 from gpt.model import GPT
+from train.checkpoint import Progress
 from train.config import TrainConfig
 from train.distributed import Ranks
 from train.view import Lines
 
 SETTLING = 5  # steps after the start whose time says nothing about the rest
-HOPELESS = 20  # steps skipped in a row; float16 needs a few to find its loss scale
 
 
 class Metrics:
@@ -51,18 +50,16 @@ class Metrics:
         ranks: Ranks,
         model: GPT,
         view: Lines,
-        resumed: dict[str, Any],
-        evaluated: bool,
+        progress: Progress,
+        before: dict[str, Any],
     ):
-        """`evaluated`: `resumed`, the checkpoint that the run goes on from, followed its evaluation."""
+        """`progress` is where the run starts; `before` the flags of the run that it goes on from, or {}."""
         self.config, self.ranks, self.model, self.view = config, ranks, model, view
-        self.first_step = self.last_logged = resumed.get("iter_num", 0)
-        self.evaluated = evaluated
-        self.before: dict[str, Any] = resumed.get("config", {})
-        self.best_val_loss = float(resumed.get("best_val_loss", math.inf))
-        self.skipped_before: int = resumed.get("skipped", 0)
-        # counted on the device: in all, and in a row
-        self.skipped, self.in_a_row = torch.tensor([self.skipped_before, 0], device=ranks.device)
+        self.first_step = self.last_logged = progress.iter_num
+        self.evaluated = progress.evaluated
+        self.best_val_loss = progress.best_val_loss
+        self.skipped = progress.skipped
+        self.before = before
         self.mfu: float | None = None
         self.seconds: float | None = None  # a step, smoothed
         self.pauses: dict[str, list[float]] = {}  # seconds, by what was done meanwhile
@@ -124,27 +121,16 @@ class Metrics:
         for line in changed:
             self.print(line)
 
-    def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        """Called after each update; the GPU is waited for only when there is something to say.
+    def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, skipped: Tensor | int = 0) -> None:
+        """Called after each step; the GPU is waited for only when there is something to say.
 
-        Raises ValueError when no step has changed a weight for long.
+        `loss` is this rank's, `skipped` counts the steps so far that were left out.
         """
         config = self.config
         if self.ranks.is_main:
             self.view.advance(step + 1)
-        failed = ~grad_norm.isfinite()
-        self.skipped, self.in_a_row = self.skipped + failed, (self.in_a_row + 1) * failed
         if step % config.log_interval:
             return
-        if self.in_a_row >= HOPELESS:
-            latest = Path(config.out_dir, "ckpt.pt")
-            good = (
-                f"the last good checkpoint is {latest}" if latest.exists() else "there is no checkpoint yet"
-            )
-            raise ValueError(
-                f"the gradient has not been finite for the last {self.in_a_row} steps, up to step {step}: "
-                f"try a lower learning_rate than {config.learning_rate}, or another seed; {good}"
-            )
         mean_loss = (self.ranks.sum(loss.clone()) / self.ranks.world_size).item()
         if not self.ranks.is_main:
             return
@@ -154,12 +140,11 @@ class Metrics:
             mfu = self.model.estimate_mfu(sequences // self.ranks.world_size, seconds, config.dtype)
             self.mfu = mfu if self.mfu is None or mfu is None else 0.9 * self.mfu + 0.1 * mfu
             self.seconds = seconds if self.seconds is None else 0.9 * self.seconds + 0.1 * seconds
-        skipped = self.skipped_steps()
-        if skipped > self.skipped_before:
-            self.print(f"iter {step}: {skipped - self.skipped_before} skipped, the gradient was not finite")
-            self.skipped_before = skipped
+        before, self.skipped = self.skipped, int(skipped)
+        if self.skipped > before:
+            self.print(f"iter {step}: {self.skipped - before} skipped, the gradient was not finite")
         record = {
-            "iter": step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm.item(), "skipped": skipped,
+            "iter": step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm.item(), "skipped": self.skipped,
             "ms": 1000 * seconds, "tokens_per_s": sequences * config.model.block_size / seconds,
             "mfu": None if self.mfu is None else 100 * self.mfu, "memory_gb": _memory(config.device) / 1e9,
         }  # fmt: skip
@@ -176,18 +161,15 @@ class Metrics:
         if self.wandb is not None:
             self.wandb.log(record | ({} if self.mfu is None else {"mfu": 100 * self.mfu}))
 
-    def stop(self, step: int, reason: str, how: str) -> None:
-        """The run ends before it is finished; `how` it goes on."""
+    def stop(self, step: int, signal: str | None) -> None:
+        """The run ends before it is finished, by a signal to this rank or, without one, to another."""
         if self.ranks.is_main:
+            reason = f"stopped by {signal}" if signal else "stopped with another rank"
+            latest = Path(self.config.out_dir, "ckpt.pt")
+            how = f"--init_from=resume goes on from {latest}" if latest.exists() else "nothing is saved yet"
             self._write(_event("stop", step, reason=reason))
             self.view.close()
             self.print(f"{reason} after {step} steps: {how}")
-
-    def skipped_steps(self) -> int:
-        return int(self.skipped)
-
-    def last_was_skipped(self) -> bool:
-        return bool(self.in_a_row)
 
     @contextmanager
     def paused(self, doing: str) -> Iterator[None]:

@@ -163,3 +163,15 @@ def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
         optimizer.step()
     elif grad_norm.isfinite():
         optimizer.step()
+
+
+class SkippedSteps:
+    """How many steps were left out by `step_if_finite`, counted on the device: nobody waits for it."""
+
+    def __init__(self, total: int, device: str):
+        """`total` were skipped before."""
+        self.total, self.in_a_row = torch.tensor([total, 0], device=device)
+
+    def count(self, grad_norm: Tensor) -> None:
+        failed = ~grad_norm.isfinite()
+        self.total, self.in_a_row = self.total + failed, (self.in_a_row + 1) * failed

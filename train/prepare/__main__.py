@@ -41,8 +41,8 @@ class PrepareConfig:
     each is a document; documents for validation are drawn at random.
     """
 
-    input: str  # a file, a folder or a glob of .txt, .jsonl or .parquet; several with commas between
-    name: str  # name of the data set, for --dataset
+    input: UserPath  # a file, a folder or a glob of .txt, .jsonl or .parquet; several with commas between
+    name: UserPath  # name of the data set, for --dataset
     tokenizer: UserPath = "gpt2"  # gpt2, char (an id a character), a tokenizer.json, or a model's folder
     field: str = "text"  # the column of .jsonl and .parquet that holds the text
     val_fraction: float = 0.1  # share for validation, of the characters or of the documents
@@ -54,7 +54,7 @@ class PrepareConfig:
 class TokenizerConfig:
     """Train a byte-pair encoding on a text of your own, split into words as GPT-2's is."""
 
-    input: str  # a file, a folder or a glob of .txt, .jsonl or .parquet; several with commas between
+    input: UserPath  # a file, a folder or a glob of .txt, .jsonl or .parquet; several with commas between
     vocab_size: int = 16384  # tokens, <|endoftext|> among them
     output: UserPath = "tokenizer.json"  # for --tokenizer of `text`
     field: str = "text"  # the column of .jsonl and .parquet that holds the text

@@ -9,7 +9,9 @@ import gzip
 import json
 import math
 import re
+import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +25,9 @@ from gpt import cli
 
 PIECE = 1 << 20  # characters that are encoded at a time
 SPLIT_SEED = 2357  # nanoGPT's
-KINDS = (".txt", ".jsonl", ".parquet")  # what is read of a folder, in any case of its letters
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of the package datasets
+KINDS = (".txt", ".jsonl", ".ndjson", ".parquet")  # what is read of a folder, in any case of its letters
+# The readers of the package datasets.
+READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # How compressed files begin.
 MAGIC = {
     "gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ", "bzip2": b"BZh", "zip": b"PK\3\4",
@@ -65,7 +68,8 @@ def files(inputs: str, field: str = "text", val_fraction: float = 0.1) -> Corpus
     """What `inputs` names: files, folders and globs, separated by commas. Raises ValueError and OSError.
 
     A single file of text is a running text; else each file of text is a document, and so is the column
-    `field` of each row of a .jsonl, .json or .parquet file. Any but .parquet may be compressed as .gz.
+    `field` of each row of a .jsonl, .ndjson, .json, .csv or .parquet file. Any but .parquet may be compressed
+    as .gz.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must be above 0 and below 1")
@@ -81,7 +85,7 @@ def files(inputs: str, field: str = "text", val_fraction: float = 0.1) -> Corpus
             try:
                 table = _load(inputs, reader, data_files=[str(p) for p in of_kind])
             except OSError as error:
-                bad_line = _line_that_is_not_json(of_kind) if kind == ".jsonl" else ""
+                bad_line = _line_that_is_not_json(of_kind) if kind in (".jsonl", ".ndjson") else ""
                 raise OSError(f"{error}{bad_line}") from None
             splits.append(_rows(table, field, val_fraction))
     train, val = map(_joined, zip(*splits))
@@ -101,14 +105,27 @@ def find(inputs: str) -> list[Path]:
     for name in [inputs] if Path(inputs).exists() else map(cli.read_path, inputs.split(",")):
         here: list[Path] = []
         for path in map(Path, [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))):
-            # A Mac leaves a file ._NAME of its own beside each that it copies.
-            inside = (p for p in path.rglob("*") if _kind(p) in KINDS and not p.name.startswith("._"))
-            here += sorted(inside) if path.is_dir() else [path]
+            here += _inside(path) if path.is_dir() else [path]
         paths |= dict.fromkeys(here)
         if not here:
             what = ".txt, .jsonl or .parquet in" if Path(name).is_dir() else "file"
             raise FileNotFoundError(f"there is no {what} {name}")
     return list(paths)
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The files of a folder that are read, sorted; prints which others are left out."""
+    # A Mac leaves a file ._NAME of its own beside each that it copies.
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("._"))
+    others = Counter(_kind(p) for p in paths if _kind(p) not in KINDS and not p.name.startswith("."))
+    if others:
+        counts = ", ".join(f"{n:,} {kind or 'without an ending'}" for kind, n in others.most_common())
+        print(
+            f"{folder}: of a folder only .txt, .jsonl and .parquet are read; left out: {counts} "
+            f"(a glob takes them: '{folder}/**/*{next(iter(others))}')",
+            file=sys.stderr,
+        )
+    return [p for p in paths if _kind(p) in KINDS]
 
 
 def cut(chunks: Iterable[str], look_back: int = 1 << 16) -> Iterator[str]:

@@ -31,6 +31,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, path: Path) -> None:
         show_progress=os.isatty(2),
         special_tokens=[ENDS_OF_TEXT[0]],
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     bpe.save(str(temporary))
     temporary.replace(path)
