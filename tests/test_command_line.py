@@ -9,7 +9,6 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
 import pytest
 import torch
 
@@ -799,22 +798,6 @@ def test_the_tokenizers_files_have_a_folder_or_a_sentence(tmp_path, monkeypatch)
         parse(["mine.py"])
 
 
-def test_text_of_ones_own_by_character(workplace, monkeypatch, capsys):
-    text = "To be, or not to be — that is the question.\n" * 50
-    Path("mine.txt").write_text(text)
-    flags = ["text", "--input=mine.txt", "--tokenizer=char", "--name=mine"]
-    assert command(prepare.main, monkeypatch, capsys, *flags)[0] == 0
-    # read the way nanoGPT reads
-    with open("data/mine/meta.pkl", "rb") as f:
-        meta = pickle.load(f)
-    parts = [np.memmap(f"data/mine/{part}.bin", dtype=np.uint16, mode="r") for part in ("train", "val")]
-    assert "".join(meta["itos"][i] for part in parts for i in part) == text
-    assert len(parts[0]) == int(len(text) * 0.9)
-    assert meta["vocab_size"] == len(set(text)) and all(meta["itos"][i] == c for c, i in meta["stoi"].items())
-    code, _, err = command(prepare.main, monkeypatch, capsys, *flags)
-    assert code == 1 and "data/mine is there already" in err
-
-
 def test_what_lies_in_the_folder_of_a_data_set_stays(workplace):
     """As nanoGPT's prepare.py does."""
     folder = Path("data/half")
@@ -828,22 +811,6 @@ def test_what_lies_in_the_folder_of_a_data_set_stays(workplace):
         "train.bin",
         "val.bin",
     }
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["shakespear"], "no corpus is called 'shakespear'"),
-        (["text", "--input=nowhere.txt", "--name=x"], "there is no file nowhere.txt"),
-        (["text", "--input=latin.txt", "--name=x"], "latin.txt is not UTF-8 text: byte 3"),
-        (["text", "--input=empty.txt", "--name=x"], "the text has 0 characters"),
-    ],
-)
-def test_a_mistake_in_preparing_is_one_sentence(workplace, monkeypatch, capsys, args, message):
-    Path("latin.txt").write_bytes("caf\xe9s".encode("latin-1"))
-    Path("empty.txt").touch()
-    code, _, err = command(prepare.main, monkeypatch, capsys, *args)
-    assert code == 1 and message in err and err.count("\n") == 1
 
 
 def test_the_standard_library_is_a_corpus():

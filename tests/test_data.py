@@ -31,7 +31,7 @@ def token_file(folder, n, block_size=8, vocab_size=65536, seed=0):
     return TokenFile(path, GPTConfig(block_size=block_size, vocab_size=vocab_size), seed)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(n=st.integers(9, 3000), block_size=st.integers(1, 8), seed=st.integers(-5, 2**40))
 def test_an_epoch_visits_every_window_once_and_none_overlap(tmp_path_factory, n, block_size, seed):
     file = token_file(tmp_path_factory.mktemp("data"), n, block_size, seed=seed)
@@ -43,8 +43,8 @@ def test_an_epoch_visits_every_window_once_and_none_overlap(tmp_path_factory, n,
         assert n - len(starts) * block_size <= 2 * block_size
 
 
-@settings(max_examples=30, deadline=None)
-@given(position=st.integers(0, 5000), count=st.integers(1, 400))
+@settings(max_examples=20, deadline=None)
+@given(position=st.integers(0, 5000), count=st.integers(1, 100))
 def test_any_stretch_can_be_read_directly(tmp_path_factory, position, count):
     file = token_file(tmp_path_factory.mktemp("data"), 700)
     one_by_one = [file.starts(p, 1)[0] for p in range(position, position + count)]
@@ -134,7 +134,7 @@ def llm_c_shard(path, ids, magic=20240520, version=1, dtype=np.uint16, count=Non
     path.write_bytes(header.tobytes() + np.asarray(ids, dtype).tobytes())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 90), min_size=1, max_size=9),
     block_size=st.integers(1, 70),
@@ -156,9 +156,8 @@ def test_shards_give_the_batches_of_the_file_they_would_make(
     config = GPTConfig(block_size=block_size, vocab_size=65536)
     one, many = (TokenFile(folder / "train.bin", config, seed) for folder in (whole, cut))
     assert len(one) == len(many) == len(ids)
-    for position in range(0, 2 * one.windows, 5):
-        for a, b in zip(one.batch(position, 5), many.batch(position, 5)):
-            assert torch.equal(a, b)
+    for a, b in zip(one.batch(0, 2 * one.windows), many.batch(0, 2 * one.windows)):
+        assert torch.equal(a, b)
     starts = one.starts(0, one.windows)
     expected = np.stack([ids[s : s + block_size + 1] for s in starts]).astype(np.int64)
     assert np.array_equal(many.read(starts, block_size + 1), expected)
@@ -312,8 +311,7 @@ def test_data_of_a_larger_vocabulary_than_the_models_is_told(workplace):
     run("--vocab_size=22")
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize(("split", "large"), [("train", False), ("val", True)])
 def test_data_that_changed_since_the_checkpoint_is_told(workplace, monkeypatch, split, large):
     if large:
         monkeypatch.setattr(data, "LOOKED_AT", (50, 20))

@@ -2,6 +2,8 @@
 
 {corpora}
 
+Those called _char get an id for each character, the others GPT-2's byte-pair encoding.
+
 text                a text of your own: --input=FILES --name=NAME --tokenizer=gpt2|char|PATH
 tokenizer           trains one on your own text: --input=FILES --vocab_size=N --output=PATH
 inspect NAME        shows a data set

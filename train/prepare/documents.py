@@ -85,9 +85,8 @@ def files(inputs: str, field: str = "text", val_fraction: float = 0.1) -> Corpus
             try:
                 table = _load(inputs, reader, data_files=[str(p) for p in of_kind])
             except OSError as error:
-                raise OSError(
-                    f"{error}{_line_that_is_not_json(of_kind) if kind in ('.jsonl', '.ndjson') else ''}"
-                ) from None
+                bad_line = _line_that_is_not_json(of_kind) if kind in (".jsonl", ".ndjson") else ""
+                raise OSError(f"{error}{bad_line}") from None
             splits.append(_rows(table, field, val_fraction))
     train, val = map(_joined, zip(*splits))
     return Corpus(train, val, source)
