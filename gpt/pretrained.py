@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gpt import checkpoint, tokenizer
+from gpt.atomic import replacing
 from gpt.checkpoint import MASKS, Checkpoint
 from gpt.model import GPT, RUN_OPTIONS, GPTConfig
 
@@ -209,9 +210,8 @@ def save_checkpoint(model: GPT, described: dict[str, Any], path: Path) -> None:
         tokenizer=described,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    checkpoint.write(saved, partial)
-    partial.replace(path)
+    with replacing(path) as temporary:
+        checkpoint.write(saved, temporary)
 
 
 def save_hugging_face(model: GPT, described: dict[str, Any], folder: Path) -> None:

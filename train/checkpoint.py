@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gpt import tokenizer
+from gpt.atomic import flush, replacing
 from gpt.checkpoint import Checkpoint, model_args, read, write
 from gpt.model import GPT, RUN_OPTIONS
 from gpt.pretrained import (
@@ -38,7 +39,7 @@ from gpt.pretrained import (
 )
 from train.config import SHAPE, TrainConfig
 from train.distributed import Ranks
-from train.optim import Muon, moments_of
+from train.optim import Optimizer
 
 
 @dataclass
@@ -241,9 +242,7 @@ def contents(
     return state
 
 
-def restore(
-    saved: Checkpoint, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, ranks: Ranks
-) -> None:
+def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScaler, ranks: Ranks) -> None:
     """Optimizer, loss scale and this rank's random numbers, as they were. Raises ValueError.
 
     Of the optimizer, moments and step counts; learning rate, weight decay and betas stay those of this run.
@@ -251,11 +250,10 @@ def restore(
     own = optimizer.state_dict()["param_groups"]
     moments_then = saved.optimizer or {"state": {}, "param_groups": []}
     trained_with = saved.config.get("optimizer", "adamw")  # nanoGPT knows no other
-    wanted = "muon" if isinstance(optimizer, Muon) else "adamw"
-    if saved.optimizer and trained_with != wanted:
+    if saved.optimizer and trained_with != optimizer.name:
         raise ValueError(
-            f"the checkpoint was trained with {trained_with}, and {wanted} cannot go on from its moments: "
-            f"give --optimizer={trained_with}, or take the weights alone by --init_from=PATH/ckpt.pt"
+            f"the checkpoint was trained with {trained_with}, and {optimizer.name} cannot go on from its "
+            f"moments: give --optimizer={trained_with}, or take the weights alone by --init_from=PATH/ckpt.pt"
         )
     sizes = [[len(group["params"]) for group in groups] for groups in (moments_then["param_groups"], own)]
     if sizes[0] != sizes[1]:
@@ -263,8 +261,8 @@ def restore(
             f"the checkpoint's optimizer has groups of {sizes[0]} tensors, this run's of {sizes[1]}"
         )
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = [moments_of(group) for group in optimizer.param_groups for _ in group["params"]]
-    for i, (p, names) in enumerate(zip(params, kept, strict=True)):
+    names_of = [optimizer.moments(group) for group in optimizer.param_groups for _ in group["params"]]
+    for i, (p, names) in enumerate(zip(params, names_of, strict=True)):
         moments = moments_then["state"].get(i, dict.fromkeys(names, p))  # none before the first step
         for name in names:
             if name not in moments or moments[name].shape != p.shape:
@@ -330,17 +328,17 @@ class Saver:
 
 def save(folder: Path, checkpoint: Checkpoint, best: bool, keep_last: int = 0) -> None:
     """Replaces ckpt.pt and, for the best so far, best.pt. Raises OSError; what was there stays whole."""
-    latest, temporary = folder / "ckpt.pt", folder / "ckpt.pt.tmp"
+    latest = folder / "ckpt.pt"
     try:
-        temporary.unlink(missing_ok=True)
-        write(checkpoint, temporary)
-        _flush(temporary)
-        if best:
-            _duplicate(temporary, folder / "best.pt")
-        if keep_last:
-            _duplicate(temporary, folder / f"ckpt-{checkpoint.iter_num}.pt")
-        temporary.replace(latest)  # the last: a run that is killed before goes on from the one before
-        _flush(folder)
+        # ckpt.pt gets its name last: a run that is killed before goes on from the one before.
+        with replacing(latest) as temporary:
+            write(checkpoint, temporary)
+            flush(temporary)
+            if best:
+                _duplicate(temporary, folder / "best.pt")
+            if keep_last:
+                _duplicate(temporary, folder / f"ckpt-{checkpoint.iter_num}.pt")
+        flush(folder)
         # Those of later steps are of a run that was given up for one before it.
         steps = sorted(_numbered(folder).items())
         kept = [step for step, _ in steps if step <= checkpoint.iter_num][-keep_last or len(steps) :]
@@ -348,7 +346,6 @@ def save(folder: Path, checkpoint: Checkpoint, best: bool, keep_last: int = 0) -
             if step not in kept:
                 path.unlink()
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError when the disk is full
-        temporary.unlink(missing_ok=True)
         kept_whole = "the previous one is whole" if latest.exists() else "there is none yet"
         raise OSError(f"the checkpoint {latest} could not be written ({error}); {kept_whole}") from None
 
@@ -439,13 +436,13 @@ def _shard_like(value: Any, parameter: Tensor) -> Any:
 def _rng_state(device: str) -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if device != "cpu":
-        state[device.partition(":")[0]] = _device_rng(device).get_rng_state()
+        state[torch.device(device).type] = _device_rng(device).get_rng_state()
     return state
 
 
 def _device_rng(device: str) -> Any:
     """torch.cuda or torch.mps: the generator of this rank's device, which is the current one."""
-    return getattr(torch, device.partition(":")[0])
+    return getattr(torch, torch.device(device).type)
 
 
 def _duplicate(source: Path, target: Path) -> None:
@@ -453,20 +450,9 @@ def _duplicate(source: Path, target: Path) -> None:
 
     Saving never writes into a file that has a name, so neither name can change the other's bytes.
     """
-    temporary = target.with_name(f"{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-        _flush(temporary)
-    temporary.replace(target)
-
-
-def _flush(path: Path) -> None:
-    """Makes what a file holds, or the names that a folder holds, outlive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with replacing(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            flush(temporary)

@@ -201,6 +201,6 @@ def _permute(index: U64, n: int, key: U64) -> U64:
 
 def to_device(batch: tuple[Tensor, Tensor], device: str) -> tuple[Tensor, Tensor]:
     """Copies to `device`; from pinned memory the CPU does not wait for it."""
-    if device.startswith("cuda"):
+    if torch.device(device).type == "cuda":
         return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)  # type: ignore[return-value]
     return tuple(t.to(device) for t in batch)  # type: ignore[return-value]

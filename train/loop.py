@@ -23,11 +23,18 @@ from gpt.sample import SampleConfig, generate
 from gpt.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, from_dict, unknown
 from train import checkpoint, distributed, fit
 from train.checkpoint import Progress
-from train.config import TrainConfig, asked_batch_size, resolve, save_config
+from train.config import TrainConfig, resolve, save_config
 from train.data import TokenFile, describe, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import Metrics
-from train.optim import SkippedSteps, clip_gradient, learning_rate, optimizer_for, step_if_finite
+from train.optim import (
+    Optimizer,
+    SkippedSteps,
+    clip_gradient,
+    learning_rate,
+    optimizer_for,
+    step_if_finite,
+)
 from train.profiler import Profile
 from train.signals import StopRequest
 from train.view import Lines
@@ -82,9 +89,9 @@ def train(
     # What is trained, and by what.
     precision = partial(autocast, ranks.device, config.dtype)
     fitted = ""
-    if config.batch_size == "auto":
+    if "auto" in given.get("batch_size", ())[-1:]:
         steps_on = partial(trial, config=config, ranks=ranks, precision=precision)
-        config, fitted = fit.micro_batch(config, asked_batch_size(given), model, ranks, steps_on)
+        config, fitted = fit.micro_batch(config, model, ranks, steps_on)
     trained, optimizer, scaler = prepare(model, config, ranks)
     progress = Progress(began=config.init_from)
     before: dict[str, Any] = {}
@@ -187,7 +194,7 @@ def train(
 
 def prepare(
     model: GPT, config: TrainConfig, ranks: Ranks
-) -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
+) -> tuple[nn.Module, Optimizer, torch.amp.GradScaler]:
     """What is trained (the model, compiled, in its strategy), what trains it, and its loss scale."""
     trained = distributed.parallel(model, config.strategy, config.compile, config.dtype, ranks)
     optimizer = optimizer_for(model, config, ranks.device_type)
@@ -238,7 +245,7 @@ def read_ahead(file: TokenFile, position: int, size: int, ranks: Ranks) -> Itera
         start = position + (i * ranks.world_size + ranks.rank) * size
         return to_device(file.batch(start, size), ranks.device)
 
-    start_thread = partial(torch.cuda.set_device, ranks.device) if ranks.device.startswith("cuda") else None
+    start_thread = partial(torch.cuda.set_device, ranks.device) if ranks.device_type == "cuda" else None
     with ThreadPoolExecutor(1, initializer=start_thread) as thread:
         ahead = thread.submit(assemble, 0)
         for i in count(1):

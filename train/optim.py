@@ -12,12 +12,20 @@ from gpt.model import GPT
 from train.config import TrainConfig
 
 
-def optimizer_for(model: GPT, config: TrainConfig, device_type: str) -> torch.optim.Optimizer:
-    """The one that `config` names: AdamW as in nanoGPT, or Muon."""
-    adamw = model.configure_optimizers(
-        config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device_type
-    )
-    return adamw if config.optimizer == "adamw" else Muon(model, adamw)
+class AdamW(torch.optim.AdamW):
+    """nanoGPT's: matrices and embeddings are decayed, norms and biases are not."""
+
+    name = "adamw"
+
+    def __init__(self, model: GPT, config: TrainConfig, device_type: str):
+        lr, betas = config.learning_rate, (config.beta1, config.beta2)
+        plain = model.configure_optimizers(config.weight_decay, lr, betas, device_type)
+        super().__init__(plain.param_groups, lr, betas, fused=plain.defaults["fused"])
+
+    @staticmethod
+    def moments(group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the tensors that are kept for each tensor of `group`, and have its shape."""
+        return ("exp_avg", "exp_avg_sq")
 
 
 class Muon(torch.optim.Optimizer):
@@ -28,15 +36,17 @@ class Muon(torch.optim.Optimizer):
     have, so that one learning rate and weight decay serve both. Queries, keys and values lie in one tensor
     and are made orthogonal apart. Shards are put together first, and every rank does the same work.
 
-    It computes what torch.optim.Muon does. Why it is not that one: a step whose gradient is not finite is
-    skipped on the device, where a GPU is told so and nobody waits; and on CPUs, where bfloat16 is slow, it
-    works in float32.
+    It computes what torch.optim.Muon does. We do not use that one because we skip a step whose gradient is
+    not finite on the device, without a sync, and because it works in bfloat16, which is slow on CPUs.
 
     Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/; the scale is that of Liu et al., 2025,
     https://arxiv.org/abs/2502.16982
     """
 
-    def __init__(self, model: GPT, adamw: torch.optim.AdamW, momentum: float = 0.95):
+    name = "muon"
+
+    def __init__(self, model: GPT, config: TrainConfig, device_type: str, momentum: float = 0.95):
+        adamw = AdamW(model, config, device_type)
         decayed, plain = adamw.param_groups
         blocks = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
         packed = [p for name, p in blocks.items() if name.endswith("c_attn.weight")]
@@ -91,10 +101,20 @@ class Muon(torch.optim.Optimizer):
         buffer.copy_(mean)
         weight.copy_(moved)
 
+    @staticmethod
+    def moments(group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if "momentum" in group else AdamW.moments(group)
 
-def moments_of(group: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the tensors that the optimizer keeps for each tensor of `group`."""
-    return ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")
+
+# An optimizer is its class, which says its name and its moments, and its entry here and in TrainConfig.
+Optimizer = AdamW | Muon
+OPTIMIZERS: tuple[type[Optimizer], ...] = (AdamW, Muon)
+
+
+def optimizer_for(model: GPT, config: TrainConfig, device_type: str) -> Optimizer:
+    """The one that `config` names, for the parameters of `model`."""
+    (optimizer,) = (each for each in OPTIMIZERS if each.name == config.optimizer)
+    return optimizer(model, config, device_type)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
