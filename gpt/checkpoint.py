@@ -16,12 +16,11 @@ from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_type
 import torch
 from torch import Tensor
 
+from gpt.hugging_face import MASKS
 from gpt.model import GPTConfig
 
 # nanoGPT calls GPTConfig(**model_args): these seven and no eighth.
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-# Causal masks that older versions of nanoGPT and transformers kept among the weights.
-MASKS = (".attn.bias", ".attn.masked_bias")
 WRAPPERS = ("module", "_orig_mod")  # DDP and torch.compile put these into the names of the weights
 
 

@@ -16,7 +16,8 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
@@ -25,8 +26,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+from gpt import hugging_face
 from gpt.device import DTYPES
 from gpt.flops import flops_per_token, peak_flops
+from gpt.sampling import Sampling, check_drawn, choose
 
 # Hugging Face has a package of this name; whichever Python finds first is the one.
 if not hasattr(kernels, "OPS"):
@@ -182,10 +185,8 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight  # tied
 
         self.apply(self._init_weights)
-        for (
-            name,
-            p,
-        ) in self.named_parameters():  # GPT-2: 2 n_layer adds to the stream keep its size
+        # GPT-2: the stream is a sum of 2 n_layer outputs, so each starts smaller by the root of that.
+        for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
 
@@ -197,13 +198,18 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = False
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        return_logits: bool = False,
+        reduction: Literal["mean", "none"] = "mean",
     ) -> tuple[Tensor | None, Tensor | None]:
         """idx (B, T) int64 token ids, targets (B, T) the ids that follow or -1 where nothing is to be learnt.
 
-        Returns (logits, loss). With targets, the loss is their mean cross-entropy in nats, and the logits
-        (B, T, V) come only when asked for: the fused loss never forms them. Without targets, the logits are
-        those of the last position, (B, 1, V), and the loss is None.
+        Returns (logits, loss). With targets, the loss is their mean cross-entropy in nats, or with
+        reduction="none" that of each, (B, T), 0 where the target is -1. The logits (B, T, V) come only on
+        request: the fused loss never forms them. Without targets, the logits are those of the last position,
+        (B, 1, V), and the loss is None.
         """
         T = idx.size(1)
         if self.config.block_size < T:
@@ -211,12 +217,15 @@ class GPT(nn.Module):
         x = self.transformer(idx)  # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None
-        if not return_logits:
+        how: dict[str, Any] = {"ignore_index": -1, "reduction": reduction}
+        logits = None
+        if return_logits:
+            logits = self.lm_head(x)
+            loss = self.ops.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), **how)
+        else:
             rows, weight = x.view(-1, x.size(-1)), self.lm_head.weight
-            return None, self.ops.linear_cross_entropy(rows, weight, targets.reshape(-1), ignore_index=-1)
-        logits = self.lm_head(x)
-        loss = self.ops.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
-        return logits, loss
+            loss = self.ops.linear_cross_entropy(rows, weight, targets.reshape(-1), **how)
+        return logits, loss if reduction == "mean" else loss.view_as(targets)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, by default without the position embeddings."""
@@ -233,14 +242,34 @@ class GPT(nn.Module):
         wpe.num_embeddings = block_size
 
     @classmethod
-    def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":
+    def from_pretrained(
+        cls,
+        model_type: str,
+        override_args: dict[str, Any] | None = None,
+        device: str = "cpu",
+        dtype: str = "bfloat16",
+    ) -> "GPT":
         """OpenAI's GPT-2 by its Hugging Face name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or folder.
 
-        Only dropout may be overridden. Needs `transformers` (the extra [hf]).
+        On `device`, in float32, with the GELU it was trained with: the same logits. RUN_OPTIONS may be
+        overridden. Needs `transformers` (the extra [hf]). Raises ValueError.
         """
-        from gpt.pretrained import from_hugging_face  # it imports this file
+        override_args = override_args or {}
+        if not override_args.keys() <= set(RUN_OPTIONS):
+            raise ValueError(f"only {', '.join(RUN_OPTIONS)} may be overridden, not {sorted(override_args)}")
+        values, weights = hugging_face.read(model_type)
+        model = cls(GPTConfig(**values | override_args), device, dtype)
+        model.load_weights(weights, model_type)
+        return model.to(device)
 
-        return from_hugging_face(model_type, override_args or {})
+    def load_weights(self, weights: dict[str, Tensor], source: str | Path) -> None:
+        """Copies `weights`, which are from `source`. Raises ValueError naming the first that does not fit."""
+        own = self.state_dict()
+        for name in sorted(own.keys() | weights.keys()):
+            have, want = (tuple(d[name].shape) if name in d else "missing" for d in (weights, own))
+            if have != want:
+                raise ValueError(f"{source} does not fit the model: {name} is {have} there and {want} here")
+        self.load_state_dict(weights)
 
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
@@ -271,6 +300,7 @@ class GPT(nn.Module):
         flops = self.flops_per_token() * self.config.block_size * fwdbwd_per_iter
         return None if peak is None else flops / dt / peak
 
+    @torch.no_grad()
     def generate(
         self,
         idx: Tensor,
@@ -282,14 +312,15 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Continues idx (B, T) by `max_new_tokens` sampled ids -> (B, T + max_new_tokens).
 
-        The context is the last block_size tokens. Put the model into eval mode first. The sampling is that of
-        `gpt.generate.choose`; prompts of different lengths, several samples of each, and tokens as they come
-        are `gpt.generate.stream`'s. Raises ValueError where the logits are not finite.
+        As in nanoGPT, every token costs a pass over all before it; `gpt.generate.stream` draws the same
+        tokens with a cache, and is what to use. Put the model into eval mode first. Raises ValueError where
+        the logits are not finite.
         """
-        from gpt.generate import Sampling, check_drawn, stream  # it imports this file
-
         sampling = Sampling(temperature, top_k, top_p)
-        new = list(stream(self, list(idx), max_new_tokens, sampling, generator=generator))
-        continued = torch.cat((idx, *(ids[:, None] for ids in new)), dim=1)
-        check_drawn(continued)
-        return continued
+        for _ in range(max_new_tokens):
+            # The model sees at most block_size tokens; the logits are those of the last.
+            logits, _ = self(idx[:, -self.config.block_size :])
+            drawn = choose(logits[:, -1], sampling, generator)
+            check_drawn(drawn)
+            idx = torch.cat((idx, drawn[:, None]), dim=1)
+        return idx

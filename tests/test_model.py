@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from gpt.flops import flops_per_token, peak_flops
 from gpt.model import GPT, GPTConfig
-from gpt.pretrained import from_hugging_face
 
 SMALL = GPTConfig(block_size=32, vocab_size=65, n_layer=3, n_head=4, n_embd=64, bias=True, kernels="torch")
 
@@ -87,6 +86,14 @@ def test_logits_loss_and_every_gradient_equal_the_formulas(bias, activation):
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, leaves[name].grad, rtol=1e-8, atol=1e-12, msg=name)
 
+    for return_logits in (True, False):
+        _, each = model(idx, targets, return_logits, reduction="none")
+        assert each.shape == (2, 20) and torch.equal(each == 0, targets == -1)
+        torch.testing.assert_close(each.sum() / 38, expected_loss.detach(), rtol=1e-10, atol=1e-10)
+        row = expected.detach()[1, 4]
+        torch.testing.assert_close(
+            each[1, 4], torch.logsumexp(row, 0) - row[targets[1, 4]], rtol=1e-8, atol=0
+        )
     fused_none, fused_loss = model(idx, targets)
     assert fused_none is None
     torch.testing.assert_close(fused_loss, expected_loss.detach(), rtol=1e-10, atol=1e-10)
@@ -107,7 +114,7 @@ def test_hugging_face_gpt2_gives_the_same_logits(function, tmp_path):
     for p in hf.parameters():
         p.data += 0.05 * torch.randn_like(p)
     hf.save_pretrained(tmp_path)
-    model = from_hugging_face(str(tmp_path), {"kernels": "torch"}).eval()
+    model = GPT.from_pretrained(str(tmp_path), {"kernels": "torch"}).eval()
     assert model.config.activation == {"gelu": "gelu", "gelu_new": "gelu_tanh"}[function]
     idx = tokens(2, 32)
     with torch.no_grad():
@@ -115,7 +122,7 @@ def test_hugging_face_gpt2_gives_the_same_logits(function, tmp_path):
         logits, _ = model(idx, idx, return_logits=True)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="only dropout"):
-        from_hugging_face(str(tmp_path), {"n_layer": 2})
+        GPT.from_pretrained(str(tmp_path), {"n_layer": 2})
 
 
 def test_ten_golden_losses_of_nanogpt():

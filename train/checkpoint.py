@@ -33,7 +33,6 @@ from gpt.pretrained import (
     GPT2_NAMES,
     checkpoint_in,
     from_checkpoint,
-    from_hugging_face,
     hugging_face_tokenizer,
     is_hugging_face,
 )
@@ -148,7 +147,7 @@ def initial_model(
     overrides = {name: getattr(wanted, name) for name in RUN_OPTIONS}
     saved: Checkpoint | None = None
     if is_hugging_face(source):
-        model = from_hugging_face(source, overrides, device, config.dtype)
+        model = GPT.from_pretrained(source, overrides, device, config.dtype)
         trained_with = hugging_face_tokenizer(source)
     else:
         source_path = latest if source == "resume" else Path(source)

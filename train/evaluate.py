@@ -194,11 +194,8 @@ def _losses(model: GPT, rows: Sequence[Row], device: str) -> Tensor:
         inputs[: len(ids) - 1] = ids[:-1]  # filled up on the right, where what counts does not look
         wanted[row.first - 1 : len(ids) - 1] = ids[row.first :]
     idx, targets = to_device((idx, targets), device)
-    x = model.transformer(idx)
-    losses = model.ops.linear_cross_entropy(
-        x.flatten(0, 1), model.lm_head.weight, targets.flatten(), ignore_index=-1, reduction="none"
-    )
-    return losses.view_as(targets)
+    _, losses = model(idx, targets, reduction="none")
+    return losses
 
 
 def _endings(model: GPT, tokens: Tokenizer, context: str, endings: Sequence[str]) -> Iterator[Row]:
