@@ -9,7 +9,9 @@ gives the same initial bits. What differs: the residual add is fused with the La
 T, 3, H, D) as it is, and the training loss is computed without returning logits.
 
 References: Radford et al., 2019 (GPT-2); https://github.com/karpathy/nanoGPT; Press and Wolf, 2017,
-https://arxiv.org/abs/1608.05859 (tied embeddings).
+https://arxiv.org/abs/1608.05859 (tied embeddings); Henry et al., 2020, https://arxiv.org/abs/2010.04245, and
+Dehghani et al., 2023, https://arxiv.org/abs/2302.05442 (qk_norm; RMSNorm without weights as in
+https://github.com/KellerJordan/modded-nanogpt).
 """
 
 import math
@@ -54,6 +56,7 @@ class GPTConfig:
     dropout: float = 0.0  # probability of dropping; 0 for pretraining, 0.1 and more for fine-tuning
     bias: bool = True  # biases in Linear and LayerNorm layers, as GPT-2; without is a bit better and faster
     activation: str = "gelu"  # gelu (erf, nanoGPT's) or gelu_tanh (OpenAI's and Hugging Face's GPT-2)
+    qk_norm: bool = False  # queries and keys of each head normalised to a root mean square of 1
     kernels: str = "auto"  # who computes: auto, triton, torch, or with exceptions: triton,attention=torch
     activation_checkpointing: bool = False  # blocks keep their input only and compute the rest once more
 
@@ -80,12 +83,17 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
+        self.qk_norm = config.qk_norm
         self.dropout = config.dropout
         self.ops = ops
 
     def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        if self.qk_norm:
+            # q and k get the length sqrt(D): no score grows beyond it, so that no head saturates.
+            qk = F.rms_norm(qkv[:, :, :2], qkv.shape[-1:], eps=1e-5).type_as(qkv)
+            qkv = torch.cat((qk, qkv[:, :, 2:]), dim=2)
         if attend is not None:
             y = attend(qkv)
         else:

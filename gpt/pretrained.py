@@ -152,4 +152,9 @@ def save_hugging_face(model: GPT, described: dict[str, Any], folder: Path) -> No
 
     Raises ValueError for a model that GPT-2's format cannot express.
     """
+    for name, value in checkpoint.beyond_gpt2(model.config).items():
+        raise ValueError(
+            f"GPT-2's format cannot say {name}={value}, which this model has, and its logits would differ: "
+            "convert it to a ckpt.pt"
+        )
     hugging_face.write(vars(model.config), model.state_dict(), described, folder)
