@@ -62,7 +62,13 @@ def parse_given(
             flags.append(word if value is None else f"{word}={value}")
         else:
             try:
-                scope[name] = read_value(described[name], value)
+                # Names of files stay as the system gave them.
+                is_path = described[name].type is UserPath
+                text = value if is_path else typed_text(value, sys.getfilesystemencoding())
+                scope[name] = read_value(described[name], text)
+            except UnicodeDecodeError:
+                print(f"error: --{name}={value!a} is not UTF-8 text", file=sys.stderr)
+                sys.exit(2)
             except ValueError as error:
                 print(f"error: --{error}", file=sys.stderr)
                 sys.exit(2)
@@ -124,6 +130,30 @@ def read_text(path: Path) -> str:
         raise ValueError(
             f"{path} is not UTF-8 text: byte {error.start:,} cannot be read; convert it to UTF-8"
         ) from None
+
+
+def typed_text(text: str, encoding: str) -> str:
+    """What was typed, where Python has read it in the locale's `encoding` and kept other bytes as surrogates.
+
+    It is UTF-8 whatever the locale is, or else text in the locale's encoding. Raises UnicodeDecodeError.
+    """
+    try:
+        content = text.encode(encoding, "surrogateescape")
+    except UnicodeEncodeError:
+        return text  # not from the locale: Python itself has made it
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return content.decode(encoding)
+
+
+def ask(prompt: str) -> str:
+    """A line that is typed, see `typed_text`. Raises ValueError, EOFError."""
+    line = input(prompt)
+    try:
+        return typed_text(line, sys.stdin.encoding or "utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{line!a} is not UTF-8 text") from None
 
 
 class Flag(NamedTuple):
@@ -196,6 +226,10 @@ def read_path(text: str) -> str:
     path = os.path.expanduser(text)
     if path == "~" or path.startswith("~/"):
         raise ValueError(f"{text}: this user has no home folder; set HOME, or write the path without ~")
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:  # the locale lacks a character: the name of the file is in UTF-8
+        path = os.fsdecode(path.encode())
     return path
 
 
@@ -286,6 +320,8 @@ def run(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # for `ask`
     try:
         main()
     except BrokenPipeError:  # nobody reads on, as after `| head`
@@ -331,7 +367,7 @@ def _flags_of_file(path: Path, described: Mapping[str, Flag], scope: dict[str, A
                 exec(compile(ast.Module([statement], []), str(path), "exec"), scope, namespace)
                 written = {name for name in scope if scope[name] is not before.get(name, MISSING)}
                 lines |= dict.fromkeys(written | namespace.written, statement.lineno)
-    except Exception as error:  # whatever the file does
+    except (Exception, SystemExit) as error:  # whatever the file does
         where, line = _position(error, path)
         raise ValueError(f"{where}, line {line}: {type(error).__name__}: {error}") from None
     flags = []
@@ -378,7 +414,7 @@ def _importing_from(folder: Path) -> Iterator[None]:
                 del sys.modules[name]
 
 
-def _position(error: Exception, path: Path) -> tuple[str, int]:
+def _position(error: BaseException, path: Path) -> tuple[str, int]:
     """The innermost file and line of the config's folder that an error came from."""
     places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):

@@ -14,6 +14,7 @@ Dehghani et al., 2023, https://arxiv.org/abs/2302.05442 (qk_norm; RMSNorm withou
 https://github.com/KellerJordan/modded-nanogpt).
 """
 
+import importlib.util
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -27,16 +28,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import kernels
 from gpt import hugging_face
 from gpt.device import DTYPES
 from gpt.flops import flops_per_token, peak_flops
 from gpt.sampling import Sampling, check_drawn, choose
 
 # Hugging Face has a package of this name; whichever Python finds first is the one.
-if not hasattr(kernels, "OPS"):
+try:
+    import kernels
+
+    other = "" if hasattr(kernels, "OPS") else next(iter(kernels.__path__))
+except Exception:  # what the other package imports may be missing
+    spec = importlib.util.find_spec("kernels")
+    other = str(Path(spec.origin).parent) if spec and spec.origin else ""
+    if other in ("", str(Path(__file__).parents[1] / "kernels")):
+        raise
+if other:
     sys.exit(
-        f"error: the package kernels in {next(iter(kernels.__path__))} is not this project's, and hides it; "
+        f"error: the package kernels in {other} is not this project's, and hides it; "
         "move that folder away or `pip uninstall kernels`, then `pip install -e .` in this project again"
     )
 

@@ -2,8 +2,6 @@
 
 import difflib
 import json
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,20 +64,11 @@ def is_hugging_face(source: str) -> bool:
 
 
 def hugging_face_tokenizer(name: str) -> dict[str, Any]:
-    """The tokenizer of one of OpenAI's GPT-2s or of a folder, by `to_dict`.
-
-    A folder without any has GPT-2's where the embedding has GPT-2's rows, or nanoGPT's padding of them; of
-    other vocabularies the tokenizer is unknown.
-    """
+    """The tokenizer of one of OpenAI's GPT-2s or of a folder, by `to_dict`: unknown where it has none."""
     if not Path(name).is_dir():
         return {"kind": "gpt2"}
     rows = json.loads(Path(name, "config.json").read_text(encoding="utf-8")).get("vocab_size", 50257)
-    described = tokenizer.describe_folder(Path(name), rows)
-    if described["kind"] == "unknown" and rows in (tokenizer.GPT2_VOCAB_SIZE, 50304):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{name} has no tokenizer: with {rows} symbols GPT-2's is taken", file=sys.stderr)
-        return {"kind": "gpt2"}
-    return described
+    return tokenizer.describe_folder(Path(name), rows)
 
 
 def load(

@@ -176,7 +176,7 @@ def converse(model: GPT, tokens: tokenizer.Tokenizer, config: SampleConfig) -> N
     config = replace(config, num_samples=1)
     while True:
         try:
-            show(model, tokens, [encode(model, tokens, input("> "))], config)
+            show(model, tokens, [encode(model, tokens, cli.ask("> "))], config)
         except EOFError:
             return print()
         except ValueError as error:
@@ -205,8 +205,8 @@ def main() -> None:
 
 def _prompts(config: SampleConfig) -> list[str]:
     if config.prompts:
-        lines = cli.read_text(Path(config.prompts)).splitlines()
-        if not lines:
+        lines = cli.read_text(Path(config.prompts)).removesuffix("\n").split("\n")
+        if lines == [""]:
             raise ValueError(f"{config.prompts} holds no prompts: write one a line")
         return lines
     from_file = config.start.startswith("FILE:")

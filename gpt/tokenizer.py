@@ -123,12 +123,16 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         """Special tokens in the text become their ids; none is added."""
         self.bpe.encode_special_tokens = False  # which means: find them
-        return self.bpe.encode(text, add_special_tokens=False).ids
+        return self._ids(text)
 
     def encode_ordinary(self, text: str) -> NDArray[np.uint32]:
         """As a corpus is encoded: special tokens in it are text like any other."""
         self.bpe.encode_special_tokens = True
-        return np.array(self.bpe.encode(text, add_special_tokens=False).ids, np.uint32)
+        return np.array(self._ids(text), np.uint32)
+
+    def _ids(self, text: str) -> list[int]:
+        # Unlike `encode`, this lets other threads run meanwhile, and does not compute where each token stood.
+        return self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids past the vocabulary, which a padded one can give, are left out."""
@@ -218,8 +222,8 @@ def describe_folder(folder: Path, rows: int | None = None) -> dict[str, Any]:
         return unknown(
             size,
             f"{folder} has {there}, so what its {size:,} symbols are is unknown: no prompt can be encoded; "
-            "put the model's tokenizer.json into the folder (transformers writes it: AutoTokenizer"
-            ".from_pretrained(...).save_pretrained(FOLDER))",
+            "put the model's tokenizer.json into the folder, for GPT-2's encoding by transformers: "
+            f"AutoTokenizer.from_pretrained('gpt2').save_pretrained({str(folder)!r})",
         )
     size = _json_vocab_size(text, str(folder / "tokenizer.json"))
     content = json.loads(text)

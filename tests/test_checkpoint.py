@@ -440,8 +440,11 @@ def test_fine_tuning_takes_the_shape_of_the_checkpoint_or_refuses(workplace):
         run("--init_from=out/ckpt.pt", "--n_embd=64", out_dir="tuned")
 
 
-def test_gpt2_by_folder_starts_a_fine_tuning(workplace):
-    """`init_from=gpt2*` goes through transformers, here with a small model of random weights."""
+def test_gpt2_by_folder_starts_a_fine_tuning_with_the_tokenizer_of_the_data(workplace, capsys):
+    """`init_from=gpt2*` goes through transformers, here with a small model of random weights.
+
+    The folder has no tokenizer, so that of the data is taken, with a line that says so.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     hf = GPT2LMHeadModel(GPT2Config(vocab_size=50257, n_positions=32, n_layer=1, n_head=2, n_embd=16))
@@ -450,14 +453,14 @@ def test_gpt2_by_folder_starts_a_fine_tuning(workplace):
         "--init_from=gpt2-small --dataset=tiny --device=cpu --batch_size=2 --gradient_accumulation_steps=1 "
     )
     flags += "--eval_iters=1 --max_iters=1 --learning_rate=0 --min_lr=0 --block_size=16"
-    config, given = parse(flags.split())
-    with pytest.raises(
-        ValueError, match="gpt2-small was trained with another tokenizer or alphabet than data/tiny"
-    ):
+    note = "gpt2-small does not say which tokenizer it was trained with: that of data/tiny is taken, "
+    for out_dir, data_tokenizer in (("chars", "char (21 symbols)"), ("out", "gpt2 (50,257 symbols)")):
+        config, given = parse([*flags.split(), f"--out_dir={out_dir}"])
         train(config, distributed.start("auto", "cpu"), given)
-    (workplace / "data" / "tiny" / "meta.pkl").unlink()
-    train(config, distributed.start("auto", "cpu"), given)
+        assert f"{note}{data_tokenizer}\n" in capsys.readouterr().out
+        (workplace / "data" / "tiny" / "meta.pkl").unlink(missing_ok=True)
     model, state = pretrained.from_checkpoint(Path("out/ckpt.pt"))
+    assert state.tokenizer == {"kind": "gpt2"}
     assert state.gpt_config["activation"] == "gelu_tanh" and state.model_args["block_size"] == 16
     idx = torch.arange(16)[None]
     torch.testing.assert_close(

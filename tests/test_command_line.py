@@ -302,6 +302,7 @@ def test_accumulation_that_does_not_divide_and_nccl_without_gpus():
     [
         ("n_layer = 2\nn_head = = 3", "line 2: SyntaxError"),
         ("n_layer = 2\nn_head = layers", "line 2: NameError: name 'layers' is not defined"),
+        ("n_layer = 2\nexit(0)", "line 2: SystemExit: 0"),
     ],
 )
 def test_a_mistake_in_a_config_file_is_one_sentence(workplace, monkeypatch, capsys, content, message):
@@ -638,20 +639,47 @@ def test_a_tilde_that_is_not_a_path_stays(monkeypatch):
     assert (config.wandb_run_name, config.out_dir, config.init_from) == ("~/x", "a~/b", "/home/me")
 
 
-def test_prompt_files_are_utf8_whatever_the_locale_is(tmp_path):
-    (tmp_path / "p.txt").write_bytes("\ufeffgröße\n".encode())
+def test_what_is_typed_or_read_from_a_file_is_utf8_whatever_the_locale_is(tmp_path):
+    (tmp_path / "größe.txt").write_bytes("\ufeffgröße\n".encode())
     (tmp_path / "latin.txt").write_bytes("größe\n".encode("latin-1"))
-    program = (
-        "from gpt.sample import *; from gpt.sample import _prompts\n"
-        "print(ascii(_prompts(SampleConfig(prompts='p.txt')) + _prompts(SampleConfig(start='FILE:p.txt'))))\n"
-        "cli.run(lambda: _prompts(SampleConfig(start='FILE:latin.txt')))"
-    )
+    (tmp_path / "größe").mkdir()
+    (tmp_path / "c.py").write_bytes("prompts = 'größe.txt'\nout_dir = 'größe'".encode())
+    program = """if True:
+        from gpt.sample import *
+        from gpt.sample import _prompts
+        config = cli.parse(SampleConfig, sys.argv[1:4], "sample")
+        print(ascii([config.stop, *_prompts(config), *_prompts(replace(config, prompts=""))]))
+        for main in (
+            lambda: _prompts(SampleConfig(start="FILE:latin.txt")),
+            lambda: cli.parse(SampleConfig, sys.argv[4:], "sample"),
+            lambda: [print(ascii(cli.ask("")), Path(config.out_dir).exists()) for _ in range(3)],
+        ):
+            try:
+                cli.run(main)
+            except SystemExit as stop:
+                print(stop, file=sys.stderr)
+    """
     environment = surroundings(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    flags = ["c.py", "--stop=ü", "--start=FILE:größe.txt", b"--start=\xfc"]
     result = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert result.stdout == ascii(["größe", "größe\n"]) + "\n"
-    assert result.stderr == "error: latin.txt is not UTF-8 text: byte 2 cannot be read; convert it to UTF-8\n"
+        [sys.executable, "-c", program, *flags],
+        cwd=tmp_path, env=environment, input="größe\nü\n".encode() + b"\xfc\n", capture_output=True,
+    )  # fmt: skip
+    assert result.stdout.decode().splitlines() == [
+        ascii(["ü", "größe", "größe\n"]), ascii("größe") + " True", ascii("ü") + " True",
+    ], result.stderr.decode()  # fmt: skip
+    assert result.stderr.decode().splitlines() == [
+        "error: latin.txt is not UTF-8 text: byte 2 cannot be read; convert it to UTF-8",
+        r"error: --start='\udcfc' is not UTF-8 text",
+        "2",
+        r"error: '\udcfc' is not UTF-8 text",
+    ]
+
+
+def test_what_is_typed_in_a_locale_of_its_own_encoding_is_read_as_either():
+    for typed in ("größe", "größe".encode().decode("latin-1")):
+        assert cli.typed_text(typed, "latin-1") == "größe"
+    assert cli.typed_text("größe", "utf-8") == cli.typed_text("größe", "ascii") == "größe"
 
 
 def started(tmp_path, *args, **environment):
@@ -672,11 +700,18 @@ def test_a_rank_without_the_rest_of_torchrun_is_told(workplace):
     )
 
 
-@pytest.mark.parametrize("file", ["__init__.py", "readme.txt"])
-def test_another_package_called_kernels_is_told(tmp_path, file):
-    """Hugging Face's, or a folder that stands where Python looks first."""
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("__init__.py", "def get_kernel(name): pass"),
+        ("__init__.py", "import a_package_that_is_not_installed"),
+        ("readme.txt", ""),
+    ],
+)
+def test_another_package_called_kernels_is_told(tmp_path, file, content):
+    """Hugging Face's, whole or broken, or a folder that stands where Python looks first."""
     (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / file).write_text("def get_kernel(name): pass\n")
+    (tmp_path / "kernels" / file).write_text(content)
     program = f"import sys, runpy; sys.path[:0] = [{str(tmp_path)!r}]\n"
     if file == "readme.txt":  # as an editable install is looked for last, a folder without __init__.py wins
         program += "import types; sys.modules['kernels'] = kernels = types.ModuleType('kernels')\n"
@@ -711,6 +746,15 @@ def test_a_seed_beyond_64_bits_is_told(monkeypatch, capsys):
         assert code == 2
         assert err == f"error: --seed={2**64} must be a whole number of at most 64 bits\n"
     assert parse([f"--seed={2**64 - 1}"])[0].seed == 2**64 - 1
+
+
+@pytest.mark.parametrize(("seed", "of_rank_1"), [(1337, 1338), (2**64 - 1, 0), (-1, 0)])
+def test_every_rank_of_every_seed_has_random_numbers_of_its_own(workplace, monkeypatch, seed, of_rank_1):
+    config, given = parse([*TINY, f"--seed={seed}"])
+    monkeypatch.setattr("train.checkpoint.find_start", lambda *args: sys.exit("started"))
+    with pytest.raises(SystemExit, match="started"):
+        train(config, distributed.Ranks(1, 2, "cpu", None), given)
+    assert torch.initial_seed() == of_rank_1
 
 
 @pytest.mark.parametrize("name", ["", ".", "./"])

@@ -1,5 +1,6 @@
 """The promises of the data order, and what is said of files that cannot be read."""
 
+import gzip
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from gpt import sample
 from gpt.model import GPTConfig
 from gpt.tokenizer import describe_dataset, from_dict, read_meta
-from tests.runs import run, surroundings
+from tests.runs import run
 from tests.test_command_line import command
 from train import data, metrics, shards
 from train.data import TokenFile, describe
@@ -108,6 +109,12 @@ def test_files_that_cannot_be_read_are_told(tmp_path):
         FileNotFoundError, match=r"there is no .*train.bin, and no shard with the word train in its name"
     ):
         describe(tmp_path)
+    with path.open("wb") as f:
+        np.save(f, np.arange(100, dtype=np.uint16) % 10)
+    for content, kind in ((path.read_bytes(), "a NumPy array"), (gzip.compress(b"ids"), "compressed .gzip.")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"train.bin is {kind}.*, not a file of ids: write"):
+            TokenFile(path, config, 0)
     path.write_bytes(b"\0" * 31)
     with pytest.raises(ValueError, match="odd number of bytes, 31"):
         TokenFile(path, config, 0)
@@ -184,7 +191,7 @@ def test_a_shard_belongs_to_the_split_whose_word_is_in_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("vocab_size", [40, 50257, 128256])
-def test_uint32_ids_without_a_header_are_refused_and_the_command_in_the_sentence_converts_them(
+def test_uint32_ids_without_a_header_are_refused_and_what_the_sentence_says_converts_them(
     tmp_path, vocab_size
 ):
     """Read as uint16, every second one is 0, or at most 1 where the vocabulary is past 16 bits."""
@@ -194,8 +201,13 @@ def test_uint32_ids_without_a_header_are_refused_and_the_command_in_the_sentence
     config = GPTConfig(block_size=8, vocab_size=vocab_size)
     with pytest.raises(ValueError, match=r"train.bin has uint32 ids without a header") as error:
         TokenFile(path, config, 0)
-    convert = str(error.value).partition('python -c "')[2].removesuffix('"')
-    subprocess.run([sys.executable, "-c", convert], check=True, env=surroundings())
+    convert = str(error.value).partition("Convert it: ")[2]
+    if vocab_size > 65536:
+        assert convert == "write train.shards.header(np.uint32, 3000) before its bytes"
+        path.write_bytes(shards.header(np.uint32, 3000) + path.read_bytes())
+    else:
+        code = convert.removeprefix('python -c "').removesuffix('"')
+        subprocess.run([sys.executable, "-c", code], check=True)
     file = TokenFile(path, config, 0)
     assert len(file) == 3000 and file.read(np.array([0]), 3000)[0].tolist() == ids.tolist()
 

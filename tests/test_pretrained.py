@@ -175,7 +175,8 @@ def test_gpt2s_encoding_is_known_by_its_ids(tmp_path):
     assert tokenizer.describe_folder(tmp_path, 50257)["kind"] == "json"
 
 
-@pytest.mark.parametrize("rows", [300, 50265])
+# GPT-2's own number of rows, and nanoGPT's, say nothing about the tokenizer either.
+@pytest.mark.parametrize("rows", [300, 50257, 50304])
 def test_a_folder_without_a_tokenizer_goes_there_and_back_and_says_so(tmp_path, monkeypatch, capsys, rows):
     monkeypatch.chdir(tmp_path)
     other_language("hf", rows)
@@ -189,6 +190,7 @@ def test_a_folder_without_a_tokenizer_goes_there_and_back_and_says_so(tmp_path, 
     assert code == 1 and f"vocab_size={rows - 8} is too small: the tokenizer has {rows} symbols" in err
     code, _, err = command(sample.main, monkeypatch, capsys, "--init_from=a.pt", "--device=cpu")
     assert code == 1 and "no prompt can be encoded; put the model's tokenizer.json into the folder" in err
+    assert "AutoTokenizer.from_pretrained('gpt2').save_pretrained('hf')" in err
 
 
 def test_truncation_and_padding_in_a_tokenizer_json_change_no_text(tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,13 +31,8 @@ def test_imports_go_one_way(folder):
 
 
 def test_only_the_parser_imports_the_command_line_library():
-    users = {
-        p.relative_to(ROOT).as_posix()
-        for f in FOLDERS
-        for p in (ROOT / f).rglob("*.py")
-        if "tyro" in imports(p)
-    }
-    assert users == {"gpt/cli.py"}
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    assert [path for path in paths if "tyro" in imports(path)] == [ROOT / "gpt" / "cli.py"]
 
 
 def test_every_module_can_be_imported_with_torch_and_numpy_alone():
@@ -60,50 +56,54 @@ def test_every_module_can_be_imported_with_torch_and_numpy_alone():
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
 
 
-def test_the_layout_in_contributing_is_the_tree():
-    """Every file named there exists, and every module is named there."""
-    block = re.search(r"## Layout\n\n```\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)[1]
-    named, folder = set(), ""
-    for line in block.splitlines():
-        if not line.startswith(" "):
-            folder = line.strip().rstrip("/")
-            assert (ROOT / folder).is_dir()
-            continue
-        for word in line.split("   ")[0].split() + re.findall(r"\S+\.py", line):
-            if word.endswith((".py", ".sh", "/")):
-                named.add(f"{folder}/{word}".rstrip("/"))
-    for path in named:
-        assert (ROOT / path).exists(), path
-    modules = {p.relative_to(ROOT).as_posix() for f in FOLDERS for p in (ROOT / f).glob("*.py")}
-    assert {m for m in modules if not m.endswith("__init__.py")} <= named
-
-
 FAKE_PYTHON = """#!/bin/sh
+echo "$*" >> log
 case "$*" in
     --version*) echo "Python 3.11.0" ;;
     *"-m venv"*) rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-    *"-m pip"*) echo pip >> log; [ ! -e broken ] ;;
+    *"-m pip"*) [ ! -e broken ] ;;
+    "-m train.prepare plays_char") exit ${PREPARE_ENDS_WITH:-0} ;;
+    *"sys.version_info"*) exit ${TOO_OLD:-0} ;;
 esac
 """
 
 
-def executable(path, text):
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
-
-
-def test_an_interrupted_install_is_made_again_and_a_whole_one_is_not(tmp_path):
-    python = executable(tmp_path / "python", FAKE_PYTHON)
+@pytest.fixture
+def run_make(tmp_path):
+    """Runs make with a Python that only writes down what it is asked."""
+    (tmp_path / "python").write_text(FAKE_PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    shutil.copytree(ROOT / "train", tmp_path / "train", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     for name in ("Makefile", "setup.py", "constraints.txt"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
+        shutil.copy(ROOT / name, tmp_path)
 
-    def install():
-        done = subprocess.run(
-            ["make", f"PYTHON={python}", "install"], cwd=tmp_path, capture_output=True, text=True
-        )
+    def run(*arguments, **environment):
+        result = subprocess.run(
+            ["make", f"PYTHON={tmp_path}/python", *arguments],
+            cwd=tmp_path, env={"PATH": "/usr/bin:/bin"} | environment, capture_output=True, text=True,
+        )  # fmt: skip
         log = tmp_path / "log"
-        return done.returncode == 0, log.read_text().count("pip") if log.exists() else 0
+        return result, log.read_text() if log.exists() else ""
+
+    return run
+
+
+def test_make_alone_lists_the_targets(run_make):
+    listing = run_make()[0].stdout
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert len(targets) > 5 and all(f"make {target}" in listing for target in targets)
+
+
+def test_an_old_python_is_refused(run_make, tmp_path):
+    result, _ = run_make("quickstart", TOO_OLD="1")
+    assert result.returncode != 0 and "Python 3.11 or newer is needed" in result.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_an_interrupted_install_is_made_again_and_a_whole_one_is_not(run_make, tmp_path):
+    def install():
+        result, log = run_make("install")
+        return result.returncode == 0, log.count("-m pip")
 
     (tmp_path / "broken").touch()
     assert install() == (False, 1)
@@ -114,33 +114,11 @@ def test_an_interrupted_install_is_made_again_and_a_whole_one_is_not(tmp_path):
     assert install() == (True, 3)
 
 
-@pytest.mark.parametrize(("code", "dataset"), [(0, "plays_char"), (1, "stdlib_char"), (130, None)])
-def test_quickstart_goes_on_with_the_standard_library_where_the_plays_cannot_be_had(tmp_path, code, dataset):
-    python = executable(
-        tmp_path / "python",
-        f'#!/bin/sh\necho "$*" >> log\n[ "$*" != "-m train.prepare plays_char" ] || exit {code}\n',
-    )
-    done = subprocess.run(
-        ["sh", str(ROOT / "train" / "quickstart.sh")],
-        cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHON": str(python), "DATA": "plays_char"},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    steps = (tmp_path / "log").read_text().splitlines()
-    if dataset is None:
-        assert done.returncode == 130 and len(steps) == 1
-        return
-    assert done.returncode == 0, done.stderr
-    assert f"-m train quickstart --dataset={dataset} --out_dir=out-quickstart-{dataset}" in steps
-    assert ("could not be fetched" in done.stdout) == (code == 1)
-
-
-def test_make_lists_its_targets_and_refuses_an_old_python(tmp_path):
-    listing = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert all(f"make {target}" in listing for target in ("quickstart", "test", "lint", "help"))
-    old = executable(tmp_path / "python3", "#!/bin/sh\nexit 1\n")
-    for name in ("Makefile", "setup.py", "constraints.txt"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    command = ["make", f"PYTHON={old}", "quickstart"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode != 0 and "Python 3.11 or newer is needed" in result.stderr
-    assert not (tmp_path / ".venv").exists()
+@pytest.mark.parametrize(("code", "dataset"), [("0", "plays_char"), ("1", "stdlib_char"), ("130", None)])
+def test_quickstart_goes_on_with_the_standard_library_where_the_plays_cannot_be_had(run_make, code, dataset):
+    result, log = run_make("quickstart", PREPARE_ENDS_WITH=code)
+    trainings = [line for line in log.splitlines() if line.startswith("-m train quickstart")]
+    expected = f"-m train quickstart --dataset={dataset} --out_dir=out-quickstart-{dataset}"
+    assert trainings == ([expected] if dataset else []), result.stderr
+    assert (result.returncode == 0) == (dataset is not None)
+    assert ("could not be fetched" in result.stdout) == (code == "1")

@@ -162,6 +162,12 @@ def initial_model(
             f"{where} was trained with another tokenizer or alphabet than data/{config.dataset} has: "
             f"{tokenizer.name(trained_with)}, and the data {tokenizer.name(tokens)}"
         )
+    if trained_with["kind"] == "unknown" != tokens["kind"] and source != "resume" and ranks.is_main:
+        print(
+            f"{where} does not say which tokenizer it was trained with: that of data/{config.dataset} "
+            f"is taken, {tokenizer.name(tokens)}",
+            flush=True,
+        )
     if source != "resume" and wanted.block_size < model.config.block_size and "block_size" in given:
         model.crop_block_size(wanted.block_size)
     for name in SHAPE:

@@ -227,7 +227,7 @@ def _hellaswag(source: str) -> Iterator[tuple[str, list[str], int]]:
     else:
         if not Path(source).is_file():
             raise FileNotFoundError(f"there is no file {source}: give HellaSwag's jsonl, or --hellaswag=hub")
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
+        lines = cli.read_text(Path(source)).split("\n")
         examples = [_example(source, number, line) for number, line in enumerate(lines, start=1) if line]
     if not examples:
         raise ValueError(f"{source} holds no examples")

@@ -60,7 +60,7 @@ def train(
     given = given or {}
     out_dir = Path(config.out_dir)
     # Each rank draws dropout masks of its own. It draws weights too, but those of rank 0 are taken.
-    torch.manual_seed(config.seed + ranks.rank)
+    torch.manual_seed((config.seed + ranks.rank) % 2**64)  # the largest seed has ranks too
     # Where float32 is asked for on a GPU, TF32 is good enough for matrix products. A CPU has none.
     torch.backends.cuda.matmul.allow_tf32 = True
 

