@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from gpt.device import autocast, resolve_dtype
 from gpt.model import GPT
 from gpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 from train import distributed, fit
-from train.data import TokenFile, to_device
+from train.data import Split, to_device
 from train.distributed import Ranks
 from train.metrics import to_json
 
@@ -117,11 +117,12 @@ def on_tokens(model: GPT, described: dict[str, Any], config: EvaluateConfig, ran
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: prepare the data first, see python -m train.prepare")
     theirs = tokenizer.describe_dataset(path.parent)
-    if (
-        not tokenizer.fits(described, theirs) and theirs["kind"] != "gpt2"
-    ):  # GPT-2's leaves no trace beside the file
+    # GPT-2's leaves no trace beside the file.
+    if not tokenizer.fits(described, theirs) and theirs["kind"] != "gpt2":
         raise ValueError(f"{path} was prepared with another tokenizer or alphabet than the model's")
-    file = TokenFile(path, replace(model.config, block_size=1), seed=0)
+    file = Split(path, model.config.vocab_size or 0)
+    if len(file) < 2:
+        raise ValueError(f"{path} has {len(file)} tokens: a loss needs two, a token and the one before it")
     block_size = model.config.block_size
     stride = config.stride or block_size
     if not 1 <= stride <= block_size:

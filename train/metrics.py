@@ -82,11 +82,8 @@ class Metrics:
             return
         config, c = self.config, self.config.model
         step = config.sequences * c.block_size
-        parameters, flops, tokens = (
-            self.model.get_num_params(),
-            self.model.flops_per_token(),
-            step * config.max_iters,
-        )
+        tokens = step * config.max_iters
+        parameters, flops = self.model.get_num_params(), self.model.flops_per_token()
         gpu = torch.cuda.get_device_name(config.device) if self.ranks.device_type == "cuda" else None
         self.beginning = _event(
             "start", self.first_step, evaluated=self.evaluated, config=config.flat(), parameters=parameters,
