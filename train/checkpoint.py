@@ -59,7 +59,7 @@ class Progress:
 
     @classmethod
     def after(cls, saved: Checkpoint, config: TrainConfig) -> "Progress":
-        """Of the run that goes on from `saved`."""
+        """Of the run that goes on from `saved`; one of defaults alone is that of a new run."""
         progress = cls(**{key.name: getattr(saved, key.name) for key in fields(cls)})
         if saved.position is None:
             # nanoGPT draws its windows at random: go on where a run of ours would be after as many steps.
@@ -131,22 +131,23 @@ def _modified(path: Path) -> float:
 
 def initial_model(
     config: TrainConfig, given: Container[str], tokens: dict[str, Any], ranks: Ranks, start: Start
-) -> tuple[GPT, Checkpoint | None]:
-    """The model that `start` names, and the checkpoint to resume, which a new run has none of.
+) -> tuple[GPT, Checkpoint]:
+    """The model that `start` names, and the checkpoint to resume; a new run gets one of defaults alone.
 
     `given` are the flags that were set, `tokens` describes the tokenizer of the data. Raises ValueError where
     flags, checkpoint and data disagree.
     """
     wanted, device = config.model, ranks.device
     source, latest, _ = start
+    nothing = Checkpoint(model={}, model_args={})
     if source == "scratch":
         vocab_size = wanted.vocab_size or tokenizer.padded_vocab_size(tokens)
-        return GPT(replace(wanted, vocab_size=vocab_size), device, config.dtype).to(device), None
+        return GPT(replace(wanted, vocab_size=vocab_size), device, config.dtype).to(device), nothing
 
     source = checkpoint_in(source)
     overrides = {name: getattr(wanted, name) for name in RUN_OPTIONS}
-    saved: Checkpoint | None = None
     if is_hugging_face(source):
+        saved = nothing
         model = GPT.from_pretrained(source, overrides, device, config.dtype)
         trained_with = hugging_face_tokenizer(source)
     else:
@@ -174,7 +175,7 @@ def initial_model(
         asked, has = getattr(wanted, name), getattr(model.config, name)
         if name in given and asked not in (None, has):
             raise ValueError(f"{where} has {name}={has}, and {name}={asked} was asked for; leave it out")
-    return model, saved if source == "resume" else None
+    return model, saved if source == "resume" else nothing
 
 
 def newest_whole(latest: Path) -> Path:
