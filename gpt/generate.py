@@ -113,8 +113,8 @@ class Cache:
 
     def _fill(self, layer: Tensor, qkv: Tensor) -> Tensor:
         """Causal attention of the prompts, qkv (B / samples, T, 3, H, D); their keys and values are kept."""
-        kept = layer.unflatten(0, (-1, self.samples))[..., : qkv.size(1), :]
-        kept.copy_(qkv[:, :, 1:].permute(0, 2, 3, 1, 4)[:, None])
+        rows = layer.unflatten(0, (-1, self.samples))[..., : qkv.size(1), :]
+        rows.copy_(qkv[:, :, 1:].permute(0, 2, 3, 1, 4)[:, None])
         return self.model.ops.causal_attention(qkv)
 
     def _append(self, layer: Tensor, qkv: Tensor) -> Tensor:

@@ -74,8 +74,8 @@ def write(
     except ImportError:
         raise ValueError("writing a Hugging Face folder needs safetensors: pip install -e '.[hf]'") from None
     end = tokenizer.GPT2_END_OF_TEXT if described["kind"] == "gpt2" else None
-    if described["kind"] == "json" and (found := tokenizer.end_of_text(described["json"])):
-        end = found[1]
+    if described["kind"] == "json" and (own := tokenizer.end_of_text(described["json"])):
+        end = own[1]
     activation = next(theirs for theirs, ours in ACTIVATION.items() if ours == config["activation"])
     theirs = {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": "float32",

@@ -44,8 +44,8 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     if sampling.top_p is not None and sampling.top_p < 1:
         falling, order = probabilities.sort(descending=True)
         likelier = falling.cumsum(-1) - falling
-        kept = falling.masked_fill(likelier >= sampling.top_p, 0)
-        probabilities = torch.zeros_like(kept).scatter(1, order, kept)  # the draw needs no sum of 1
+        nucleus = falling.masked_fill(likelier >= sampling.top_p, 0)
+        probabilities = torch.zeros_like(nucleus).scatter(1, order, nucleus)  # the draw needs no sum of 1
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0].where(can_draw[:, 0], -1)
 
 

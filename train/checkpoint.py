@@ -137,15 +137,15 @@ def initial_model(
     `given` are the flags that were set, `tokens` describes the tokenizer of the data. Raises ValueError where
     flags, checkpoint and data disagree.
     """
-    wanted, device = config.model, ranks.device
+    options, device = config.model, ranks.device
     source, latest, _ = start
     nothing = Checkpoint(model={}, model_args={})
     if source == "scratch":
-        vocab_size = wanted.vocab_size or tokenizer.padded_vocab_size(tokens)
-        return GPT(replace(wanted, vocab_size=vocab_size), device, config.dtype).to(device), nothing
+        vocab_size = options.vocab_size or tokenizer.padded_vocab_size(tokens)
+        return GPT(replace(options, vocab_size=vocab_size), device, config.dtype).to(device), nothing
 
     source = checkpoint_in(source)
-    overrides = {name: getattr(wanted, name) for name in RUN_OPTIONS}
+    overrides = {name: getattr(options, name) for name in RUN_OPTIONS}
     if is_hugging_face(source):
         saved = nothing
         model = GPT.from_pretrained(source, overrides, device, config.dtype)
@@ -169,12 +169,12 @@ def initial_model(
             f"is taken, {tokenizer.name(tokens)}",
             flush=True,
         )
-    if source != "resume" and wanted.block_size < model.config.block_size and "block_size" in given:
-        model.crop_block_size(wanted.block_size)
+    if source != "resume" and options.block_size < model.config.block_size and "block_size" in given:
+        model.crop_block_size(options.block_size)
     for name in SHAPE:
-        asked, has = getattr(wanted, name), getattr(model.config, name)
-        if name in given and asked not in (None, has):
-            raise ValueError(f"{where} has {name}={has}, and {name}={asked} was asked for; leave it out")
+        flag, has = getattr(options, name), getattr(model.config, name)
+        if name in given and flag not in (None, has):
+            raise ValueError(f"{where} has {name}={has}, and {name}={flag} was asked for; leave it out")
     return model, saved if source == "resume" else nothing
 
 
@@ -272,9 +272,9 @@ def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScale
         moments = moments_then["state"].get(i, dict.fromkeys(names, p))  # none before the first step
         for name in names:
             if name not in moments or moments[name].shape != p.shape:
-                found = tuple(moments[name].shape) if name in moments else "missing"
+                shape = tuple(moments[name].shape) if name in moments else "missing"
                 raise ValueError(
-                    f"the checkpoint's optimizer: {name} of tensor {i} is {found}, not {tuple(p.shape)}"
+                    f"the checkpoint's optimizer: {name} of tensor {i} is {shape}, not {tuple(p.shape)}"
                 )
     state = {
         i: {name: _shard_like(value, params[i]) for name, value in values.items()}
@@ -347,9 +347,9 @@ def save(folder: Path, checkpoint: Checkpoint, best: bool, keep_last: int = 0) -
         flush(folder)
         # Those of later steps are of a run that was given up for one before it.
         steps = sorted(_numbered(folder).items())
-        kept = [step for step, _ in steps if step <= checkpoint.iter_num][-keep_last or len(steps) :]
+        last = [step for step, _ in steps if step <= checkpoint.iter_num][-keep_last or len(steps) :]
         for step, path in steps:
-            if step not in kept:
+            if step not in last:
                 path.unlink()
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError when the disk is full
         kept_whole = "the previous one is whole" if latest.exists() else "there is none yet"
@@ -415,8 +415,8 @@ def _lock(folder: Path) -> TextIO | None:
 
 def _numbered(folder: Path) -> dict[int, Path]:
     """The ckpt-STEP.pt by step."""
-    found = ((re.fullmatch(r"ckpt-(\d+)\.pt", path.name), path) for path in folder.glob("ckpt-*.pt"))
-    return {int(match[1]): path for match, path in found if match}
+    matches = ((re.fullmatch(r"ckpt-(\d+)\.pt", path.name), path) for path in folder.glob("ckpt-*.pt"))
+    return {int(match[1]): path for match, path in matches if match}
 
 
 def _copy(value: Any, ranks: Ranks) -> Any:

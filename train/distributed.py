@@ -205,13 +205,13 @@ def _sharded(model: GPT, compiled: bool | str, dtype: str, ranks: Ranks) -> GPT:
 
 
 @contextmanager
-def exchange(model: nn.Module, wanted: bool) -> Iterator[None]:
+def exchange(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Whether the backward pass inside ends with the gradients added over all ranks, or keeps its own."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)
+        model.set_requires_gradient_sync(enabled)
         yield
         return
-    with model.no_sync() if isinstance(model, DDP) and not wanted else nullcontext():
+    with model.no_sync() if isinstance(model, DDP) and not enabled else nullcontext():
         yield
 
 

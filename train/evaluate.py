@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
-    """What was asked for, the same on every rank. Raises ValueError, OSError."""
+    """The figures on `data` and on `hellaswag`, the same on every rank. Raises ValueError, OSError."""
     resume = config.init_from == "resume"
     source = str(pretrained.best_or_latest(Path(config.out_dir))) if resume else config.init_from
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -190,10 +190,10 @@ def _losses(model: GPT, rows: Sequence[Row], device: str) -> Tensor:
     """The loss in nats of every target that counts, 0 elsewhere: (len(rows), longest row - 1), fp32."""
     idx = torch.zeros(len(rows), max(len(row.ids) for row in rows) - 1, dtype=torch.int64)
     targets = torch.full_like(idx, -1)
-    for row, inputs, wanted in zip(rows, idx, targets):
+    for row, inputs, labels in zip(rows, idx, targets):
         ids = torch.tensor(row.ids)
         inputs[: len(ids) - 1] = ids[:-1]  # filled up on the right, where what counts does not look
-        wanted[row.first - 1 : len(ids) - 1] = ids[row.first :]
+        labels[row.first - 1 : len(ids) - 1] = ids[row.first :]
     idx, targets = to_device((idx, targets), device)
     _, losses = model(idx, targets, reduction="none")
     return losses

@@ -84,17 +84,20 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         weight, grad, buffer = _local(p), _local(gradient), _local(state["momentum_buffer"])
         mean = buffer.lerp(grad, 1 - group["momentum"])
-        update = grad.lerp(mean, group["momentum"])  # Nesterov's
-        update = update.bfloat16() if update.is_cuda else update
+        direction = grad.lerp(mean, group["momentum"])  # Nesterov's
+        direction = direction.bfloat16() if direction.is_cuda else direction
         if isinstance(p, DTensor):
-            update = DTensor.from_local(update, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-            update = update.full_tensor()
-        update = orthogonal(update.view(group["matrices"], -1, p.size(1)))
-        scale = 0.2 * math.sqrt(max(update.shape[1:]))  # the root mean square of AdamW's updates is about 0.2
-        update = update.reshape(p.shape).type_as(weight)
+            direction = DTensor.from_local(
+                direction, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
+            )
+            direction = direction.full_tensor()
+        direction = orthogonal(direction.view(group["matrices"], -1, p.size(1)))
+        # The root mean square of AdamW's updates is about 0.2.
+        scale = 0.2 * math.sqrt(max(direction.shape[1:]))
+        direction = direction.reshape(p.shape).type_as(weight)
         if isinstance(p, DTensor):
-            update = _local(distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None))
-        moved = weight * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * scale * update
+            direction = _local(distribute_tensor(direction, p.device_mesh, p.placements, src_data_rank=None))
+        moved = weight * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * scale * direction
         if found_inf is not None:
             skip = found_inf.bool()
             mean, moved = torch.where(skip, buffer, mean), torch.where(skip, weight, moved)
