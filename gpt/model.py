@@ -199,7 +199,9 @@ class GPT(nn.Module):
         self.config = replace(config, kernels=self.ops.spec)
         self.transformer = Transformer(config, self.ops)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # tied
+        # Tied: a token's embedding is its row of the head as well, which predicts better, and saves 38M
+        # parameters beside the 124M.
+        self.transformer.wte.weight = self.lm_head.weight
 
         self.apply(self._init_weights)
         # GPT-2: the stream is a sum of 2 n_layer outputs, so each starts smaller by the root of that.
@@ -297,6 +299,7 @@ class GPT(nn.Module):
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
+        # Decay is for what multiplies: it would only pull a bias or the gain of a norm away from its value.
         fused = device_type in ("cuda", "cpu")
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
