@@ -21,7 +21,9 @@ from bench import timing
 from bench.roofline import SIZES
 from bench.throughput import nanogpt_model
 from gpt.device import autocast, resolve_dtype
+from gpt.generate import stream
 from gpt.model import GPT, GPTConfig
+from gpt.sampling import Sampling
 
 MORE_SIZES = SIZES | {"10M": (6, 6, 384)}  # nanoGPT's character model
 
@@ -41,10 +43,17 @@ def floor(model: GPT, batch_size: int) -> Callable[[], Any]:
     return lambda: [m(x) for m, x in zip(linear, inputs)]
 
 
+def continued(model: nn.Module, idx: Tensor, new: int, top_k: int | None = None) -> Tensor:
+    """Ids (B, T + new): by our cache, or by nanoGPT's generate."""
+    if isinstance(model, GPT):
+        ids = stream(model, list(idx), new, Sampling(top_k=top_k))
+        return torch.cat((idx, torch.stack(list(ids), dim=1)), dim=1)
+    return model.generate(idx, new, top_k=top_k)  # type: ignore[operator]
+
+
 def same_tokens(ours: GPT, theirs: nn.Module, idx: Tensor, new: int) -> bool:
     """Greedy tokens of both; nanoGPT's way to be greedy is top_k=1."""
-    found = ours.generate(idx, new, top_k=1)
-    return torch.equal(found, theirs.generate(idx, new, top_k=1))  # type: ignore[operator]
+    return torch.equal(continued(ours, idx, new, top_k=1), continued(theirs, idx, new, top_k=1))
 
 
 def measure(
@@ -64,7 +73,7 @@ def measure(
     B, T = idx.shape
     found: dict[str, dict[str, float]] = {}
     prefill = {name: ready(partial(model, idx)) for name, model in models.items()}
-    whole = {name: ready(partial(model.generate, idx, new)) for name, model in models.items()}  # type: ignore
+    whole = {name: ready(partial(continued, model, idx, new)) for name, model in models.items()}
     read = timing.interleaved(prefill, device, seconds, cold=False)
     made = timing.interleaved(whole, device, seconds, cold=False)
     for name in models:

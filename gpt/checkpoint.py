@@ -9,19 +9,18 @@ import math
 import pickle
 import types
 import zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 import torch
 from torch import Tensor
 
-from gpt.model import GPTConfig
+from gpt.hugging_face import MASKS
+from gpt.model import RUN_OPTIONS, GPTConfig
 
-# nanoGPT calls GPTConfig(**model_args): these seven and no eighth.
+# nanoGPT calls GPTConfig(**model_args): it knows these seven and refuses an eighth.
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
-# Causal masks that older versions of nanoGPT and transformers kept among the weights.
-MASKS = (".attn.bias", ".attn.masked_bias")
 WRAPPERS = ("module", "_orig_mod")  # DDP and torch.compile put these into the names of the weights
 
 
@@ -73,7 +72,16 @@ class Checkpoint:
 
 
 def model_args(config: GPTConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in MODEL_ARGS}
+    """nanoGPT's seven, and the options that it lacks: so it refuses a model that it would compute wrongly."""
+    return {name: getattr(config, name) for name in MODEL_ARGS} | beyond_gpt2(config)
+
+
+def beyond_gpt2(config: GPTConfig) -> dict[str, Any]:
+    """The options that this model uses and that neither nanoGPT nor GPT-2's format has."""
+    known = (*MODEL_ARGS, *RUN_OPTIONS, "activation")
+    others = [option for option in fields(GPTConfig) if option.name not in known]
+    values = {option.name: getattr(config, option.name) for option in others}
+    return {option.name: values[option.name] for option in others if values[option.name] != option.default}
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:

@@ -250,9 +250,8 @@ def describe(config_class: type, group: str = "flags") -> list[Flag]:
             headings[name] = heading
         elif line.startswith(("    def ", "    @")):
             break
-        if name not in helps and (
-            match := re.search("  # (.*)", line)
-        ):  # in the next line, where it was long
+        # In the next line, where the field was long.
+        if name not in helps and (match := re.search("  # (.*)", line)):
             helps[name] = match[1]
     found = []
     for field in fields(config_class):

@@ -15,15 +15,18 @@ def resolve_device(device: str, local_rank: int = 0) -> str:
     """ "auto" is cuda, else mps, else cpu; "cuda" alone is the GPU of this rank. Raises ValueError."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
-    kind, _, index = device.partition(":")
-    if kind not in ("cuda", "mps", "cpu") or not (index.isdigit() or device == kind):
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index
+    except RuntimeError:
+        kind, index = "unknown", None
+    if kind not in ("cuda", "mps", "cpu"):
         raise ValueError(f"device={device!r} is none of auto, cpu, mps, cuda, cuda:0, cuda:1, ...")
     if kind == "mps" and not torch.mps.is_available():
         raise ValueError("device='mps' was asked for, but this PyTorch sees no Apple GPU; try --device=auto")
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("device='cuda' was asked for, but this PyTorch sees no GPU; try --device=auto")
-        number = int(index) if index else local_rank
+        number = local_rank if index is None else index
         if number >= torch.cuda.device_count():
             raise ValueError(
                 f"device='cuda:{number}' does not exist: {torch.cuda.device_count()} GPUs are here"
@@ -34,7 +37,7 @@ def resolve_device(device: str, local_rank: int = 0) -> str:
 
 def resolve_dtype(dtype: str, device: str) -> str:
     """ "auto" is bfloat16 on a GPU that computes in it, float16 on an older one, float32 elsewhere."""
-    on_gpu = device.startswith("cuda")
+    on_gpu = torch.device(device).type == "cuda"
     native_bf16 = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
     if dtype == "auto":
         return "bfloat16" if native_bf16 else "float16" if on_gpu else "float32"
@@ -52,14 +55,14 @@ def resolve_compile(compile: bool | str, device: str) -> bool:
     """ "auto" is True on a GPU that torch.compile can generate code for."""
     reason = _no_compile(device)
     if compile == "auto":
-        return device.startswith("cuda") and reason is None
+        return torch.device(device).type == "cuda" and reason is None
     if compile and reason is not None:
         raise ValueError(f"compile=True is not possible here: {reason}; try --compile=False")
     return bool(compile)
 
 
 def _no_compile(device: str) -> str | None:
-    if device.startswith("cuda"):
+    if torch.device(device).type == "cuda":
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed"
         capability = torch.cuda.get_device_capability(device)
@@ -72,4 +75,4 @@ def autocast(device: str, dtype: str) -> AbstractContextManager:
     """Mixed precision as nanoGPT has it: parameters stay float32, matrix products run in `dtype`."""
     if dtype == "float32":
         return nullcontext()
-    return torch.autocast(device.partition(":")[0], DTYPES[dtype])
+    return torch.autocast(torch.device(device).type, DTYPES[dtype])

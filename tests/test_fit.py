@@ -1,48 +1,40 @@
 """What fits into memory, found and changing nothing else; the sentence where nothing does; profiles."""
 
 import json
+import math
 import re
 from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from gpt.model import GPT
 from tests.runs import TINY, run
 from tests.test_command_line import command
 from tests.test_faults import assert_same_run
-from train import checkpoint, evaluate, fit, loop, metrics
+from train import checkpoint, distributed, evaluate, fit, loop, metrics
 from train.__main__ import main
-from train.config import TrainConfig, asked_batch_size, parse
+from train.config import TrainConfig, parse
 from train.distributed import Ranks
 
 
-def test_the_search_finds_the_largest_that_fits_and_tries_few():
-    sizes = fit.micro_batches(480, 4)
-    assert sizes[:8] == [1, 2, 3, 4, 5, 6, 8, 10] and sizes[-1] == 120 and all(120 % n == 0 for n in sizes)
-    for limit in range(122):
-        tried = []
-        found = fit.largest(sizes, lambda n: (tried.append(n), n <= limit)[1])  # noqa: B023
-        assert found == max((n for n in sizes if n <= limit), default=None)
-        assert len(tried) == len(set(tried)) <= 5
-
-
-def test_what_was_asked_before_auto_says_how_many_sequences_a_step_has(tmp_path):
+def test_what_was_set_before_auto_says_how_many_sequences_a_step_has(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("batch_size = 'auto'\n")
-    for args, asked in (
+    for args, number in (
         (["--batch_size=auto"], 12),
         (["train_shakespeare_char", "--batch_size", "auto"], 64),
         (["train_shakespeare_char", str(file)], 64),
         (["--batch_size=5", "--batch-size=auto"], 5),
     ):
         config, given = parse(args)
-        assert (config.batch_size, asked_batch_size(given)) == ("auto", asked)
-    assert parse([str(file), "--batch_size=8"])[0].batch_size == 8
+        assert (config.batch_size, given["batch_size"][-1]) == (number, "auto")
+    assert parse([str(file), "--batch_size=8"])[1]["batch_size"][-1] == "8"
     with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
         parse(["--batch_size=0", "--batch_size=auto"])
-    with pytest.raises(ValueError, match="which strategy=fsdp cannot: give a number"):
-        parse(["--strategy=fsdp", "--batch_size=auto"])
 
 
 @pytest.fixture
@@ -50,51 +42,45 @@ def memory_for(monkeypatch):
     """A device that can be asked for its memory, where so many sequences fit."""
 
     def set_limit(most):
-        tried, trial = [], loop.trial
+        sizes = []
 
-        def limited(size, *rest, **more):
-            tried.append(size)
-            trial(size, *rest, **more)
-            if size > most:
-                torch.empty(1 << 50, dtype=torch.int8)  # a real failure, after the weights have changed
+        def peak(trial, size, model, ranks):
+            sizes.append(size)
+            trial(size, deepcopy(model))
+            return size << 29 if size <= most else math.inf
 
-        monkeypatch.setattr(loop, "trial", limited)
-        monkeypatch.setattr(fit, "with_margin", lambda ranks: nullcontext(8 << 30))
-        monkeypatch.setattr(fit, "peak_bytes", lambda ranks: tried[-1] << 29)
-        return tried
+        monkeypatch.setattr(fit, "device_memory", lambda ranks: 8 << 30)
+        monkeypatch.setattr(fit, "peak_bytes", peak)
+        return sizes
 
     return set_limit
 
 
 def test_auto_equals_the_micro_batch_it_finds_written_out_bit_for_bit(workplace, memory_for, capsys):
     flags = ["--dropout=0.2", "--batch_size=6", "--gradient_accumulation_steps=4"]
-    run("--dropout=0.2", "--batch_size=8", "--gradient_accumulation_steps=3", out_dir="written")
-    tried = memory_for(11)
-    found = run(*flags, "--batch_size=auto", out_dir="found")
-    assert_same_run("written", "found")
-    assert tried == [6, 12, 8] and (found["config"]["batch_size"], found["position"]) == (8, 8 * 24)
+    run("--dropout=0.2", "--batch_size=6", "--gradient_accumulation_steps=4", out_dir="written")
+    sizes = memory_for(11)
+    fitted = run(*flags, "--batch_size=auto", out_dir="fitted")
+    assert_same_run("written", "fitted")
+    assert sizes == [24, 12, 6] and (fitted["config"]["batch_size"], fitted["position"]) == (6, 8 * 24)
     assert (
-        "batch_size=auto: 8 x 3 accumulation steps = 24 sequences a step (6 x 4 was asked); "
-        "peak 4.0 of 8.0 GiB\n"
+        "batch_size=auto: 6 x 4 accumulation steps = 24 sequences a step (6 x 4 was asked); "
+        "peak 3.0 of 8.0 GiB\n"
     ) in capsys.readouterr().out
-    # resumed in other micro-batches, on the same windows
-    run(*flags, "--batch_size=auto", "--max_iters=4", out_dir="stopped")
-    memory_for(5)
-    resumed = run(*flags, "--batch_size=auto", "--init_from=resume", out_dir="stopped")
-    assert (resumed["config"]["batch_size"], resumed["position"]) == (4, 8 * 24)
 
 
-def test_all_ranks_take_what_fits_on_the_smallest(memory_for, monkeypatch):
-    """Another rank, on which 3 sequences fit, is told by `any`."""
-    tried = []
-    monkeypatch.setattr(Ranks, "any", lambda self, value: value or tried[-1] > 3)
-    memory_for(10)
-    monkeypatch.setattr(fit, "peak_bytes", lambda ranks: 1)
+def test_all_ranks_take_what_fits_on_the_smallest_and_what_is_left_free_counts(memory_for, monkeypatch):
+    """Another rank, on which 3 sequences fit, is heard by `any`."""
+    sizes = memory_for(10)
+    monkeypatch.setattr(Ranks, "any", lambda self, value: value or sizes[-1] > 3)
+    model = GPT(replace(TrainConfig().model, n_layer=1, n_head=1, n_embd=8, vocab_size=16))
+    config = TrainConfig(batch_size=6, gradient_accumulation_steps=5, model=model.config)
     ranks = Ranks(0, 2, "cpu", "gloo")
-    model = loop.GPT(loop.replace(TrainConfig().model, n_layer=1, n_head=1, n_embd=8, vocab_size=16))
-    config = TrainConfig(batch_size="auto", gradient_accumulation_steps=4, model=model.config)
-    found, _ = fit.micro_batch(config, 6, model, ranks, lambda size, model: tried.append(size))
-    assert (found.batch_size, found.gradient_accumulation_steps) == (3, 8)
+    fitted, _ = fit.micro_batch(config, model, ranks, lambda size, model: None)
+    assert sizes == [15, 5, 1] and (fitted.batch_size, fitted.gradient_accumulation_steps) == (1, 30)
+    monkeypatch.setattr(fit, "device_memory", lambda ranks: 5 << 29)  # of which 5 sequences take all
+    monkeypatch.setattr(Ranks, "any", lambda self, value: value)
+    assert fit.micro_batch(config, model, ranks, lambda size, model: None)[0].batch_size == 1
 
 
 def test_where_auto_cannot_be_it_says_what_to_do(workplace, memory_for, monkeypatch, capsys):
@@ -104,13 +90,8 @@ def test_where_auto_cannot_be_it_says_what_to_do(workplace, memory_for, monkeypa
     code, _, err = command(main, monkeypatch, capsys, *TINY, "--batch_size=auto")
     assert code == 1 and err.count("\n") == 1
     assert "not one sequence of block_size=16 can be trained on in the 8.0 GiB of cpu; try" in err
-
-
-def test_a_fault_in_a_trial_that_is_not_about_memory_is_shown(workplace, memory_for, monkeypatch):
-    memory_for(9)
-    monkeypatch.setattr(loop, "trial", lambda *a, **k: torch.ones(2) @ torch.ones(3))
-    with pytest.raises(RuntimeError, match="size"):
-        run("--batch_size=auto")
+    with pytest.raises(ValueError, match="which strategy=fsdp cannot: give a number"):
+        fit.micro_batch(TrainConfig(strategy="fsdp"), None, Ranks(0, 2, "cpu", "gloo"), None)
 
 
 @pytest.mark.parametrize(
@@ -203,26 +184,21 @@ def test_a_profile_of_steps_that_are_not_made_is_refused(workplace, monkeypatch,
 
 
 def test_the_first_pass_leaves_no_gradient_and_draws_nothing():
-    model = loop.GPT(
-        loop.replace(TrainConfig().model, n_layer=1, n_head=1, n_embd=8, vocab_size=9, dropout=0.5)
-    )
+    model = GPT(replace(TrainConfig().model, n_layer=1, n_head=1, n_embd=8, vocab_size=9, dropout=0.5))
     before = torch.get_rng_state()
-    assert loop.distributed.first_pass(model, 2, 4, Ranks(0, 1, "cpu", None), nullcontext()) > 0
+    assert distributed.first_pass(model, 2, 4, Ranks(0, 1, "cpu", None), nullcontext()) > 0
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.gpu
-def test_memory_ends_before_the_gpu_does_while_sizes_are_tried():
-    ranks = Ranks(0, 1, "cuda:0", None)
-    with fit.with_margin(ranks) as total:
-        free, everything = torch.cuda.mem_get_info()
-        assert total == everything
-        with pytest.raises(torch.OutOfMemoryError) as failure:
-            torch.empty(int((1 - fit.MARGIN / 2) * free), dtype=torch.int8, device="cuda")
-        assert fit.out_of_memory(failure.value)
-        torch.empty(free // 4, dtype=torch.int8, device="cuda")
-        assert fit.peak_bytes(ranks) >= free // 4
-        fit.release("cuda:0")
-        assert fit.peak_bytes(ranks) < free // 4
-    assert torch.cuda.get_per_process_memory_fraction() == 1.0
+def test_the_peak_of_a_trial_is_measured_and_memory_that_ends_is_infinite():
+    model, ranks = torch.nn.Linear(1, 1), Ranks(0, 1, "cuda:0", None)
+    taken = lambda size, model: torch.empty(size, dtype=torch.int8, device="cuda")  # noqa: E731
+    total = fit.device_memory(ranks)
+    assert total == torch.cuda.mem_get_info()[1]
+    assert total // 8 <= fit.peak_bytes(taken, total // 8, model, ranks) < total // 8 + (64 << 20)
+    assert fit.peak_bytes(taken, 2 * total, model, ranks) == math.inf
+    assert fit.peak_bytes(taken, 1 << 20, model, ranks) < 64 << 20, "each trial has a peak of its own"
+    with pytest.raises(RuntimeError, match="size"):
+        fit.peak_bytes(lambda *_: torch.ones(2) @ torch.ones(3), 1, model, ranks)

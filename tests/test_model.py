@@ -1,6 +1,7 @@
 """The model against a reference written here, against Hugging Face's GPT-2, and against nanoGPT's numbers."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ import torch.nn.functional as F
 
 from gpt.flops import flops_per_token, peak_flops
 from gpt.model import GPT, GPTConfig
-from gpt.pretrained import from_hugging_face
 
 SMALL = GPTConfig(block_size=32, vocab_size=65, n_layer=3, n_head=4, n_embd=64, bias=True, kernels="torch")
 
@@ -45,6 +45,8 @@ def reference(weights, config, idx):
         heads = []
         for j in range(config.n_head):
             qj, kj, vj = (t[..., j * D : (j + 1) * D] for t in (q, k, v))
+            if config.qk_norm:
+                qj, kj = (t / torch.sqrt((t * t).mean(-1, keepdim=True) + 1e-5) for t in (qj, kj))
             scores = qj @ kj.mT / math.sqrt(D)
             scores = scores + torch.full((T, T), -math.inf, dtype=x.dtype).triu(1)
             weight = torch.exp(scores - scores.max(-1, keepdim=True).values)
@@ -65,10 +67,14 @@ def reference_loss(logits, targets):
     return (torch.logsumexp(rows, -1) - rows.gather(1, targets.flatten()[keep, None])[:, 0]).mean()
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-@pytest.mark.parametrize("bias", [True, False])
-def test_logits_loss_and_every_gradient_equal_the_formulas(bias, activation):
-    model = small(bias=bias, activation=activation).double()
+OPTIONS = [
+    {"bias": True}, {"bias": False}, {"activation": "gelu_tanh"}, {"bias": False, "qk_norm": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_logits_loss_and_every_gradient_equal_the_formulas(options):
+    model = small(**options).double()
     for p in model.parameters():  # biases and norms away from 0 and 1, where a mistake could hide
         p.data += 0.1 * torch.randn_like(p)
     idx, targets = tokens(2, 20), tokens(2, 20, seed=2)
@@ -87,6 +93,14 @@ def test_logits_loss_and_every_gradient_equal_the_formulas(bias, activation):
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, leaves[name].grad, rtol=1e-8, atol=1e-12, msg=name)
 
+    for return_logits in (True, False):
+        _, each = model(idx, targets, return_logits, reduction="none")
+        assert each.shape == (2, 20) and torch.equal(each == 0, targets == -1)
+        torch.testing.assert_close(each.sum() / 38, expected_loss.detach(), rtol=1e-10, atol=1e-10)
+        row = expected.detach()[1, 4]
+        torch.testing.assert_close(
+            each[1, 4], torch.logsumexp(row, 0) - row[targets[1, 4]], rtol=1e-8, atol=0
+        )
     fused_none, fused_loss = model(idx, targets)
     assert fused_none is None
     torch.testing.assert_close(fused_loss, expected_loss.detach(), rtol=1e-10, atol=1e-10)
@@ -107,7 +121,7 @@ def test_hugging_face_gpt2_gives_the_same_logits(function, tmp_path):
     for p in hf.parameters():
         p.data += 0.05 * torch.randn_like(p)
     hf.save_pretrained(tmp_path)
-    model = from_hugging_face(str(tmp_path), {"kernels": "torch"}).eval()
+    model = GPT.from_pretrained(str(tmp_path), {"kernels": "torch"}).eval()
     assert model.config.activation == {"gelu": "gelu", "gelu_new": "gelu_tanh"}[function]
     idx = tokens(2, 32)
     with torch.no_grad():
@@ -115,7 +129,7 @@ def test_hugging_face_gpt2_gives_the_same_logits(function, tmp_path):
         logits, _ = model(idx, idx, return_logits=True)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="only dropout"):
-        from_hugging_face(str(tmp_path), {"n_layer": 2})
+        GPT.from_pretrained(str(tmp_path), {"n_layer": 2})
 
 
 def test_ten_golden_losses_of_nanogpt():
@@ -281,3 +295,33 @@ def test_peak_is_that_of_the_named_gpu():
 def test_a_config_that_makes_no_model_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_qk_norm_is_the_same_compiled_and_with_activation_checkpointing(dtype):
+    idx = tokens(2, 32)
+    results = []
+    for how in ("eager", "compiled", "checkpointed"):
+        model = small(qk_norm=True, activation_checkpointing=how == "checkpointed")
+        forward = torch.compile(model, backend="aot_eager", fullgraph=True) if how == "compiled" else model
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            _, loss = forward(idx, idx.flip(0))
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert small().forward(idx, idx.flip(0))[1] != results[0][0]
+
+
+def test_a_model_option_is_its_field_and_its_use():
+    """Flag, --help, config.py, checkpoints and refusals follow from the field: no other file has the name."""
+    root = Path(__file__).parents[1]
+    files = [
+        path for folder in ("kernels", "gpt", "train", "bench") for path in (root / folder).rglob("*.py")
+    ]
+    assert [path.name for path in files if "qk_norm" in path.read_text()] == ["model.py"]
+    code = [line.strip() for line in (root / "gpt/model.py").read_text().splitlines() if "qk_norm" in line]
+    field, attribute, use = (line for line in code if "https://" not in line)
+    assert field.startswith("qk_norm: bool = False  # ")
+    assert (attribute, use) == ("self.qk_norm = config.qk_norm", "if self.qk_norm:")

@@ -1,6 +1,8 @@
 """Muon against its definition and torch.optim.Muon; which tensors it takes; what it cannot go on from."""
 
 import math
+from dataclasses import fields
+from typing import get_args
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from gpt.model import GPT, GPTConfig
 from tests.runs import run
 from train.config import TrainConfig
-from train.optim import optimizer_for, orthogonal, step_if_finite
+from train.optim import OPTIMIZERS, optimizer_for, orthogonal, step_if_finite
 
 SETTINGS = dict(learning_rate=0.02, weight_decay=0.3, beta1=0.8, beta2=0.9)
 
@@ -148,3 +150,17 @@ def test_muon_without_its_moments_is_refused(workplace):
         ValueError, match=r"optimizer: momentum_buffer of tensor 0 is missing, not \(96, 32\)"
     ):
         run("--optimizer=muon", "--init_from=resume")
+
+
+def test_an_optimizer_is_its_class_and_its_entry():
+    choices = get_args({field.name: field.type for field in fields(TrainConfig)}["optimizer"])
+    assert choices == tuple(optimizer.name for optimizer in OPTIMIZERS)
+    for name in choices:
+        model, optimizer = small(name)
+        assert isinstance(optimizer, torch.optim.Optimizer) and optimizer.name == name
+        model(*[torch.zeros(1, 8, dtype=torch.int64)] * 2)[1].backward()
+        optimizer.step()
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                large = {key for key, value in optimizer.state[p].items() if value.shape == p.shape}
+                assert large == set(optimizer.moments(group))

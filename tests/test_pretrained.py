@@ -10,7 +10,7 @@ import torch
 
 from gpt import checkpoint, convert, sample, tokenizer
 from gpt.model import GPT, GPTConfig
-from gpt.pretrained import from_hugging_face, load, save_checkpoint, save_hugging_face
+from gpt.pretrained import load, save_checkpoint, save_hugging_face
 from tests.runs import run
 from tests.test_command_line import command
 from tests.test_generate import stir
@@ -246,11 +246,11 @@ def test_biases_that_were_trained_elsewhere_are_kept(tmp_path):
     from transformers import GPT2LMHeadModel
 
     save_hugging_face(build(bias=False), CHARS, tmp_path / "hf")
-    assert not from_hugging_face(str(tmp_path / "hf"), {}).config.bias
+    assert not GPT.from_pretrained(str(tmp_path / "hf"), {}).config.bias
     hf = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
     hf.transformer.h[1].mlp.c_fc.bias.data[3] = 0.5
     hf.save_pretrained(tmp_path / "tuned")
-    model = from_hugging_face(str(tmp_path / "tuned"), {}).eval()
+    model = GPT.from_pretrained(str(tmp_path / "tuned"), {}).eval()
     idx = torch.randint(6, (2, 24))
     torch.testing.assert_close(logits(model, idx), hf(idx).logits, rtol=1e-5, atol=1e-5)
 
@@ -324,7 +324,7 @@ def test_a_model_that_computes_something_else_is_refused(folder, change, sentenc
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError) as error:
-        from_hugging_face("hf", {})
+        GPT.from_pretrained("hf", {})
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
@@ -335,7 +335,7 @@ def test_a_head_of_its_own_is_refused(folder):
     hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight + 1)
     hf.save_pretrained("untied")
     with pytest.raises(ValueError, match="'untied' has an lm_head of its own"):
-        from_hugging_face("untied", {})
+        GPT.from_pretrained("untied", {})
 
 
 def test_mistakes_in_converting_are_one_sentence(folder, monkeypatch, capsys):

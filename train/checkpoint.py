@@ -26,19 +26,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gpt import tokenizer
+from gpt.atomic import flush, replacing
 from gpt.checkpoint import Checkpoint, model_args, read, write
 from gpt.model import GPT, RUN_OPTIONS
 from gpt.pretrained import (
     GPT2_NAMES,
     checkpoint_in,
     from_checkpoint,
-    from_hugging_face,
     hugging_face_tokenizer,
     is_hugging_face,
 )
 from train.config import SHAPE, TrainConfig
 from train.distributed import Ranks
-from train.optim import Muon, moments_of
+from train.optim import Optimizer
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Progress:
 
     @classmethod
     def after(cls, saved: Checkpoint, config: TrainConfig) -> "Progress":
-        """Of the run that goes on from `saved`."""
+        """Of the run that goes on from `saved`; one of defaults alone is that of a new run."""
         progress = cls(**{key.name: getattr(saved, key.name) for key in fields(cls)})
         if saved.position is None:
             # nanoGPT draws its windows at random: go on where a run of ours would be after as many steps.
@@ -131,23 +131,24 @@ def _modified(path: Path) -> float:
 
 def initial_model(
     config: TrainConfig, given: Container[str], tokens: dict[str, Any], ranks: Ranks, start: Start
-) -> tuple[GPT, Checkpoint | None]:
-    """The model that `start` names, and the checkpoint to resume, which a new run has none of.
+) -> tuple[GPT, Checkpoint]:
+    """The model that `start` names, and the checkpoint to resume; a new run gets one of defaults alone.
 
     `given` are the flags that were set, `tokens` describes the tokenizer of the data. Raises ValueError where
     flags, checkpoint and data disagree.
     """
-    wanted, device = config.model, ranks.device
+    options, device = config.model, ranks.device
     source, latest, _ = start
+    nothing = Checkpoint(model={}, model_args={})
     if source == "scratch":
-        vocab_size = wanted.vocab_size or tokenizer.padded_vocab_size(tokens)
-        return GPT(replace(wanted, vocab_size=vocab_size), device, config.dtype).to(device), None
+        vocab_size = options.vocab_size or tokenizer.padded_vocab_size(tokens)
+        return GPT(replace(options, vocab_size=vocab_size), device, config.dtype).to(device), nothing
 
     source = checkpoint_in(source)
-    overrides = {name: getattr(wanted, name) for name in RUN_OPTIONS}
-    saved: Checkpoint | None = None
+    overrides = {name: getattr(options, name) for name in RUN_OPTIONS}
     if is_hugging_face(source):
-        model = from_hugging_face(source, overrides, device, config.dtype)
+        saved = nothing
+        model = GPT.from_pretrained(source, overrides, device, config.dtype)
         trained_with = hugging_face_tokenizer(source)
     else:
         source_path = latest if source == "resume" else Path(source)
@@ -168,13 +169,13 @@ def initial_model(
             f"is taken, {tokenizer.name(tokens)}",
             flush=True,
         )
-    if source != "resume" and wanted.block_size < model.config.block_size and "block_size" in given:
-        model.crop_block_size(wanted.block_size)
+    if source != "resume" and options.block_size < model.config.block_size and "block_size" in given:
+        model.crop_block_size(options.block_size)
     for name in SHAPE:
-        asked, has = getattr(wanted, name), getattr(model.config, name)
-        if name in given and asked not in (None, has):
-            raise ValueError(f"{where} has {name}={has}, and {name}={asked} was asked for; leave it out")
-    return model, saved if source == "resume" else None
+        flag, has = getattr(options, name), getattr(model.config, name)
+        if name in given and flag not in (None, has):
+            raise ValueError(f"{where} has {name}={has}, and {name}={flag} was asked for; leave it out")
+    return model, saved if source == "resume" else nothing
 
 
 def newest_whole(latest: Path) -> Path:
@@ -247,9 +248,7 @@ def contents(
     return state
 
 
-def restore(
-    saved: Checkpoint, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, ranks: Ranks
-) -> None:
+def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScaler, ranks: Ranks) -> None:
     """Optimizer, loss scale and this rank's random numbers, as they were. Raises ValueError.
 
     Of the optimizer, moments and step counts; learning rate, weight decay and betas stay those of this run.
@@ -257,11 +256,10 @@ def restore(
     own = optimizer.state_dict()["param_groups"]
     moments_then = saved.optimizer or {"state": {}, "param_groups": []}
     trained_with = saved.config.get("optimizer", "adamw")  # nanoGPT knows no other
-    wanted = "muon" if isinstance(optimizer, Muon) else "adamw"
-    if saved.optimizer and trained_with != wanted:
+    if saved.optimizer and trained_with != optimizer.name:
         raise ValueError(
-            f"the checkpoint was trained with {trained_with}, and {wanted} cannot go on from its moments: "
-            f"give --optimizer={trained_with}, or take the weights alone by --init_from=PATH/ckpt.pt"
+            f"the checkpoint was trained with {trained_with}, and {optimizer.name} cannot go on from its "
+            f"moments: give --optimizer={trained_with}, or take the weights alone by --init_from=PATH/ckpt.pt"
         )
     sizes = [[len(group["params"]) for group in groups] for groups in (moments_then["param_groups"], own)]
     if sizes[0] != sizes[1]:
@@ -269,14 +267,14 @@ def restore(
             f"the checkpoint's optimizer has groups of {sizes[0]} tensors, this run's of {sizes[1]}"
         )
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = [moments_of(group) for group in optimizer.param_groups for _ in group["params"]]
-    for i, (p, names) in enumerate(zip(params, kept, strict=True)):
+    names_of = [optimizer.moments(group) for group in optimizer.param_groups for _ in group["params"]]
+    for i, (p, names) in enumerate(zip(params, names_of, strict=True)):
         moments = moments_then["state"].get(i, dict.fromkeys(names, p))  # none before the first step
         for name in names:
             if name not in moments or moments[name].shape != p.shape:
-                found = tuple(moments[name].shape) if name in moments else "missing"
+                shape = tuple(moments[name].shape) if name in moments else "missing"
                 raise ValueError(
-                    f"the checkpoint's optimizer: {name} of tensor {i} is {found}, not {tuple(p.shape)}"
+                    f"the checkpoint's optimizer: {name} of tensor {i} is {shape}, not {tuple(p.shape)}"
                 )
     state = {
         i: {name: _shard_like(value, params[i]) for name, value in values.items()}
@@ -336,25 +334,24 @@ class Saver:
 
 def save(folder: Path, checkpoint: Checkpoint, best: bool, keep_last: int = 0) -> None:
     """Replaces ckpt.pt and, for the best so far, best.pt. Raises OSError; what was there stays whole."""
-    latest, temporary = folder / "ckpt.pt", folder / "ckpt.pt.tmp"
+    latest = folder / "ckpt.pt"
     try:
-        temporary.unlink(missing_ok=True)
-        write(checkpoint, temporary)
-        _flush(temporary)
-        if best:
-            _duplicate(temporary, folder / "best.pt")
-        if keep_last:
-            _duplicate(temporary, folder / f"ckpt-{checkpoint.iter_num}.pt")
-        temporary.replace(latest)  # the last: a run that is killed before goes on from the one before
-        _flush(folder)
+        # ckpt.pt gets its name last: a run that is killed before goes on from the one before.
+        with replacing(latest) as temporary:
+            write(checkpoint, temporary)
+            flush(temporary)
+            if best:
+                _duplicate(temporary, folder / "best.pt")
+            if keep_last:
+                _duplicate(temporary, folder / f"ckpt-{checkpoint.iter_num}.pt")
+        flush(folder)
         # Those of later steps are of a run that was given up for one before it.
         steps = sorted(_numbered(folder).items())
-        kept = [step for step, _ in steps if step <= checkpoint.iter_num][-keep_last or len(steps) :]
+        last = [step for step, _ in steps if step <= checkpoint.iter_num][-keep_last or len(steps) :]
         for step, path in steps:
-            if step not in kept:
+            if step not in last:
                 path.unlink()
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError when the disk is full
-        temporary.unlink(missing_ok=True)
         kept_whole = "the previous one is whole" if latest.exists() else "there is none yet"
         raise OSError(f"the checkpoint {latest} could not be written ({error}); {kept_whole}") from None
 
@@ -418,8 +415,8 @@ def _lock(folder: Path) -> TextIO | None:
 
 def _numbered(folder: Path) -> dict[int, Path]:
     """The ckpt-STEP.pt by step."""
-    found = ((re.fullmatch(r"ckpt-(\d+)\.pt", path.name), path) for path in folder.glob("ckpt-*.pt"))
-    return {int(match[1]): path for match, path in found if match}
+    matches = ((re.fullmatch(r"ckpt-(\d+)\.pt", path.name), path) for path in folder.glob("ckpt-*.pt"))
+    return {int(match[1]): path for match, path in matches if match}
 
 
 def _copy(value: Any, ranks: Ranks) -> Any:
@@ -445,13 +442,13 @@ def _shard_like(value: Any, parameter: Tensor) -> Any:
 def _rng_state(device: str) -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if device != "cpu":
-        state[device.partition(":")[0]] = _device_rng(device).get_rng_state()
+        state[torch.device(device).type] = _device_rng(device).get_rng_state()
     return state
 
 
 def _device_rng(device: str) -> Any:
     """torch.cuda or torch.mps: the generator of this rank's device, which is the current one."""
-    return getattr(torch, device.partition(":")[0])
+    return getattr(torch, torch.device(device).type)
 
 
 def _duplicate(source: Path, target: Path) -> None:
@@ -459,20 +456,9 @@ def _duplicate(source: Path, target: Path) -> None:
 
     Saving never writes into a file that has a name, so neither name can change the other's bytes.
     """
-    temporary = target.with_name(f"{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-        _flush(temporary)
-    temporary.replace(target)
-
-
-def _flush(path: Path) -> None:
-    """Makes what a file holds, or the names that a folder holds, outlive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with replacing(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            flush(temporary)

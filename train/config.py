@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import kernels
 from gpt import cli
+from gpt.atomic import replacing
 from gpt.cli import UserPath
 from gpt.device import DTYPES, resolve_compile, resolve_dtype
 from gpt.model import RUN_OPTIONS, GPTConfig
@@ -108,14 +109,10 @@ class TrainConfig:
         steps = self.profiled
         if steps and steps[0] >= self.max_iters:
             raise ValueError(f"profile={self.profile}: this run makes the steps 0 to {self.max_iters - 1}")
-        if self.batch_size == "auto" and self.strategy == "fsdp":
-            raise ValueError(
-                "batch_size=auto tries sizes on each rank alone, which strategy=fsdp cannot: give a number"
-            )
 
     @property
     def micro_batch(self) -> int:
-        """batch_size as a number: `train.fit` has put one in place of "auto"."""
+        """batch_size, which is a number when the command line has been read."""
         assert self.batch_size != "auto"
         return self.batch_size
 
@@ -136,18 +133,17 @@ class TrainConfig:
 
 
 def parse(args: Sequence[str]) -> tuple[TrainConfig, dict[str, list[str]]]:
-    """The configuration, checked, and the values of each flag that was set. Raises ValueError."""
+    """The configuration, checked, and the values of each flag that was set. Raises ValueError.
+
+    Where batch_size is auto, it gets the number it was set to before: that says how long a step is, and
+    `train.fit` looks for what fits.
+    """
     config, given = cli.parse_given(TrainConfig, args, prog="python -m train", presets=PRESETS)
-    config.check()
     if config.batch_size == "auto":
-        replace(config, batch_size=asked_batch_size(given)).check()
+        numbers = [value for value in given["batch_size"] if value != "auto"]
+        config.batch_size = int(numbers[-1]) if numbers else TrainConfig.batch_size
+    config.check()
     return config, given
-
-
-def asked_batch_size(given: Mapping[str, Sequence[str]]) -> int:
-    """The last number that batch_size was set to, before it was set to "auto"; else the default."""
-    numbers = [value for value in given.get("batch_size", ()) if value != "auto"]
-    return int(numbers[-1]) if numbers else TrainConfig().micro_batch
 
 
 def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
@@ -180,8 +176,7 @@ def config_file(config: TrainConfig, given: Mapping[str, Sequence[str]] | None =
     """A resolved configuration as the config file of the same run, on the same kind of machine.
 
     `given`, the values of the flags that were set, where no model is loaded yet: the model that init_from
-    names keeps its own shape, a resumed run its data, and a batch_size that is auto is the one that says how
-    long a step is.
+    names keeps its own shape, and a resumed run its data.
     """
     values = config.flat()
     values.pop("print_config")
@@ -192,20 +187,14 @@ def config_file(config: TrainConfig, given: Mapping[str, Sequence[str]] | None =
         del values["dataset"]  # a checkpoint has it
     values["device"] = config.device.removesuffix(":0")  # "cuda": under torchrun, each rank's own
     values["backend"] = "auto" if config.backend == "none" else config.backend
-    heading = "# Every setting of a run; python -m train FILE.py makes it again.\n"
-    if config.batch_size == "auto":
-        values["batch_size"] = asked_batch_size(given or {})
-        heading += (
-            "# batch_size was auto: with --batch_size=auto as many at once as fit, in the same steps.\n"
-        )
-    return heading + "\n" + cli.config_text(TrainConfig, values)
+    heading = "# Every setting of a run; python -m train FILE.py makes it again.\n\n"
+    return heading + cli.config_text(TrainConfig, values)
 
 
 def save_config(config: TrainConfig, folder: Path) -> None:
     """Writes `config_file` as config.py. Raises OSError."""
-    temporary = folder / "config.py.tmp"
-    temporary.write_text(config_file(config), "utf-8")
-    temporary.replace(folder / "config.py")
+    with replacing(folder / "config.py") as temporary:
+        temporary.write_text(config_file(config), "utf-8")
 
 
 def _multiple(config: TrainConfig, ranks: Ranks) -> int:

@@ -6,7 +6,7 @@ only say which stretch of it to read, so batches never overlap, and a resumed ru
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,32 +30,20 @@ def describe(folder: Path) -> dict[str, Any]:
     return describe_dataset(folder)
 
 
-class TokenFile:
-    """The ids of a split, in one file or in many, mapped into memory once: batches of windows by position.
+class Split:
+    """The ids of a split, in one file or in many, mapped into memory once.
 
-    Many shards are read as the one file they would make if they were joined: a window may begin in one and
-    end in the next. Raises ValueError for what is no token file, or is shorter than one window, and
-    FileNotFoundError.
+    Many shards are read as the one file they would make if they were joined. Raises FileNotFoundError, and
+    ValueError for a file that does not hold tokens.
     """
 
-    def __init__(self, path: Path, model: GPTConfig, seed: int):
-        self.path = path
-        self.block_size = block_size = model.block_size
-        assert model.vocab_size is not None
-        self.vocab_size = model.vocab_size
-        self.seed = seed
+    def __init__(self, path: Path, vocab_size: int):
+        self.path, self.vocab_size = path, vocab_size
         # A plain array over the map: a window out of a memmap costs three times as much.
         self._paths = shards.find(path)
         self._bytes = [p.stat().st_size for p in self._paths]
         self._shards = [np.asarray(shards.open_tokens(p)) for p in self._paths]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
-        if len(self) < block_size + 1:
-            raise ValueError(
-                f"{path} has {len(self):,} tokens, too few for one window of block_size={block_size} and its "
-                f"targets; lower block_size to {max(len(self) - 1, 0)} or less, or add text"
-            )
-        # One block is kept back so that the offset of an epoch can be anything within a block, and more.
-        self.windows = max(1, (len(self) - block_size) // block_size)
 
     def __len__(self) -> int:
         """Tokens in the split."""
@@ -83,16 +71,6 @@ class TokenFile:
                 filled, i = filled + len(part), i + 1
         return ids
 
-    def batch(self, position: int, count: int) -> tuple[Tensor, Tensor]:
-        """Windows `position` to `position + count` of the run -> inputs, targets: (count, block_size) int64.
-
-        Raises ValueError for a token id that the vocabulary lacks.
-        """
-        ids = self.read(self.starts(position, count), self.block_size + 1)
-        self.check_ids(int(ids.max()))
-        rows = torch.from_numpy(ids)
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
     def check_ids(self, largest: int) -> None:
         """Raises ValueError where the vocabulary lacks the token id `largest`."""
         if largest >= self.vocab_size:
@@ -102,12 +80,43 @@ class TokenFile:
             )
 
     def pieces(self) -> Iterator[NDArray[np.int64]]:
-        """All the ids of a small file, 34M of a larger one from all over it: what can be looked at soon."""
+        """Yields every id of a small file, or an evenly spread sample of 34M ids of a large one."""
         number, length = LOOKED_AT
         whole = len(self) <= number * length
         begins = range(0, len(self), length) if whole else np.linspace(0, len(self) - length, number)
         for begin in map(int, begins):
             yield self.read(np.array([begin]), min(length, len(self) - begin))[0]
+
+
+class TokenFile(Split):
+    """A split in the order of training: batches of windows by position.
+
+    A window may begin in one shard and end in the next. Raises ValueError for a split that is shorter than
+    one window.
+    """
+
+    def __init__(self, path: Path, model: GPTConfig, seed: int):
+        assert model.vocab_size is not None
+        super().__init__(path, model.vocab_size)
+        self.block_size = block_size = model.block_size
+        self.seed = seed
+        if len(self) < block_size + 1:
+            raise ValueError(
+                f"{path} has {len(self):,} tokens, too few for one window of block_size={block_size} and its "
+                f"targets; lower block_size to {max(len(self) - 1, 0)} or less, or add text"
+            )
+        # One block is kept back so that the offset of an epoch can be anything within a block, and more.
+        self.windows = max(1, (len(self) - block_size) // block_size)
+
+    def batch(self, position: int, count: int) -> tuple[Tensor, Tensor]:
+        """Windows `position` to `position + count` of the run -> inputs, targets: (count, block_size) int64.
+
+        Raises ValueError for a token id that the vocabulary lacks.
+        """
+        ids = self.read(self.starts(position, count), self.block_size + 1)
+        self.check_ids(int(ids.max()))
+        rows = torch.from_numpy(ids)
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def starts(self, position: int, count: int) -> NDArray[np.int64]:
         """The first token of each of these windows."""
@@ -124,12 +133,12 @@ class TokenFile:
         return np.concatenate(starts)
 
 
-def preflight(files: dict[str, TokenFile], before: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def preflight(files: Mapping[str, Split], before: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Looks at the data before a training: returns, by split, what tells later whether it changed.
 
     Raises ValueError, a sentence each, where meta.json counts otherwise than the files, where the model's
     vocabulary is too small, and where the run that is resumed was trained on other tokens: `before` is what
-    this returned then, {} for a new run. Of large files a sample is read, see TokenFile.pieces:
+    this returned then, {} for a new run. Of large files a sample is read, see Split.pieces:
     TokenFile.batch looks at every id again.
     """
     data: dict[str, dict[str, Any]] = {}
@@ -201,6 +210,6 @@ def _permute(index: U64, n: int, key: U64) -> U64:
 
 def to_device(batch: tuple[Tensor, Tensor], device: str) -> tuple[Tensor, Tensor]:
     """Copies to `device`; from pinned memory the CPU does not wait for it."""
-    if device.startswith("cuda"):
+    if torch.device(device).type == "cuda":
         return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)  # type: ignore[return-value]
     return tuple(t.to(device) for t in batch)  # type: ignore[return-value]

@@ -26,9 +26,8 @@ class Ranks:
     world_size: int
     device: str  # of this rank, such as "cuda:3"
     backend: str | None  # of torch.distributed; None in a plain process
-    hosts: dist.ProcessGroup | None = (
-        None  # where the processes agree, over gloo, so that no GPU is waited for
-    )
+    # where the processes agree, over gloo, so that no GPU is waited for
+    hosts: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -36,7 +35,7 @@ class Ranks:
 
     @property
     def device_type(self) -> str:
-        return self.device.partition(":")[0]
+        return torch.device(self.device).type
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over ranks of a tensor on their device, in place."""
@@ -87,7 +86,7 @@ def start(backend: str, device: str, timeout: int = 600) -> Ranks:
             f"device={device!r} would put every rank on one GPU; under torchrun give --device=cuda"
         )
     device = resolve_device(device, local_rank=int(os.environ.get("LOCAL_RANK", 0)))
-    on_gpu = device.startswith("cuda")
+    on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
     if not under_torchrun:
@@ -197,9 +196,8 @@ def _sharded(model: GPT, compiled: bool | str, dtype: str, ranks: Ranks) -> GPT:
     precision = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in cast(Iterable[Block], model.transformer.h):
         group: list[nn.Module] = [block.attn, block.mlp]
-        for module in (
-            group if compiled else ()
-        ):  # what FSDP does before and after stays outside of the graphs
+        # What FSDP does before and after a forward stays outside of the graphs.
+        for module in group if compiled else ():
             module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
         fully_shard(group, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh)
@@ -207,13 +205,13 @@ def _sharded(model: GPT, compiled: bool | str, dtype: str, ranks: Ranks) -> GPT:
 
 
 @contextmanager
-def exchange(model: nn.Module, wanted: bool) -> Iterator[None]:
+def exchange(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Whether the backward pass inside ends with the gradients added over all ranks, or keeps its own."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(wanted)
+        model.set_requires_gradient_sync(enabled)
         yield
         return
-    with model.no_sync() if isinstance(model, DDP) and not wanted else nullcontext():
+    with model.no_sync() if isinstance(model, DDP) and not enabled else nullcontext():
         yield
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from gpt.device import autocast, resolve_dtype
 from gpt.model import GPT
 from gpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 from train import distributed, fit
-from train.data import TokenFile, to_device
+from train.data import Split, to_device
 from train.distributed import Ranks
 from train.metrics import to_json
 
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
-    """What was asked for, the same on every rank. Raises ValueError, OSError."""
+    """The figures on `data` and on `hellaswag`, the same on every rank. Raises ValueError, OSError."""
     resume = config.init_from == "resume"
     source = str(pretrained.best_or_latest(Path(config.out_dir))) if resume else config.init_from
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -117,11 +117,12 @@ def on_tokens(model: GPT, described: dict[str, Any], config: EvaluateConfig, ran
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: prepare the data first, see python -m train.prepare")
     theirs = tokenizer.describe_dataset(path.parent)
-    if (
-        not tokenizer.fits(described, theirs) and theirs["kind"] != "gpt2"
-    ):  # GPT-2's leaves no trace beside the file
+    # GPT-2's leaves no trace beside the file.
+    if not tokenizer.fits(described, theirs) and theirs["kind"] != "gpt2":
         raise ValueError(f"{path} was prepared with another tokenizer or alphabet than the model's")
-    file = TokenFile(path, replace(model.config, block_size=1), seed=0)
+    file = Split(path, model.config.vocab_size or 0)
+    if len(file) < 2:
+        raise ValueError(f"{path} has {len(file)} tokens: a loss needs two, a token and the one before it")
     block_size = model.config.block_size
     stride = config.stride or block_size
     if not 1 <= stride <= block_size:
@@ -189,16 +190,13 @@ def _losses(model: GPT, rows: Sequence[Row], device: str) -> Tensor:
     """The loss in nats of every target that counts, 0 elsewhere: (len(rows), longest row - 1), fp32."""
     idx = torch.zeros(len(rows), max(len(row.ids) for row in rows) - 1, dtype=torch.int64)
     targets = torch.full_like(idx, -1)
-    for row, inputs, wanted in zip(rows, idx, targets):
+    for row, inputs, labels in zip(rows, idx, targets):
         ids = torch.tensor(row.ids)
         inputs[: len(ids) - 1] = ids[:-1]  # filled up on the right, where what counts does not look
-        wanted[row.first - 1 : len(ids) - 1] = ids[row.first :]
+        labels[row.first - 1 : len(ids) - 1] = ids[row.first :]
     idx, targets = to_device((idx, targets), device)
-    x = model.transformer(idx)
-    losses = model.ops.linear_cross_entropy(
-        x.flatten(0, 1), model.lm_head.weight, targets.flatten(), ignore_index=-1, reduction="none"
-    )
-    return losses.view_as(targets)
+    _, losses = model(idx, targets, reduction="none")
+    return losses
 
 
 def _endings(model: GPT, tokens: Tokenizer, context: str, endings: Sequence[str]) -> Iterator[Row]:

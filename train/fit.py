@@ -1,10 +1,9 @@
-"""What fits into memory: the largest micro-batch (--batch_size=auto), and the sentence where nothing does."""
+"""Find the micro-batch that fits into memory (--batch_size=auto); explain out-of-memory errors."""
 
 import gc
+import math
 import re
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -15,96 +14,80 @@ from gpt.model import GPT
 from train.config import TrainConfig
 from train.distributed import Ranks, random_numbers_kept
 
-MARGIN = 0.07  # of the memory that is free: for NCCL, for fragments, for whoever else uses the GPU
+MARGIN = 0.07  # of the memory: for NCCL, for fragments, for whoever else uses the GPU
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
 
 
-def micro_batches(sequences: int, ranks: int = 1) -> list[int]:
-    """The micro-batches, ascending, that deal a step's `sequences` out to `ranks` without a remainder."""
-    share = sequences // ranks
-    return [size for size in range(1, share + 1) if share % size == 0]
-
-
-def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The largest of the ascending `sizes` that fits, by bisection; None where not even the first does."""
-    too_large = bisect_left(sizes, True, key=lambda size: not fits(size))
-    return sizes[too_large - 1] if too_large else None
-
-
 def micro_batch(
-    config: TrainConfig, asked: int, model: GPT, ranks: Ranks, trial: Callable[[int, GPT], None]
+    config: TrainConfig, model: GPT, ranks: Ranks, trial: Callable[[int, GPT], None]
 ) -> tuple[TrainConfig, str]:
-    """`config` with the largest micro-batch that fits on every rank, in a step of as many sequences as
-    micro-batches of `asked` would make; and a line that says so.
+    """`config` with the micro-batch that fits on every rank, and a line that says so: --batch_size=auto.
 
-    `trial(size, model)` makes steps of this run on a copy of `model`, alone on this rank, and raises where
-    memory ends. The model waits on the host meanwhile; nothing of the run is changed, random numbers neither.
-    Raises ValueError where a device cannot be asked for its memory, and where not one sequence fits.
+    It begins with all of this rank's sequences of a step at once, and halves them until they fit. The step
+    has as many sequences as before. `trial(size, model)` makes steps on a copy of `model`; neither weights
+    nor random numbers of the run change. Raises ValueError.
     """
-    accumulation = config.gradient_accumulation_steps
-    sequences = asked * accumulation
-    peaks: dict[int, int] = {}
-
-    def fits(size: int) -> bool:
-        if config.compile:
-            torch.compiler.reset()  # else the second size makes a graph for any size, which no training runs
-        try:
-            trial(size, deepcopy(model).to(ranks.device))
-            peaks[size] = peak_bytes(ranks)
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-        fitted = size in peaks
-        release(ranks.device)  # here, where the exception holds no tensors any more
-        return not ranks.any(not fitted)
-
-    with with_margin(ranks) as total, random_numbers_kept(ranks):
-        model.cpu()
-        found = largest(micro_batches(sequences, ranks.world_size), fits)
-        model.to(ranks.device)
-    if config.compile:
-        torch.compiler.reset()
-    if found is None:
+    total = device_memory(ranks)
+    if config.strategy == "fsdp":
         raise ValueError(
-            f"batch_size=auto: not one sequence of block_size={config.model.block_size} can be trained on in "
-            f"the {total / 2**30:.1f} GiB of {ranks.device}; {_ways_out(config, smaller_batch=False)}"
+            "batch_size=auto tries sizes on each rank alone, which strategy=fsdp cannot: give a number"
         )
-    config = replace(config, batch_size=found, gradient_accumulation_steps=sequences // found)
-    return config, (
-        f"batch_size=auto: {found} x {sequences // found} accumulation steps = {sequences} sequences a step "
-        f"({asked} x {accumulation} was asked); peak {peaks[found] / 2**30:.1f} of {total / 2**30:.1f} GiB"
+    sequences, accumulation = config.sequences, config.gradient_accumulation_steps
+    share = size = sequences // ranks.world_size
+    model.cpu()
+    release(ranks.device)
+    with random_numbers_kept(ranks):
+        # The smallest GPU decides.
+        while ranks.any((peak := peak_bytes(trial, size, model, ranks)) > (1 - MARGIN) * total):
+            if size == 1:
+                raise ValueError(
+                    f"batch_size=auto: not one sequence of block_size={config.model.block_size} can be "
+                    f"trained on in the {total / 2**30:.1f} GiB of {ranks.device}; "
+                    f"{_ways_out(config, smaller_batch=False)}"
+                )
+            # A divisor, so that every micro-batch of the step is full.
+            size = max(n for n in range(1, size // 2 + 1) if share % n == 0)
+    model.to(ranks.device)
+    fitted = replace(config, batch_size=size, gradient_accumulation_steps=sequences // size)
+    return fitted, (
+        f"batch_size=auto: {size} x {sequences // size} accumulation steps = {sequences} sequences a step "
+        f"({config.batch_size} x {accumulation} was asked); "
+        f"peak {peak / 2**30:.1f} of {total / 2**30:.1f} GiB"
     )
 
 
-@contextmanager
-def with_margin(ranks: Ranks) -> Iterator[int]:
-    """Inside, memory ends MARGIN before it does. Yields the bytes that the device has. Raises ValueError."""
+def device_memory(ranks: Ranks) -> int:
+    """Bytes of this rank's GPU. Raises ValueError where there is none."""
     if ranks.device_type != "cuda":
         raise ValueError(
             f"batch_size=auto asks a GPU for its memory, and {ranks.device} cannot be asked: give a number, "
             "such as --batch_size=12"
         )
-    release(ranks.device)
-    free, total = torch.cuda.mem_get_info(ranks.device)
-    ours = free + torch.cuda.memory_reserved(ranks.device)
-    before = torch.cuda.get_per_process_memory_fraction(ranks.device)
-    torch.cuda.set_per_process_memory_fraction(min(before, (1 - MARGIN) * ours / total), ranks.device)
+    return torch.cuda.mem_get_info(ranks.device)[1]
+
+
+def peak_bytes(trial: Callable[[int, GPT], None], size: int, model: GPT, ranks: Ranks) -> float:
+    """The memory that was taken from the GPU in a trial of this size; infinity where it ended."""
+    peak = math.inf
+    # Else the second size makes a graph for any size, which no training runs.
+    torch.compiler.reset()
     try:
-        yield total
-    finally:
-        torch.cuda.set_per_process_memory_fraction(before, ranks.device)
-
-
-def peak_bytes(ranks: Ranks) -> int:
-    """The most that tensors have held since the last `release`. Waits for the device, whose errors show."""
-    torch.cuda.synchronize(ranks.device)
-    return torch.cuda.max_memory_allocated(ranks.device)
+        trial(size, deepcopy(model).to(ranks.device))
+        torch.cuda.synchronize(ranks.device)
+        peak = torch.cuda.max_memory_reserved(ranks.device)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    # Here the exception holds no tensors any more.
+    release(ranks.device)
+    torch.compiler.reset()
+    return peak
 
 
 def release(device: str) -> None:
-    """Gives back what nobody holds any more, and begins a new peak."""
+    """Gives back the memory that nobody holds any more, and begins a new peak."""
     gc.collect()
-    if device.startswith("cuda"):
+    if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -118,8 +101,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def explain(error: BaseException, config: TrainConfig) -> str:
     """One sentence on an error that is `out_of_memory`: what to lower, and what the run can go on from."""
-    wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-    amount = f" ({wanted[1]} more were wanted)" if wanted else ""
+    request = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    amount = f" ({request[1]} more were wanted)" if request else ""
     latest = Path(config.out_dir, "ckpt.pt")
     saved = f"--init_from=resume goes on from {latest}" if latest.exists() else "nothing is saved yet"
     return f"out of memory{amount}: {_ways_out(config)}; {saved}"
@@ -127,9 +110,7 @@ def explain(error: BaseException, config: TrainConfig) -> str:
 
 def _ways_out(config: TrainConfig, smaller_batch: bool = True) -> str:
     ways, model = [], config.model
-    if smaller_batch and config.batch_size == "auto":
-        ways.append("a batch_size below the one that auto has found")
-    elif smaller_batch:
+    if smaller_batch:
         ways.append(
             f"a smaller batch_size than {config.batch_size}, with gradient_accumulation_steps="
             f"{config.gradient_accumulation_steps} raised as much, which makes the same step"

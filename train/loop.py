@@ -23,11 +23,18 @@ from gpt.sample import SampleConfig, generate
 from gpt.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, from_dict, unknown
 from train import checkpoint, distributed, fit
 from train.checkpoint import Progress
-from train.config import TrainConfig, asked_batch_size, resolve, save_config
+from train.config import TrainConfig, resolve, save_config
 from train.data import TokenFile, describe, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import Metrics
-from train.optim import SkippedSteps, clip_gradient, learning_rate, optimizer_for, step_if_finite
+from train.optim import (
+    Optimizer,
+    SkippedSteps,
+    clip_gradient,
+    learning_rate,
+    optimizer_for,
+    step_if_finite,
+)
 from train.profiler import Profile
 from train.signals import StopRequest
 from train.view import Lines
@@ -66,15 +73,15 @@ def train(
     config = replace(config, dataset=start.dataset)
     data_dir = Path("data", config.dataset)
     tokenizer = describe(data_dir)
-    model, resumed = checkpoint.initial_model(config, given, tokenizer, ranks, start)
+    resumes = start.source == "resume"
+    model, before = checkpoint.initial_model(config, given, tokenizer, ranks, start)
     config = replace(config, model=model.config)
-    recorded = resumed.tokenizer if resumed is not None else None
-    tokenizer = known_tokenizer(tokenizer, recorded or tokenizer, model, data_dir)
-    if ranks.differ(resumed.iter_num if resumed is not None else 0):
+    tokenizer = known_tokenizer(tokenizer, before.tokenizer or tokenizer, model, data_dir)
+    if ranks.differ(before.iter_num):
         raise ValueError(
             f"the ranks found different checkpoints: all machines must share out_dir={config.out_dir!r}"
         )
-    if resumed is not None and resumed.iter_num >= config.max_iters and not config.eval_only:
+    if resumes and before.iter_num >= config.max_iters and not config.eval_only:
         if ranks.is_main:
             print(f"{out_dir} holds a finished run: all max_iters={config.max_iters} steps are made")
         return
@@ -82,19 +89,13 @@ def train(
     # What is trained, and by what.
     precision = partial(autocast, ranks.device, config.dtype)
     fitted = ""
-    if config.batch_size == "auto":
+    if "auto" in given.get("batch_size", ())[-1:]:
         steps_on = partial(trial, config=config, ranks=ranks, precision=precision)
-        config, fitted = fit.micro_batch(config, asked_batch_size(given), model, ranks, steps_on)
+        config, fitted = fit.micro_batch(config, model, ranks, steps_on)
     trained, optimizer, scaler = prepare(model, config, ranks)
-    progress = Progress(began=config.init_from)
-    before: dict[str, Any] = {}
-    data_before: dict[str, Any] = {}
-    if resumed is not None:
-        progress = Progress.after(resumed, config)
-        before = resumed.config
-        data_before = resumed.data if before.get("dataset") == config.dataset else {}
-        checkpoint.restore(resumed, optimizer, scaler, ranks)
-        del resumed  # its tensors are the old file, mapped into memory
+    progress = Progress.after(before, config)
+    if resumes:
+        checkpoint.restore(before, optimizer, scaler, ranks)
 
     # The data. Evaluation has another seed: its windows are not those that training is about to see.
     train_file = TokenFile(data_dir / "train.bin", config.model, config.seed)
@@ -102,13 +103,15 @@ def train(
         split: TokenFile(data_dir / f"{split}.bin", config.model, config.seed + 1)
         for split in ("train", "val")
     }
-    data = preflight(eval_files, data_before)
+    same_data = before.config.get("dataset") == config.dataset
+    data = preflight(eval_files, before.data if same_data else {})
     micro_batches = read_ahead(train_file, progress.position, config.micro_batch, ranks)
     # gradient_accumulation_steps counts over all ranks, so that the step is the same on one GPU and on eight.
     accumulation = config.gradient_accumulation_steps // ranks.world_size
 
     # Who is told. A run compiles before its first step, so that no step's time has the compiler in it.
-    metrics = Metrics(config, ranks, model, view or Lines(), progress, before)
+    metrics = Metrics(config, ranks, model, view or Lines(), progress, before.config)
+    del before  # its tensors are the old file, mapped into memory
     metrics.start(len(train_file), len(eval_files["val"]))
     if fitted:
         metrics.print(fitted)
@@ -187,7 +190,7 @@ def train(
 
 def prepare(
     model: GPT, config: TrainConfig, ranks: Ranks
-) -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
+) -> tuple[nn.Module, Optimizer, torch.amp.GradScaler]:
     """What is trained (the model, compiled, in its strategy), what trains it, and its loss scale."""
     trained = distributed.parallel(model, config.strategy, config.compile, config.dtype, ranks)
     optimizer = optimizer_for(model, config, ranks.device_type)
@@ -238,7 +241,7 @@ def read_ahead(file: TokenFile, position: int, size: int, ranks: Ranks) -> Itera
         start = position + (i * ranks.world_size + ranks.rank) * size
         return to_device(file.batch(start, size), ranks.device)
 
-    start_thread = partial(torch.cuda.set_device, ranks.device) if ranks.device.startswith("cuda") else None
+    start_thread = partial(torch.cuda.set_device, ranks.device) if ranks.device_type == "cuda" else None
     with ThreadPoolExecutor(1, initializer=start_thread) as thread:
         ahead = thread.submit(assemble, 0)
         for i in count(1):

@@ -82,12 +82,9 @@ class Metrics:
             return
         config, c = self.config, self.config.model
         step = config.sequences * c.block_size
-        parameters, flops, tokens = (
-            self.model.get_num_params(),
-            self.model.flops_per_token(),
-            step * config.max_iters,
-        )
-        gpu = torch.cuda.get_device_name(config.device) if config.device.startswith("cuda") else None
+        tokens = step * config.max_iters
+        parameters, flops = self.model.get_num_params(), self.model.flops_per_token()
+        gpu = torch.cuda.get_device_name(config.device) if self.ranks.device_type == "cuda" else None
         self.beginning = _event(
             "start", self.first_step, evaluated=self.evaluated, config=config.flat(), parameters=parameters,
             flops_per_token=flops, tokens_per_step=step, train_tokens=train_tokens, val_tokens=val_tokens,
@@ -213,7 +210,7 @@ class Metrics:
             self.file.flush()
 
     def _synchronize(self) -> None:
-        if self.ranks.device.startswith("cuda"):
+        if self.ranks.device_type == "cuda":
             torch.cuda.synchronize()
 
 
@@ -273,7 +270,7 @@ def _open(path: Path) -> TextIO:
 
 def _memory(device: str) -> int:
     """Bytes that were taken at most: by tensors on the GPU, or by the process."""
-    if device.startswith("cuda"):
+    if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

@@ -12,12 +12,20 @@ from gpt.model import GPT
 from train.config import TrainConfig
 
 
-def optimizer_for(model: GPT, config: TrainConfig, device_type: str) -> torch.optim.Optimizer:
-    """The one that `config` names: AdamW as in nanoGPT, or Muon."""
-    adamw = model.configure_optimizers(
-        config.weight_decay, config.learning_rate, (config.beta1, config.beta2), device_type
-    )
-    return adamw if config.optimizer == "adamw" else Muon(model, adamw)
+class AdamW(torch.optim.AdamW):
+    """nanoGPT's: matrices and embeddings are decayed, norms and biases are not."""
+
+    name = "adamw"
+
+    def __init__(self, model: GPT, config: TrainConfig, device_type: str):
+        lr, betas = config.learning_rate, (config.beta1, config.beta2)
+        plain = model.configure_optimizers(config.weight_decay, lr, betas, device_type)
+        super().__init__(plain.param_groups, lr, betas, fused=plain.defaults["fused"])
+
+    @staticmethod
+    def moments(group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the tensors that are kept for each tensor of `group`, and have its shape."""
+        return ("exp_avg", "exp_avg_sq")
 
 
 class Muon(torch.optim.Optimizer):
@@ -28,15 +36,17 @@ class Muon(torch.optim.Optimizer):
     have, so that one learning rate and weight decay serve both. Queries, keys and values lie in one tensor
     and are made orthogonal apart. Shards are put together first, and every rank does the same work.
 
-    It computes what torch.optim.Muon does. Why it is not that one: a step whose gradient is not finite is
-    skipped on the device, where a GPU is told so and nobody waits; and on CPUs, where bfloat16 is slow, it
-    works in float32.
+    It computes what torch.optim.Muon does. We do not use that one because we skip a step whose gradient is
+    not finite on the device, without a sync, and because it works in bfloat16, which is slow on CPUs.
 
     Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/; the scale is that of Liu et al., 2025,
     https://arxiv.org/abs/2502.16982
     """
 
-    def __init__(self, model: GPT, adamw: torch.optim.AdamW, momentum: float = 0.95):
+    name = "muon"
+
+    def __init__(self, model: GPT, config: TrainConfig, device_type: str, momentum: float = 0.95):
+        adamw = AdamW(model, config, device_type)
         decayed, plain = adamw.param_groups
         blocks = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
         packed = [p for name, p in blocks.items() if name.endswith("c_attn.weight")]
@@ -74,27 +84,40 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         weight, grad, buffer = _local(p), _local(gradient), _local(state["momentum_buffer"])
         mean = buffer.lerp(grad, 1 - group["momentum"])
-        update = grad.lerp(mean, group["momentum"])  # Nesterov's
-        update = update.bfloat16() if update.is_cuda else update
+        direction = grad.lerp(mean, group["momentum"])  # Nesterov's
+        direction = direction.bfloat16() if direction.is_cuda else direction
         if isinstance(p, DTensor):
-            update = DTensor.from_local(update, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-            update = update.full_tensor()
-        update = orthogonal(update.view(group["matrices"], -1, p.size(1)))
-        scale = 0.2 * math.sqrt(max(update.shape[1:]))  # the root mean square of AdamW's updates is about 0.2
-        update = update.reshape(p.shape).type_as(weight)
+            direction = DTensor.from_local(
+                direction, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
+            )
+            direction = direction.full_tensor()
+        direction = orthogonal(direction.view(group["matrices"], -1, p.size(1)))
+        # The root mean square of AdamW's updates is about 0.2.
+        scale = 0.2 * math.sqrt(max(direction.shape[1:]))
+        direction = direction.reshape(p.shape).type_as(weight)
         if isinstance(p, DTensor):
-            update = _local(distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None))
-        moved = weight * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * scale * update
+            direction = _local(distribute_tensor(direction, p.device_mesh, p.placements, src_data_rank=None))
+        moved = weight * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * scale * direction
         if found_inf is not None:
             skip = found_inf.bool()
             mean, moved = torch.where(skip, buffer, mean), torch.where(skip, weight, moved)
         buffer.copy_(mean)
         weight.copy_(moved)
 
+    @staticmethod
+    def moments(group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if "momentum" in group else AdamW.moments(group)
 
-def moments_of(group: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the tensors that the optimizer keeps for each tensor of `group`."""
-    return ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")
+
+# An optimizer is its class, which says its name and its moments, and its entry here and in TrainConfig.
+Optimizer = AdamW | Muon
+OPTIMIZERS: tuple[type[Optimizer], ...] = (AdamW, Muon)
+
+
+def optimizer_for(model: GPT, config: TrainConfig, device_type: str) -> Optimizer:
+    """The one that `config` names, for the parameters of `model`."""
+    (optimizer,) = (each for each in OPTIMIZERS if each.name == config.optimizer)
+    return optimizer(model, config, device_type)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -1,0 +1,59 @@
+"""How a token is drawn from the logits of a model."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. Raises ValueError for what is out of range."""
+
+    temperature: float = 1.0  # 1 as the model has it, less is less random, 0 takes the likeliest token
+    top_k: int | None = None  # among the k likeliest
+    top_p: float | None = None  # among the fewest likeliest whose probabilities reach p together
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature} must be >= 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be >= 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+    """logits (B, V) -> ids (B,): top_k, then temperature, then top_p, then one draw for the whole batch.
+
+    The id is -1 where the logits of a row are NaN or infinite: `check_drawn` says so.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    highest = logits.amax(-1, keepdim=True)
+    can_draw = highest.isfinite()
+    if sampling.temperature == 0:
+        return logits.argmax(-1).where(can_draw[:, 0], -1)
+    if sampling.top_k is not None:
+        kth = torch.topk(logits, min(sampling.top_k, logits.size(-1))).values[:, [-1]]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    # After the subtraction the likeliest is 0, so no temperature makes it overflow. The bounds keep
+    # 1 / temperature finite in float32.
+    logits = (logits - highest).where(can_draw, 0) / min(max(sampling.temperature, 1e-30), 1e30)
+    probabilities = F.softmax(logits, dim=-1)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        falling, order = probabilities.sort(descending=True)
+        likelier = falling.cumsum(-1) - falling
+        nucleus = falling.masked_fill(likelier >= sampling.top_p, 0)
+        probabilities = torch.zeros_like(nucleus).scatter(1, order, nucleus)  # the draw needs no sum of 1
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].where(can_draw[:, 0], -1)
+
+
+def check_drawn(ids: Tensor) -> None:
+    """Raises ValueError where `choose` could draw no id. Waits for the GPU."""
+    if (ids < 0).any():
+        raise ValueError(
+            "the logits of the model are not finite, so no token can be drawn: a weight is NaN, or a number "
+            "is too large for float16; try --dtype=float32, or a checkpoint from before the loss became NaN "
+            "(metrics.jsonl has the losses)"
+        )
