@@ -76,7 +76,7 @@ class Variant:
 
 def our_variant(
     name: str,
-    changes: dict[str, str],
+    changes: dict[str, Any],
     compiled: bool,
     config: GPTConfig,
     dtype: str,
@@ -134,7 +134,7 @@ def nanogpt_variant(
     return Variant("nanogpt", step, accumulation * batch_size * config.block_size, flops)
 
 
-def wanted(options: argparse.Namespace, on_gpu: bool) -> Iterator[tuple[str, dict[str, str], bool]]:
+def wanted(options: argparse.Namespace, on_gpu: bool) -> Iterator[tuple[str, dict[str, Any], bool]]:
     """(name, fields of GPTConfig, compiled) of our variants."""
     yield "tritongpt", {"kernels": "triton" if on_gpu else "torch"}, on_gpu
     if options.ablate and on_gpu:

@@ -628,9 +628,8 @@ def _run_all(input, residual=None, weight=None, bias=None, eps=1e-5, normalized_
     _launch_backward(normed, ds, x, weight, bias_dtype, mean, rstd, input.dtype, residual_dtype)
 
 
-def _slots(residual: Tensor | None = None, input: Tensor | None = None, **_: Any) -> Iterator[Slot]:
-    x = input if residual is None else residual
-    C, table = x.shape[-1], tiles_for(x, TILES)
+def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
+    C, table = input.shape[-1], tiles_for(input, TILES)
     yield Slot("forward (rows, warps, columns)", table, _width(C), tuple(_candidates(C, 64)), 0)
     # Backward holds six values for each of a lane's columns, so a warp has 256 columns of one row. It waits
     # for both sums of a row. Either many programs fill that time, 8 to 16 warps, or the second stage does.
