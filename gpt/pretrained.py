@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gpt import checkpoint, tokenizer
+from gpt import checkpoint, cli, tokenizer
 from gpt.checkpoint import MASKS, Checkpoint
 from gpt.model import GPT, RUN_OPTIONS, GPTConfig
 
@@ -43,6 +43,11 @@ def from_checkpoint(
 def best_or_latest(out_dir: Path) -> Path:
     """best.pt of a run with always_save_checkpoint=False, ckpt.pt of any other."""
     latest, best = out_dir / "ckpt.pt", out_dir / "best.pt"
+    others = sorted(out_dir.glob("*.pt"), key=lambda path: path.stat().st_mtime)
+    if others and not latest.exists():
+        raise FileNotFoundError(
+            f"there is no checkpoint {latest}, but there is {others[-1]}: name that file, not its folder"
+        )
     wants_best = not checkpoint.read(latest).config.get("always_save_checkpoint", True)
     return best if wants_best and best.exists() else latest
 
@@ -55,7 +60,7 @@ def checkpoint_in(source: str) -> str:
     folder = Path(source)
     if not folder.is_dir() or (folder / "config.json").is_file():
         return source
-    if not (folder / "ckpt.pt").is_file():
+    if not any(folder.glob("*.pt")):
         raise ValueError(
             f"the folder {source} has neither a run's ckpt.pt nor the config.json of a Hugging Face model"
         )
@@ -89,7 +94,12 @@ def from_hugging_face(
     except ImportError:
         raise ValueError(f"loading {name!r} needs the package transformers: pip install -e '.[hf]'") from None
     try:
-        c = AutoConfig.from_pretrained(name)
+        if Path(name).is_dir():
+            # transformers does not read a config.json with a byte-order mark.
+            content = json.loads(cli.read_text(Path(name, "config.json")))
+            c = AutoConfig.for_model(**{"model_type": "gpt2"} | content)
+        else:
+            c = AutoConfig.from_pretrained(name)
         if c.model_type != "gpt2":
             raise ValueError(f"it is a {c.model_type}, and only GPT-2 is known here")
         loaded: Any = GPT2LMHeadModel.from_pretrained(
@@ -133,7 +143,7 @@ def hugging_face_tokenizer(name: str) -> dict[str, Any]:
     """The tokenizer of one of OpenAI's GPT-2s or of a folder, by `to_dict`: unknown where it has none."""
     if not Path(name).is_dir():
         return {"kind": "gpt2"}
-    rows = json.loads(Path(name, "config.json").read_text(encoding="utf-8")).get("vocab_size", 50257)
+    rows = json.loads(cli.read_text(Path(name, "config.json"))).get("vocab_size", 50257)
     return tokenizer.describe_folder(Path(name), rows)
 
 

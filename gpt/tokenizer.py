@@ -345,7 +345,9 @@ def describe_meta(path: Path) -> dict[str, Any]:
         itos = meta.get("itos") or {i: symbol for symbol, i in meta.get("stoi", {}).items()}
         itos = itos if isinstance(itos, dict) else dict(enumerate(itos))
         numbers = [meta.get("vocab_size", 0), *itos]
-        if wrong := [n for n in numbers if not isinstance(n, int | float) or n != int(n)]:
+        # Some programs write whole numbers as floats.
+        whole = [isinstance(n, int) or (isinstance(n, float) and n.is_integer()) for n in numbers]
+        if wrong := [n for n, is_whole in zip(numbers, whole) if not is_whole]:
             raise ValueError(f"vocab_size and the ids of its symbols must be whole numbers, not {wrong[0]!r}")
         itos = {int(i): symbol for i, symbol in itos.items()}
         size = max([int(numbers[0]), *(i + 1 for i in itos)])

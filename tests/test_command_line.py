@@ -726,6 +726,15 @@ def test_a_rank_without_the_rest_of_torchrun_is_told(workplace):
     )
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+def test_a_variable_of_torchrun_that_is_not_a_number_is_named(monkeypatch, name):
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0", "MASTER_ADDR": "localhost"}
+    for variable, value in (rank | {name: "x"}).items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=rf"{name}='x' is set and must be a whole number"):
+        distributed.start("auto", "cpu")
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
@@ -747,6 +756,8 @@ def test_another_package_called_kernels_is_told(tmp_path, file, content):
     assert code == 1 and err.count("\n") == 1
     assert err.startswith(f"error: the package kernels in {tmp_path}/kernels is not this project's")
     assert "pip uninstall kernels" in err
+    code, err = started(tmp_path, "-c", program.replace("'train'", "'bench.kernels'"))
+    assert code == 1 and err.count("\n") == 1 and "pip uninstall kernels" in err
 
 
 @pytest.mark.parametrize("name", ["wandb", "datasets"])

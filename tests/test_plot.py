@@ -1,6 +1,7 @@
 """The pictures of runs show what their metrics.jsonl say."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpt import cli
-from tests.runs import run
+from tests.runs import run, surroundings
 from train import plot
 
 
@@ -127,6 +128,19 @@ def command(monkeypatch, capsys, *args):
     except SystemExit as stop:
         return stop.code
     return capsys.readouterr().out.strip()
+
+
+def test_a_folder_that_the_locale_has_no_letters_for_has_its_name_in_the_picture(place):
+    """In the locale C, Python keeps the bytes of what it cannot read as surrogates."""
+    pytest.importorskip("matplotlib")
+    write("größe", [step(0), step(1), evaluation(2, 2.5)])
+    program = "from train.plot import *; import sys; r = load([Path(sys.argv[1])]); draw(r).savefig('a.png');"
+    program += "print(ascii(r[0].label))"
+    environment = surroundings(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    result = subprocess.run(
+        [sys.executable, "-c", program, "größe"], env=environment, capture_output=True, text=True
+    )
+    assert result.stdout == ascii("größe") + "\n", result.stderr
 
 
 def test_the_command_draws_a_run_and_what_cannot_be_drawn_is_one_sentence(workplace, monkeypatch, capsys):

@@ -86,9 +86,8 @@ def files(inputs: str, field: str = "text", val_fraction: float = 0.1) -> Corpus
                 table = _load(inputs, reader, data_files=[str(p) for p in of_kind])
                 rows = _rows(table, field, val_fraction)
             except (ValueError, OSError) as error:
-                raise type(error)(
-                    f"{error}{_line_that_is_not_json(of_kind, field) if kind in ('.jsonl', '.ndjson') else ''}"
-                ) from None
+                line = _line_that_is_not_json(of_kind, field) if kind in (".jsonl", ".ndjson") else ""
+                raise type(error)(f"{error}{line}") from None
             splits.append((_without_marks(rows[0]), _without_marks(rows[1])))
     train, val = map(_joined, zip(*splits))
     return Corpus(train, val, source)
@@ -255,7 +254,7 @@ def _read(path: Path, start: int = 0, stop: float = math.inf) -> Iterator[str]:
 
 
 def _open(path: Path) -> TextIO:
-    """A text in UTF-8, or by its byte-order mark in UTF-16 or UTF-32; the mark is left out. Raises ValueError."""
+    """A text in UTF-8, or by its byte-order mark in UTF-16 or 32; the mark is left out. Raises ValueError."""
 
     def open_bytes() -> BinaryIO:
         return cast(BinaryIO, gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
@@ -286,12 +285,14 @@ def _line_that_is_not_json(paths: list[Path], field: str) -> str:
             with _open(path) as f:
                 if (encoding := cli.encoding_name(f.encoding)) != "UTF-8":
                     return f"; {path} is {encoding}: convert it by iconv -f {encoding} -t UTF-8"
-                for number, line in enumerate(f, start=1):  # noqa: B007
+                for number, line in enumerate(f, start=1):
                     row = json.loads(line) if line.strip() else {}
                     if not isinstance(row, dict):
                         return f"; {path}, line {number:,}: it is not an object, such as {{{field!r}: ...}}"
                     if not isinstance(row.get(field), str | None):
-                        return f"; {path}, line {number:,}: {field!r} is {row[field]!r:.40}, which is not text"
+                        return (
+                            f"; {path}, line {number:,}: {field!r} is {row[field]!r:.40}, not text"
+                        )
         except json.JSONDecodeError as error:
             last = "" if line.endswith("\n") else ", the last one (the file may be cut short)"
             return f"; {path}, line {number:,}{last}: {error.msg} at column {error.colno}"
