@@ -94,12 +94,7 @@ def from_hugging_face(
     except ImportError:
         raise ValueError(f"loading {name!r} needs the package transformers: pip install -e '.[hf]'") from None
     try:
-        if Path(name).is_dir():
-            # transformers does not read a config.json with a byte-order mark.
-            content = json.loads(cli.read_text(Path(name, "config.json")))
-            c = AutoConfig.for_model(**{"model_type": "gpt2"} | content)
-        else:
-            c = AutoConfig.from_pretrained(name)
+        c = AutoConfig.from_pretrained(name)
         if c.model_type != "gpt2":
             raise ValueError(f"it is a {c.model_type}, and only GPT-2 is known here")
         loaded: Any = GPT2LMHeadModel.from_pretrained(

@@ -386,13 +386,13 @@ def test_two_config_files_import_two_modules_of_one_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", ["{}.py", "{}/__init__.py"])
 def test_a_base_may_have_the_name_of_one_of_our_packages(tmp_path, name, file):
     importlib.import_module(name)
-    ours = dict(sys.modules)
+    ours = {key: module for key, module in sys.modules.items() if key.split(".")[0] == name}
     base = tmp_path / file.format(name)
     base.parent.mkdir(exist_ok=True)
     base.write_text("n_layer = 3\n")
     (tmp_path / "mine.py").write_text(f"from {name} import *\n")
     assert parse([str(tmp_path / "mine.py")])[0].model.n_layer == 3
-    assert sys.modules == ours
+    assert ours == {key: module for key, module in sys.modules.items() if key.split(".")[0] == name}
     # Where there is no such file, the package is ours.
     base.unlink()
     (tmp_path / "mine.py").write_text("from train.config import SHAPE\nn_layer = len(SHAPE)\n")
