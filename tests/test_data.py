@@ -185,11 +185,7 @@ def test_a_shard_belongs_to_the_split_whose_word_is_in_its_name(tmp_path):
         llm_c_shard(tmp_path / f"{name}.bin", [1] * 20)
     llm_c_shard(tmp_path / "train3.BIN", [1] * 20)
     (tmp_path / "._Train-2.bin").write_bytes(b"a Mac's own")
-    assert [p.stem for p in shards.find(tmp_path / "train.bin")] == [
-        "Train-2",
-        "medieval_train_01",
-        "train_3",
-    ]
+    assert [p.stem for p in shards.find(tmp_path / "train.bin")] == ["Train-2", "medieval_train_01", "train3"]
     assert [p.stem for p in shards.find(tmp_path / "val.bin")] == ["medieval_val_00", "validation0"]
     llm_c_shard(tmp_path / "train_val_00.bin", [1] * 20)
     with pytest.raises(ValueError, match=r"train_val_00.bin has the words of both splits .*\(train, val\)"):
