@@ -290,9 +290,7 @@ def _line_that_is_not_json(paths: list[Path], field: str) -> str:
                     if not isinstance(row, dict):
                         return f"; {path}, line {number:,}: it is not an object, such as {{{field!r}: ...}}"
                     if not isinstance(row.get(field), str | None):
-                        return (
-                            f"; {path}, line {number:,}: {field!r} is {row[field]!r:.40}, not text"
-                        )
+                        return f"; {path}, line {number:,}: {field!r} is {row[field]!r:.40}, not text"
         except json.JSONDecodeError as error:
             last = "" if line.endswith("\n") else ", the last one (the file may be cut short)"
             return f"; {path}, line {number:,}{last}: {error.msg} at column {error.colno}"
