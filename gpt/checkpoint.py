@@ -21,6 +21,7 @@ from gpt.model import RUN_OPTIONS, GPTConfig
 
 # nanoGPT calls GPTConfig(**model_args): it knows these seven and refuses an eighth.
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+TIED = ("transformer.wte.weight", "lm_head.weight")
 WRAPPERS = ("module", "_orig_mod")  # DDP and torch.compile put these into the names of the weights
 
 
@@ -118,6 +119,10 @@ def read(path: Path) -> Checkpoint:
         for name, weight in checkpoint.model.items()
         if not name.endswith(MASKS)
     }
+    # They are one tensor, which some programs save once.
+    for name, other in (TIED, TIED[::-1]):
+        if other in checkpoint.model:
+            checkpoint.model.setdefault(name, checkpoint.model[other])
     if not checkpoint.gpt_config:
         # Before there was gpt_config, the only option beside nanoGPT's was the activation. nanoGPT saved no
         # dropout and bias at first.

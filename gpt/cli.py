@@ -27,6 +27,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
 Config = TypeVar("Config")
 UserPath = Annotated[str, Path]  # the type of a flag that names a file or a folder: ~ is the user's home
+OWN_PACKAGES = ("kernels", "gpt", "train", "bench")
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -115,9 +116,16 @@ def words(config_class: type, args: Sequence[str]) -> Iterator[tuple[str, str | 
 def text_encoding(head: bytes) -> str:
     """How a text that begins with these bytes is read: by its byte-order mark, else as UTF-8.
 
-    Editors on Windows put the mark there; both encodings leave it out of the text.
+    Editors on Windows put the mark there; all of these encodings leave it out of the text.
     """
+    # UTF-32's mark in little-endian order begins with UTF-16's.
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
     return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
+def encoding_name(encoding: str) -> str:
+    return encoding.upper().removesuffix("-SIG")
 
 
 def read_text(path: Path) -> str:
@@ -128,7 +136,8 @@ def read_text(path: Path) -> str:
         return TextIOWrapper(BytesIO(content), encoding).read()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8 text: byte {error.start:,} cannot be read; convert it to UTF-8"
+            f"{path} is not {encoding_name(encoding)} text: byte {error.start:,} cannot be read; "
+            "convert it to UTF-8"
         ) from None
 
 
@@ -175,13 +184,15 @@ def read_value(flag: Flag, value: Any) -> Any:
     A whole number may be written as a float (6e5), True and False in any case or as 1 and 0.
     """
     text = str(value)
-    if flag.type is UserPath:
+    types = list(_alternatives(flag.type))
+    # The word None is text, the None of a config file is not.
+    is_text = str in types and value is not None
+    if is_text and flag.type is UserPath:
         try:
             return read_path(text)
         except ValueError as error:
             raise ValueError(f"{flag.name}={error}") from None
-    types = list(_alternatives(flag.type))
-    if str in types or text in types:
+    if is_text or text in types:
         return text
     if text == "None" and type(None) in types:
         return None
@@ -195,8 +206,8 @@ def read_value(flag: Flag, value: Any) -> Any:
     except ValueError:
         pass
     kinds = {int: "a whole number of at most 64 bits", float: "a number", bool: "True or False"}
-    kinds[type(None)] = "None"
-    expected = " or ".join(kinds.get(kind, str(kind)) for kind in types)
+    kinds |= {type(None): "None", str: "text"}
+    expected = " or ".join(kinds.get(kind, str(kind)) for kind in types if kind is not Path)
     raise ValueError(f"{flag.name}={text} must be {expected}")
 
 
@@ -355,9 +366,9 @@ def _flags_of_file(path: Path, described: Mapping[str, Flag], scope: dict[str, A
     """
     lines: dict[str, int] = {}  # of the statement that set a name last
     try:
-        # Python itself finds the encoding of bytes, but for UTF-16.
+        # Python itself finds the encoding of bytes, but for UTF-16 and UTF-32.
         content = path.read_bytes()
-        tree = ast.parse(read_text(path) if text_encoding(content) == "utf-16" else content, str(path))
+        tree = ast.parse(read_text(path) if text_encoding(content) != "utf-8-sig" else content, str(path))
         scope["__file__"] = str(path)
         with _importing_from(path.resolve().parent):
             # One statement at a time, to know the line where the statement only calls what sets a name.
@@ -398,7 +409,13 @@ class _Namespace(ChainMap[str, Any]):
 
 @contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """Modules in `folder` can be imported inside, and are forgotten after: others may have the same names."""
+    """Modules in `folder` can be imported inside, and are forgotten after: others may have the same names.
+
+    A file there that is named like a package of this project, such as train.py, is the one that is imported.
+    """
+    hidden = {name: sys.modules[name] for top in OWN_PACKAGES for name in _hidden_by(folder, top)}
+    for name in hidden:
+        del sys.modules[name]
     search_path, modules = sys.path[:], set(sys.modules)
     sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
@@ -411,6 +428,16 @@ def _importing_from(folder: Path) -> Iterator[None]:
             file = getattr(sys.modules[name], "__file__", None) or ""
             if top not in modules and file.startswith(str(folder / top)):
                 del sys.modules[name]
+        sys.modules.update(hidden)
+
+
+def _hidden_by(folder: Path, top: str) -> list[str]:
+    """The loaded modules of the package `top`, where `folder` has another of its name."""
+    others = [folder / f"{top}.py", folder / top / "__init__.py"]
+    loaded = Path(getattr(sys.modules.get(top), "__file__", None) or "").resolve()
+    if loaded in others or not any(other.is_file() for other in others):
+        return []
+    return [name for name in sys.modules if name.partition(".")[0] == top]
 
 
 def _position(error: BaseException, path: Path) -> tuple[str, int]:

@@ -34,9 +34,16 @@ def convert(source: str, target: Path, vocab_size: int | None = None) -> None:
     model, described = load(source)
     symbols = tokenizer.vocab_size(described)
     had = model.config.vocab_size
+    is_unknown = described["kind"] == "unknown"
+    if is_unknown and vocab_size is not None and vocab_size < symbols:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: the tokenizer of {source} is unknown, so all of its "
+            f"{symbols} rows may be in use"
+        )
     if vocab_size is not None and vocab_size != had:
         model = resize_vocabulary(model, vocab_size, symbols)
-        print(f"vocabulary: {had} rows in {source}, {vocab_size} in {target}, for {symbols} symbols")
+        purpose = "" if is_unknown else f", for {symbols} symbols"
+        print(f"vocabulary: {had} rows in {source}, {vocab_size} in {target}{purpose}")
     elif had == tokenizer.padded_vocab_size(described) != symbols:
         print(f"vocabulary: {had} rows for {symbols} symbols; --vocab_size={symbols} leaves the padding out")
     elif had != symbols:
@@ -47,7 +54,7 @@ def convert(source: str, target: Path, vocab_size: int | None = None) -> None:
             print("nanoGPT's model.py has the erf GELU, this model tanh: its logits there are a little off")
     else:
         save_hugging_face(model, described, target)
-    if described["kind"] == "unknown":
+    if is_unknown:
         print(f"the tokenizer is unknown: {described['why']}")
     print(f"{target}: {model.get_num_params() / 1e6:.2f}M parameters, tokenizer {described['kind']}")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gpt import checkpoint, hugging_face, tokenizer
+from gpt import checkpoint, cli, hugging_face, tokenizer
 from gpt.atomic import replacing
 from gpt.checkpoint import Checkpoint
 from gpt.model import GPT, RUN_OPTIONS, GPTConfig
@@ -31,6 +31,11 @@ def from_checkpoint(
 def best_or_latest(out_dir: Path) -> Path:
     """best.pt of a run with always_save_checkpoint=False, ckpt.pt of any other."""
     latest, best = out_dir / "ckpt.pt", out_dir / "best.pt"
+    others = sorted(out_dir.glob("*.pt"), key=lambda path: path.stat().st_mtime)
+    if others and not latest.exists():
+        raise FileNotFoundError(
+            f"there is no checkpoint {latest}, but there is {others[-1]}: name that file, not its folder"
+        )
     wants_best = not checkpoint.read(latest).config.get("always_save_checkpoint", True)
     return best if wants_best and best.exists() else latest
 
@@ -43,7 +48,7 @@ def checkpoint_in(source: str) -> str:
     folder = Path(source)
     if not folder.is_dir() or (folder / "config.json").is_file():
         return source
-    if not (folder / "ckpt.pt").is_file():
+    if not any(folder.glob("*.pt")):
         raise ValueError(
             f"the folder {source} has neither a run's ckpt.pt nor the config.json of a Hugging Face model"
         )
@@ -67,7 +72,7 @@ def hugging_face_tokenizer(name: str) -> dict[str, Any]:
     """The tokenizer of one of OpenAI's GPT-2s or of a folder, by `to_dict`: unknown where it has none."""
     if not Path(name).is_dir():
         return {"kind": "gpt2"}
-    rows = json.loads(Path(name, "config.json").read_text(encoding="utf-8")).get("vocab_size", 50257)
+    rows = json.loads(cli.read_text(Path(name, "config.json"))).get("vocab_size", 50257)
     return tokenizer.describe_folder(Path(name), rows)
 
 

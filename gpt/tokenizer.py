@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt import cli
 from gpt.atomic import replacing
 
 GPT2_VOCAB_SIZE = 50257
@@ -212,7 +213,7 @@ def describe_folder(folder: Path, rows: int | None = None) -> dict[str, Any]:
     embedding: tokens that were added past them, and so never trained on, are left out.
     """
     if (folder / "tokenizer.json").is_file():
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        text = cli.read_text(folder / "tokenizer.json")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         text = _json_of_bpe(folder)
     else:
@@ -246,7 +247,7 @@ def describe_folder(folder: Path, rows: int | None = None) -> dict[str, Any]:
 
 def describe_json(path: Path) -> dict[str, Any]:
     """A tokenizer.json as `to_dict` gives it, without the library that encodes by it. Raises ValueError."""
-    description = path.read_text(encoding="utf-8")
+    description = cli.read_text(path)
     return {"kind": "json", "vocab_size": _json_vocab_size(description, str(path)), "json": description}
 
 
@@ -305,7 +306,7 @@ def _json_of_bpe(folder: Path) -> str:
     """The older layout as a tokenizer.json: vocab.json, merges.txt, and added tokens in files beside them."""
 
     def read(name: str) -> dict[str, Any]:
-        return json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
+        return json.loads(cli.read_text(folder / name)) if (folder / name).is_file() else {}
 
     vocab, settings = read("vocab.json"), read("tokenizer_config.json")
     named = [*read("special_tokens_map.json").items(), *settings.items()]
@@ -317,7 +318,7 @@ def _json_of_bpe(folder: Path) -> str:
     bytes_of = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
     added = sorted((i, token) for token, i in ids.items())
     has_prefix = bool(settings.get("add_prefix_space"))
-    merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = cli.read_text(folder / "merges.txt").split("\n")
     content = {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": token, **flags} for i, token in added],
@@ -344,7 +345,13 @@ def describe_meta(path: Path) -> dict[str, Any]:
             meta = _PlainUnpickler(f).load()
         itos = meta.get("itos") or {i: symbol for symbol, i in meta.get("stoi", {}).items()}
         itos = itos if isinstance(itos, dict) else dict(enumerate(itos))
-        size = max([meta.get("vocab_size", 0), *(i + 1 for i in itos)])
+        numbers = [meta.get("vocab_size", 0), *itos]
+        # Some programs write whole numbers as floats.
+        whole = [isinstance(n, int) or (isinstance(n, float) and n.is_integer()) for n in numbers]
+        if wrong := [n for n, is_whole in zip(numbers, whole) if not is_whole]:
+            raise ValueError(f"vocab_size and the ids of its symbols must be whole numbers, not {wrong[0]!r}")
+        itos = {int(i): symbol for i, symbol in itos.items()}
+        size = max([int(numbers[0]), *(i + 1 for i in itos)])
         if size < 1:
             raise ValueError("it has neither vocab_size nor itos")
     except _WouldRun as error:

@@ -133,6 +133,7 @@ def test_an_option_that_nanogpt_lacks_resumes_and_is_refused_where_it_cannot_be_
         ("rng", [{"cpu": 1}], "rng[0]['cpu'] is 1, and must be a tensor"),
         ("gpt_config", {"n_layer": -1}, "n_layer is -1, and must be a whole number of at least 0"),
         ("gpt_config", {"wings": 2}, "has a model option that is unknown here: wings"),
+        ("gpt_config", {"n_layer": 1.0}, "n_layer is 1.0, and must be a whole number of at least 0"),
         ("model_args", {"n_layer": 2}, "its model_args lack n_head, n_embd, block_size, vocab_size"),
     ],
 )  # fmt: skip

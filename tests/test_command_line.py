@@ -1,5 +1,6 @@
 """Flags, config files, presets, sampling and preparation as a user types them, and every mistake."""
 
+import importlib
 import io
 import pickle
 import re
@@ -315,6 +316,8 @@ def test_a_mistake_in_a_config_file_is_one_sentence(workplace, monkeypatch, caps
     [
         ("n_layer = 2\n\nmax_iters = 6.5", "mine.py, line 3: max_iters=6.5 must be a whole number"),
         ("dropout = 'much'", "mine.py, line 1: dropout=much must be a number"),
+        ("seed = 7\nwandb_run_name = None", "mine.py, line 2: wandb_run_name=None must be text"),
+        ("\nout_dir = None", "mine.py, line 2: out_dir=None must be text"),
         ("optimizer = 'sgd'", "mine.py, line 1: optimizer=sgd must be adamw or muon"),
         ("n_head = 2\nexec(open('base.py').read())", "mine.py, line 2: n_layer=None must be a whole number"),
         ("import json\njson.loads('{')", "mine.py, line 2: JSONDecodeError"),
@@ -376,6 +379,29 @@ def test_two_config_files_import_two_modules_of_one_name(tmp_path, monkeypatch):
         Path(folder, "c.py").write_text("from base import *\nfrom parts.more import *\n")
     given = parse(["a/c.py", "b/c.py"])[1]
     assert given == {"n_layer": ["2"], "eval_interval": ["2"], "n_head": ["4"], "eval_iters": ["4"]}
+
+
+@pytest.mark.parametrize("name", ["train", "kernels", "gpt", "bench"])
+@pytest.mark.parametrize("file", ["{}.py", "{}/__init__.py"])
+def test_a_base_may_have_the_name_of_one_of_our_packages(tmp_path, name, file):
+    importlib.import_module(name)
+    ours = {key: module for key, module in sys.modules.items() if key.split(".")[0] == name}
+    base = tmp_path / file.format(name)
+    base.parent.mkdir(exist_ok=True)
+    base.write_text("n_layer = 3\n")
+    (tmp_path / "mine.py").write_text(f"from {name} import *\n")
+    assert parse([str(tmp_path / "mine.py")])[0].model.n_layer == 3
+    assert ours == {key: module for key, module in sys.modules.items() if key.split(".")[0] == name}
+    # Where there is no such file, the package is ours.
+    base.unlink()
+    (tmp_path / "mine.py").write_text("from train.config import SHAPE\nn_layer = len(SHAPE)\n")
+    assert parse([str(tmp_path / "mine.py")])[1].keys() == {"n_layer"}
+
+
+@pytest.mark.parametrize(("value", "meaning"), [(None, None), ("None", "None"), ("a", "a")])
+def test_none_in_a_config_file_is_none_where_a_flag_may_be(value, meaning):
+    flag = cli.Flag("name", "", "", None, str | None)
+    assert cli.read_value(flag, value) == meaning
 
 
 def test_a_config_file_sees_what_was_set_before_it(tmp_path):
@@ -699,6 +725,15 @@ def test_a_rank_without_the_rest_of_torchrun_is_told(workplace):
     )
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+def test_a_variable_of_torchrun_that_is_not_a_number_is_named(monkeypatch, name):
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0", "MASTER_ADDR": "localhost"}
+    for variable, value in (rank | {name: "x"}).items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=rf"{name}='x' is set and must be a whole number"):
+        distributed.start("auto", "cpu")
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
@@ -720,6 +755,8 @@ def test_another_package_called_kernels_is_told(tmp_path, file, content):
     assert code == 1 and err.count("\n") == 1
     assert err.startswith(f"error: the package kernels in {tmp_path}/kernels is not this project's")
     assert "pip uninstall kernels" in err
+    code, err = started(tmp_path, "-c", program.replace("'train'", "'bench.kernels'"))
+    assert code == 1 and err.count("\n") == 1 and "pip uninstall kernels" in err
 
 
 @pytest.mark.parametrize("name", ["wandb", "datasets"])
@@ -873,7 +910,7 @@ def test_a_character_that_the_console_cannot_show_is_printed_as_its_number(monke
 
 
 def test_a_byte_order_mark_in_a_prompt_or_a_config_file_is_left_out(tmp_path):
-    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
         (tmp_path / "a.txt").write_text("né\nto be\n", encoding=encoding)
         prompts = [sample._prompts(sample.SampleConfig(start=f"FILE:{tmp_path}/a.txt"))]
         prompts += [sample._prompts(sample.SampleConfig(prompts=str(tmp_path / "a.txt")))]

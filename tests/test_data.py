@@ -182,7 +182,9 @@ def test_a_shard_belongs_to_the_split_whose_word_is_in_its_name(tmp_path):
     names = ["medieval_train_01", "medieval_val_00", "constraint_02", "interval_03", "Train-2", "validation0"]
     for name in names:
         llm_c_shard(tmp_path / f"{name}.bin", [1] * 20)
-    assert [p.stem for p in shards.find(tmp_path / "train.bin")] == ["Train-2", "medieval_train_01"]
+    llm_c_shard(tmp_path / "train3.BIN", [1] * 20)
+    (tmp_path / "._Train-2.bin").write_bytes(b"a Mac's own")
+    assert [p.stem for p in shards.find(tmp_path / "train.bin")] == ["Train-2", "medieval_train_01", "train3"]
     assert [p.stem for p in shards.find(tmp_path / "val.bin")] == ["medieval_val_00", "validation0"]
     llm_c_shard(tmp_path / "train_val_00.bin", [1] * 20)
     with pytest.raises(ValueError, match=r"train_val_00.bin has the words of both splits .*\(train, val\)"):
@@ -346,6 +348,7 @@ def test_a_checkpoint_of_another_tokenizer_names_both(workplace):
             {"vocab_size": 21, "itos": dict(enumerate(range(21)))},
             "has vocab_size=21, and its symbols are not text",
         ),
+        ({"vocab_size": 30.0}, "has vocab_size=30, and it names no symbols (itos, stoi)"),
     ],
 )
 def test_a_meta_file_without_symbols_is_trained_on_and_says_what_sampling_lacks(
@@ -365,6 +368,22 @@ def test_a_meta_file_without_symbols_is_trained_on_and_says_what_sampling_lacks(
     assert command(sample.main, monkeypatch, capsys, *flags)[1].startswith("king")
     path.write_bytes(pickle.dumps(meta))
     assert run("--init_from=resume", "--max_iters=9")["iter_num"] == 9
+
+
+@pytest.mark.parametrize(
+    ("meta", "value"),
+    [
+        ({"vocab_size": 2, "itos": {"0": "(", "1": ")"}}, "'0'"),
+        ({"stoi": {"(": "0", ")": "1"}}, "'0'"),
+        ({"vocab_size": "60"}, "'60'"),
+        ({"vocab_size": 60.5}, "60.5"),
+        ({"itos": {None: "("}}, "None"),
+    ],
+)
+def test_ids_in_a_meta_file_that_are_not_numbers_are_told(tmp_path, meta, value):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    with pytest.raises(ValueError, match=rf"vocab_size and the ids .* must be whole numbers, not {value}\)"):
+        read_meta(tmp_path / "meta.pkl")
 
 
 def test_symbols_whose_ids_begin_at_1_are_read(workplace):

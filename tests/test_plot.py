@@ -1,11 +1,14 @@
 """The pictures of runs show what their metrics.jsonl say."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.runs import surroundings
 from tests.test_command_line import command
 from train import plot
 
@@ -102,6 +105,19 @@ def test_several_runs_share_their_axes_and_are_told_apart():
         "wide, lowest 2.0000 at step 1",
     ]
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
+
+
+def test_a_folder_that_the_locale_has_no_letters_for_has_its_name_in_the_picture(place):
+    """In the locale C, Python keeps the bytes of what it cannot read as surrogates."""
+    pytest.importorskip("matplotlib")
+    write("größe", [step(0), step(1), evaluation(2, 2.5)])
+    program = "from train.plot import *; import sys; r = load([Path(sys.argv[1])]); draw(r).savefig('a.png');"
+    program += "print(ascii(r[0].label))"
+    environment = surroundings(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    result = subprocess.run(
+        [sys.executable, "-c", program, "größe"], env=environment, capture_output=True, text=True
+    )
+    assert result.stdout == ascii("größe") + "\n", result.stderr
 
 
 def test_the_command_writes_a_picture_or_says_in_a_sentence_why_not(monkeypatch, capsys):

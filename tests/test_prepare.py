@@ -241,7 +241,7 @@ def test_the_files_of_a_folder_that_are_left_out_are_named(small_pieces, capsys)
     )
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("ending", [".txt", ".txt.gz"])
 def test_a_byte_order_mark_is_not_a_symbol_and_utf_16_is_read_by_it(small_pieces, encoding, ending):
     text = "naïve 東京\n" * 300
@@ -250,6 +250,15 @@ def test_a_byte_order_mark_is_not_a_symbol_and_utf_16_is_read_by_it(small_pieces
     path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
     encode(Path("out"), documents.files(str(path)), "char", 1)
     assert "".join(read_characters("out")) == text
+
+
+def test_a_byte_order_mark_at_the_front_of_a_row_is_left_out_and_one_inside_is_told(small_pieces, capsys):
+    rows = [f"\ufeffrow {i}." + "\ufeffjoined" * (i == 3) for i in range(20)]
+    Path("a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    encode(Path("out"), documents.files("a.jsonl"), "char", 1)
+    documents_read = [line for part in read_characters("out") for line in part.splitlines()]
+    assert sorted(documents_read) == sorted(row.removeprefix("\ufeff") for row in rows)
+    assert "a byte-order mark (U+FEFF) in 1 places" in capsys.readouterr().out
 
 
 def test_files_of_a_folder_are_documents(small_pieces, bpe, rows):
@@ -477,7 +486,11 @@ MISTAKES = {
     "text --input=u.jsonl": "; u.jsonl is UTF-16: convert it by iconv",
     "text --input=le.txt": "as in UTF-16; convert it: iconv -f UTF-16LE -t UTF-8",
     "text --input=be.txt": "as in UTF-16; convert it: iconv -f UTF-16BE -t UTF-8",
-    "text --input=latin.txt": "latin.txt is not UTF-8 text: byte 402 cannot be read",
+    "text --input=latin.txt": "latin.txt is not UTF-8 text: byte 402 cannot be read; convert it to UTF-8",
+    "text --input=le32.txt": "as in UTF-32; convert it: iconv -f UTF-32LE -t UTF-8",
+    "text --input=be32.txt": "as in UTF-32; convert it: iconv -f UTF-32BE -t UTF-8",
+    "text --input=number.jsonl": "number.jsonl, line 3: 'text' is 5, not text",
+    "text --input=none.jsonl": "none.jsonl has no rows",
     "text --input=z.txt": "z.txt is compressed (zstd): decompress it first",
     "text --input=g.txt": "g.txt is compressed (gzip): decompress it first",
     "text --input=cut.txt.gz": "cut.txt.gz is not a whole .gz file: Compressed",
@@ -501,6 +514,9 @@ def test_a_mistake_is_one_sentence(small_pieces, type_in):
     Path("u.jsonl").write_bytes('{"text": "b"}\n'.encode("utf-16"))
     for name in ("le", "be"):
         Path(f"{name}.txt").write_bytes(("some text " * 20).encode(f"utf-16-{name}"))
+        Path(f"{name}32.txt").write_bytes(("some text " * 20).encode(f"utf-32-{name}"))
+    Path("number.jsonl").write_text('{"text": "b"}\n' * 2 + '{"text": 5}\n{"text": "c"}\n')
+    Path("none.jsonl").touch()
     Path("latin.txt").write_bytes(b"e" * 400 + "et\xe9 d\xe9j\xe0".encode("latin-1"))
     Path("z.txt").write_bytes(b"\x28\xb5\x2f\xfd rest")
     Path("g.txt").write_bytes(gzip.compress(b"some text"))

@@ -14,6 +14,7 @@ from gpt.pretrained import load, save_checkpoint, save_hugging_face
 from tests.runs import run
 from tests.test_command_line import command
 from tests.test_generate import stir
+from train import __main__ as training
 from train.checkpoint import find_start, initial_model
 from train.config import parse
 from train.distributed import Ranks
@@ -113,6 +114,24 @@ def other_language(folder, rows=50265):
     return bpe
 
 
+@pytest.mark.parametrize("layout", ["tokenizer.json", "vocab.json"])
+def test_a_byte_order_mark_in_a_file_of_a_folder_is_left_out(tmp_path, monkeypatch, layout):
+    monkeypatch.chdir(tmp_path)
+    bpe = other_language("hf", 300)
+    if layout == "vocab.json":
+        bpe.save_model("hf")
+    else:
+        bpe.save("hf/tokenizer.json")
+    model, described = load("hf")
+    for path in (p for p in Path("hf").iterdir() if p.name in (layout, "merges.txt")):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    again, marked = load("hf")
+    assert marked == described and again.config == model.config
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    if layout == "tokenizer.json":
+        assert describe_tokenizer("hf/tokenizer.json", None) == described
+
+
 @pytest.mark.parametrize("layout", ["tokenizer.json", "vocab.json", "of class GPT2Tokenizer"])
 def test_a_tokenizer_in_a_folder_is_kept_whatever_its_layout_and_class(tmp_path, monkeypatch, capsys, layout):
     monkeypatch.chdir(tmp_path)
@@ -187,7 +206,13 @@ def test_a_folder_without_a_tokenizer_goes_there_and_back_and_says_so(tmp_path, 
     assert code == 0 and "tokenizer unknown" in out and not list(Path("back").glob("tokenizer*")), err
     assert torch.equal(load("back")[0].lm_head.weight, load("hf")[0].lm_head.weight)
     code, _, err = command(convert.main, monkeypatch, capsys, "hf", "b.pt", f"--vocab_size={rows - 8}")
-    assert code == 1 and f"vocab_size={rows - 8} is too small: the tokenizer has {rows} symbols" in err
+    assert (
+        code == 1
+        and f"vocab_size={rows - 8} is too small: the tokenizer of hf is unknown, so all of its {rows} rows"
+        in err
+    )
+    code, out, err = command(convert.main, monkeypatch, capsys, "hf", "b.pt", f"--vocab_size={rows + 8}")
+    assert code == 0 and f"vocabulary: {rows} rows in hf, {rows + 8} in b.pt\n" in out, err
     code, _, err = command(sample.main, monkeypatch, capsys, "--init_from=a.pt", "--device=cpu")
     assert code == 1 and "no prompt can be encoded; put the model's tokenizer.json into the folder" in err
     assert "AutoTokenizer.from_pretrained('gpt2').save_pretrained('hf')" in err
@@ -386,6 +411,20 @@ def test_masks_and_the_names_of_wrappers_are_left_out(tmp_path, wrapped):
     assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight", "transformer.wte.weight"])
+@pytest.mark.parametrize("wrapper", ["", "_orig_mod."])
+def test_the_tied_weight_may_be_there_once(tmp_path, name, wrapper):
+    model = build()
+    save_checkpoint(model, CHARS, tmp_path / "ckpt.pt")
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    del state["model"][name]
+    state["model"] = {wrapper + name: weight for name, weight in state["model"].items()}
+    torch.save(state, tmp_path / "once.pt")
+    loaded = load(str(tmp_path / "once.pt"))[0]
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert all(torch.equal(loaded.state_dict()[key], weight) for key, weight in model.state_dict().items())
+
+
 def test_a_wrapper_inside_the_model_is_left_out(tmp_path):
     model = build()
     save_checkpoint(model, CHARS, tmp_path / "ckpt.pt")
@@ -413,6 +452,19 @@ def test_the_folder_of_a_run_stands_for_its_checkpoint(workplace, monkeypatch, c
     tuned = run("--init_from=out", "--max_iters=1", "--learning_rate=0", "--min_lr=0", out_dir="tuned")
     assert tuned["iter_num"] == 1, "a new run, not the old one resumed"
     assert all(torch.equal(tuned["model"][name], weight) for name, weight in best["model"].items())
+
+
+@pytest.mark.parametrize("name", ["best.pt", "ckpt-5.pt"])
+def test_the_checkpoint_of_a_folder_without_the_latest_is_named(workplace, monkeypatch, capsys, name):
+    save_checkpoint(build(), CHARS, Path("run", name))
+    for main, *args in (
+        (training.main, "--init_from=run", "--dataset=tiny", "--device=cpu", "--block_size=16"),
+        (sample.main, "--init_from=run"),
+        (sample.main, "--out_dir=run"),
+        (convert.main, "run", "x"),
+    ):
+        code, _, err = command(main, monkeypatch, capsys, *args)
+        assert code == 1 and f"no checkpoint run/ckpt.pt, but there is run/{name}: name that file" in err, err
 
 
 def test_a_folder_with_neither_kind_of_model_is_told(tmp_path, monkeypatch):

@@ -81,6 +81,12 @@ def start(backend: str, device: str, timeout: int = 600) -> Ranks:
     A rank that waits for longer than `timeout` seconds raises RuntimeError; see `lost_rank`.
     """
     under_torchrun = "RANK" in os.environ
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT") if under_torchrun else ():
+        if not os.environ.get(name, "0").isdigit():
+            raise ValueError(
+                f"{name}={os.environ[name]!r} is set and must be a whole number: start it with torchrun, "
+                "which sets it, or unset RANK for a run in one process"
+            )
     if under_torchrun and ":" in device:
         raise ValueError(
             f"device={device!r} would put every rank on one GPU; under torchrun give --device=cuda"

@@ -3,6 +3,7 @@
 Loss, learning rate, gradient norm and throughput. One run goes to OUT_DIR/loss.png, several to compare.png.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,9 +74,11 @@ def main() -> None:
 
 def load(folders: list[Path]) -> list[Run]:
     """The runs, by the names of their folders. Raises OSError, ValueError for one without records."""
-    names = [folder.resolve().name for folder in folders]
+    # A locale without a character of the name leaves its bytes, which matplotlib cannot draw: it is UTF-8.
+    names = [os.fsencode(folder.resolve().name).decode(errors="replace") for folder in folders]
+    paths = [os.fsencode(folder).decode(errors="replace") for folder in folders]
     runs = []
-    for folder, name in zip(folders, names):
+    for folder, name, whole in zip(folders, names, paths):
         path = folder / "metrics.jsonl"
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no metrics.jsonl: no run was made there")
@@ -84,7 +87,7 @@ def load(folders: list[Path]) -> list[Run]:
             raise ValueError(f"{path} holds no step and no evaluation yet")
         steps = [r for r in records if "loss" in r]
         evaluations = [r for r in records if "val/loss" in r]
-        runs.append(Run(name if names.count(name) == 1 else str(folder), steps, evaluations))
+        runs.append(Run(name if names.count(name) == 1 else whole, steps, evaluations))
     return runs
 
 

@@ -33,7 +33,10 @@ def find(path: Path) -> list[Path]:
     own = WORDS.get(path.stem, {path.stem})
     other = set().union(*(words for split, words in WORDS.items() if split != path.stem))
     shards = []
-    for shard in sorted(path.parent.glob("*.bin")):
+    # A Mac leaves a file ._NAME of its own beside each that it copies.
+    for shard in sorted(p for p in path.parent.glob("*") if not p.name.startswith("._")):
+        if shard.suffix.lower() != ".bin":
+            continue
         words = set(re.findall("[a-z]+", shard.stem.lower()))
         if words & own and words & other:
             raise ValueError(

@@ -13,7 +13,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -84,10 +84,11 @@ def files(inputs: str, field: str = "text", val_fraction: float = 0.1) -> Corpus
         if of_kind := [p for p in paths if _kind(p) == kind]:
             try:
                 table = _load(inputs, reader, data_files=[str(p) for p in of_kind])
-            except OSError as error:
-                bad_line = _line_that_is_not_json(of_kind) if kind in (".jsonl", ".ndjson") else ""
-                raise OSError(f"{error}{bad_line}") from None
-            splits.append(_rows(table, field, val_fraction))
+                rows = _rows(table, field, val_fraction)
+            except (ValueError, OSError) as error:
+                bad_line = _line_that_is_not_json(of_kind, field) if kind in (".jsonl", ".ndjson") else ""
+                raise type(error)(f"{error}{bad_line}") from None
+            splits.append((_without_marks(rows[0]), _without_marks(rows[1])))
     train, val = map(_joined, zip(*splits))
     return Corpus(train, val, source)
 
@@ -209,6 +210,16 @@ def _rows(table: Any, field: str, val_fraction: float) -> tuple[Split, Split]:
     return split(parts["train"]), split(parts["test"])
 
 
+def _without_marks(rows: Split) -> Split:
+    """Without a byte-order mark at the front of a document. What is on the hub stays as it is there."""
+
+    def pieces() -> Pieces:
+        for piece in rows.pieces():
+            yield piece and piece.removeprefix("\ufeff")
+
+    return replace(rows, pieces=pieces)
+
+
 def _joined(splits: tuple[Split, ...]) -> Split:
     def pieces() -> Pieces:
         for split in splits:
@@ -234,14 +245,16 @@ def _read(path: Path, start: int = 0, stop: float = math.inf) -> Iterator[str]:
                     at += len(chunk)
             except UnicodeDecodeError as error:
                 byte = f.buffer.tell() - len(error.object) + error.start
-                encoding = f.encoding.upper().removesuffix("-SIG")
-                raise ValueError(f"{path} is not {encoding} text: byte {byte:,} cannot be read") from None
+                raise ValueError(
+                    f"{path} is not {cli.encoding_name(f.encoding)} text: byte {byte:,} cannot be read; "
+                    "convert it to UTF-8"
+                ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is not a whole .gz file: {error}") from None
 
 
 def _open(path: Path) -> TextIO:
-    """A text in UTF-8, or by its byte-order mark in UTF-16; the mark is left out. Raises ValueError."""
+    """A text in UTF-8, or by its byte-order mark in UTF-16 or 32; the mark is left out. Raises ValueError."""
 
     def open_bytes() -> BinaryIO:
         return cast(BinaryIO, gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
@@ -251,25 +264,33 @@ def _open(path: Path) -> TextIO:
     if how := next((how for how, magic in MAGIC.items() if head.startswith(magic)), None):
         raise ValueError(f"{path} is compressed ({how}): decompress it first, or compress it as FILE.txt.gz")
     encoding = cli.text_encoding(head)
-    if encoding != "utf-16" and head.count(0) > len(head) // 4:
+    if encoding == "utf-8-sig" and head.count(0) > len(head) // 4:
+        # Of text in Latin letters, half of the bytes are 0 in UTF-16, three quarters in UTF-32.
+        bits = 32 if head.count(0) > 5 * len(head) // 8 else 16
         raise ValueError(
             f"{path} is not UTF-8 text: {head.count(0):,} of its first {len(head):,} bytes are 0, as in "
-            f"UTF-16; convert it: iconv -f UTF-16{'LE' if head[1:2] == bytes(1) else 'BE'} -t UTF-8"
+            f"UTF-{bits}; convert it: iconv -f UTF-{bits}{'BE' if head[:1] == bytes(1) else 'LE'} -t UTF-8"
         )
     return TextIOWrapper(open_bytes(), encoding)
 
 
-def _line_that_is_not_json(paths: list[Path]) -> str:
-    """Which line of these .jsonl files cannot be read, as the end of a sentence; "" where all can."""
+def _line_that_is_not_json(paths: list[Path], field: str) -> str:
+    """Which line of these .jsonl files cannot be read, or has no text in `field`, as the end of a sentence.
+
+    "" where all can be read.
+    """
     for path in paths:
         number, line = 0, ""
         try:
             with _open(path) as f:
-                if f.encoding == "utf-16":
-                    return f"; {path} is UTF-16: convert it by iconv -f UTF-16 -t UTF-8"
-                for number, line in enumerate(f, start=1):  # noqa: B007
-                    if line.strip():
-                        json.loads(line)
+                if (encoding := cli.encoding_name(f.encoding)) != "UTF-8":
+                    return f"; {path} is {encoding}: convert it by iconv -f {encoding} -t UTF-8"
+                for number, line in enumerate(f, start=1):
+                    row = json.loads(line) if line.strip() else {}
+                    if not isinstance(row, dict):
+                        return f"; {path}, line {number:,}: it is not an object, such as {{{field!r}: ...}}"
+                    if not isinstance(row.get(field), str | None):
+                        return f"; {path}, line {number:,}: {field!r} is {row[field]!r:.40}, not text"
         except json.JSONDecodeError as error:
             last = "" if line.endswith("\n") else ", the last one (the file may be cut short)"
             return f"; {path}, line {number:,}{last}: {error.msg} at column {error.colno}"
@@ -292,5 +313,7 @@ def _load(what: str, path: str, part: str | None = None, **options: Any) -> Any:
         return load_dataset(path, part, split="train", **options)
     except Exception as error:
         reason = error.__cause__ or error
+        if isinstance(reason, StopIteration):
+            raise ValueError(f"{what} has no rows") from None
         line = (str(reason).splitlines() or [""])[0]
         raise OSError(f"{what} could not be loaded ({type(reason).__name__}: {line})") from None

@@ -78,12 +78,13 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
         "vocab_size": vocab_size,
         "dtype": np.dtype(dtype).name,
     }
-    marks = 0
+    marks = byte_order_marks = 0
 
     def count_marks(pieces: Pieces) -> Pieces:
-        nonlocal marks
+        nonlocal marks, byte_order_marks
         for piece in pieces:
             marks += (piece or "").count(mark)
+            byte_order_marks += (piece or "").count("\ufeff")
             yield piece
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +104,11 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
         length = len(tokenizer.from_dict(described).encode_ordinary(mark))
         ordinary = f"text of {length} tokens each{way_out if names_end else ''}"
         print(f"the text has {mark} {marks:,} times: {'one token each' if endoftext else ordinary}")
+    if byte_order_marks:
+        print(
+            f"the text has a byte-order mark (U+FEFF) in {byte_order_marks:,} places, as where files were "
+            "joined: it is kept; where it is not meant, remove it from the text and prepare the data again"
+        )
     return meta
 
 
