@@ -92,6 +92,8 @@ class Metrics:
         )  # fmt: skip
         shape = f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, block {c.block_size}"
         settings = f"dtype {config.dtype}, compile {config.compile}, kernels {c.kernels}"
+        if c.residual_dtype != "float32":
+            settings += f", residual_dtype {c.residual_dtype}"
         named = f" ({gpu})" if gpu else ""
         backend = f", backend {config.backend}, strategy {config.strategy}" if self.ranks.backend else ""
         summary = {
