@@ -45,7 +45,7 @@ def train(
     models, trained = {}, {}
     for spec in specs:
         torch.manual_seed(config.seed)
-        models[spec] = GPT(replace(config.model, kernels=spec), ranks.device).to(ranks.device)
+        models[spec] = GPT(replace(config.model, kernels=spec), ranks.device, config.dtype).to(ranks.device)
         trained[spec] = prepare(models[spec], config, ranks)
     losses: dict[str, list[torch.Tensor]] = {spec: [] for spec in specs}
     micro_batches = read_ahead(file, 0, config.micro_batch, ranks)

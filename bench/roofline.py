@@ -94,6 +94,8 @@ def parts(config: GPTConfig, batch_size: int, accumulation: int) -> list[Part]:
 
     attention = cost("causal_attention", B=batch_size, T=T, H=H, D=C // H)
     # Tensor cores do no norm and no loss: their FLOPs count as none.
+    if config.residual_dtype == "auto":
+        raise ValueError("residual_dtype is 'auto': the roofline needs the one that a model has chosen")
     if config.residual_dtype == "mixed":
         norm = cost("add_layer_norm_mixed", shape=(rows, C))
     else:
@@ -136,7 +138,9 @@ def memory(config: GPTConfig, batch_size: int, available: float | None = None) -
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     L, H, (V, C) = config.n_layer, config.n_head, model.lm_head.weight.shape
     rows = batch_size * config.block_size
-    stream, statistics = {"float32": (4 * C, 8), "mixed": (0, 4)}.get(config.residual_dtype, (2 * C, 8))
+    stream, statistics = {"float32": (4 * C, 8), "mixed": (0, 4), "bfloat16": (2 * C, 8)}[
+        config.residual_dtype
+    ]
     return {
         "weights, fp32": 4 * n,
         "gradients, fp32": 4 * n,
@@ -279,7 +283,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="sequences in a micro-batch")
     parser.add_argument("--block_size", type=int, default=1024, help="tokens in a sequence")
     dtypes = ("mixed", "float32", "bfloat16")
-    parser.add_argument("--residual_dtype", choices=dtypes, default="mixed", help="of the residual stream")
+    parser.add_argument("--residual_dtype", choices=dtypes, help="that of the measured step by default")
     parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of measurements")
     cli.run(lambda: predict(parser.parse_args()))
 
@@ -289,11 +293,13 @@ def predict(options: argparse.Namespace) -> None:
     if min(batch_size, block_size) < 1:
         raise ValueError(f"--batch_size {batch_size} and --block_size {block_size} must be at least 1")
     results = timing.read(options.results)
-    gpu = options.gpu or device_of(measured_step(None, results))
+    measured = measured_step(None, results)
+    gpu = options.gpu or device_of(measured)
     layers, heads, width = SIZES[options.size]
     config = GPTConfig(
         block_size, 50304, layers, heads, width,
-        bias=False, kernels="torch", residual_dtype=options.residual_dtype,
+        bias=False, kernels="torch",
+        residual_dtype=options.residual_dtype or step_of(measured).config.residual_dtype,
     )  # fmt: skip
     accumulation = max(1, round(TOKENS_PER_STEP / (batch_size * block_size)))
     print(

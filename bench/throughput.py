@@ -140,9 +140,10 @@ def wanted(options: argparse.Namespace, on_gpu: bool) -> Iterator[tuple[str, dic
     if options.ablate and on_gpu:
         for family in ABLATIONS:
             yield f"without {family}", {"kernels": f"triton,{family}=torch"}, True
+        # PyTorch's norms, above and below, mean float32: compare them with that variant.
         for residual_dtype in ("float32", "bfloat16"):
             changes = {"kernels": "triton", "residual_dtype": residual_dtype}
-            yield f"residual in {residual_dtype}", changes, True
+            yield f"residual_dtype={residual_dtype}", changes, True
         yield "torch compiled", {"kernels": "torch"}, True
         yield "tritongpt eager", {"kernels": "triton"}, False
         yield "torch eager", {"kernels": "torch"}, False
@@ -423,7 +424,7 @@ def main() -> None:
         rates = timing.limits("cuda")
         limits = roofline.Limits(rates["copy_bytes_per_s"], rates["product_flops_per_s"], "measured now")
         accumulation = _accumulation(TOKENS_PER_STEP, best["tritongpt"] * block_size, ranks)
-        cut = roofline.parts(config, best["tritongpt"], accumulation)
+        cut = roofline.parts(model, best["tritongpt"], accumulation)
         more["least"] = {part.name: 1e3 * part.least(limits) for part in cut}
         for name in ("tritongpt", "nanogpt"):
             if isinstance(variant := prepared.get(name), Variant):

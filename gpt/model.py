@@ -48,6 +48,7 @@ if other:
         f"error: the package kernels in {other} is not this project's, and hides it; "
         "move that folder away or `pip uninstall kernels`, then `pip install -e .` in this project again"
     )
+from kernels.op import autocast_dtype
 
 Residual = Union[Tensor, "Stream"]  # the residual stream, (B, T, C)
 Attend = Callable[[Tensor], Tensor]  # qkv (B, T, 3, H, D) -> (B, T, H, D)
@@ -69,15 +70,15 @@ class GPTConfig:
     qk_norm: bool = False  # queries and keys of each head normalised to a root mean square of 1
     kernels: str = "auto"  # who computes: auto, triton, torch, or with exceptions: triton,attention=torch
     activation_checkpointing: bool = False  # blocks keep their input only and compute the rest once more
-    # float32 (nanoGPT's), mixed (float32 with a bfloat16 gradient), bfloat16 or float16 for both; auto: mixed
-    # where our norms compute in bfloat16 without biases, float32 elsewhere
+    # Of the residual stream: float32 as in nanoGPT, mixed (float32 with a bfloat16 gradient), or bfloat16 for
+    # both. auto: mixed with Triton's norms, bfloat16 and no biases, else float32.
     residual_dtype: str = "auto"
 
 
 class Stream(NamedTuple):
     """A residual stream in fp32 whose gradient is bfloat16.
 
-    Autograd gives a gradient the dtype of its tensor, so the stream's belongs to a second tensor.
+    Autograd gives a gradient the dtype of its tensor, so a second tensor, the carrier, receives it.
     """
 
     value: Tensor  # (B, T, C) fp32, without a gradient
@@ -194,33 +195,30 @@ class Transformer(nn.Module):
         return x
 
     def _start_of_stream(self, x: Tensor) -> Residual:
-        """The embeddings, fp32, as the residual stream of this model's residual_dtype."""
-        device = x.device.type
-        half = torch.float16 if self.residual_dtype == "float16" else torch.bfloat16
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        if self.residual_dtype == "float32" or half != autocast:
+        """Turns the embeddings into the residual stream. Outside of bfloat16 autocast they are it."""
+        if self.residual_dtype == "float32" or x.dtype != torch.float32:
             return x
-        if self.residual_dtype != "mixed":
-            return x.to(half)
-        # Without gradients a mixed stream is a fp32 one.
-        return Stream(x.detach(), x.to(half)) if torch.is_grad_enabled() else x
+        if autocast_dtype(x) != torch.bfloat16:
+            return x
+        half = x.to(torch.bfloat16)
+        if self.residual_dtype == "bfloat16":
+            return half
+        # A mixed stream differs from a fp32 one in its gradient only.
+        return Stream(x.detach(), half) if torch.is_grad_enabled() else x
 
 
 def choose_residual_dtype(config: GPTConfig, dtype: str, ops: kernels.Kernels) -> str:
     """The residual_dtype of a model that computes in `dtype`. Raises ValueError if the two do not agree."""
     chosen = config.residual_dtype
     if chosen == "auto":
-        fused = ops.add_layer_norm_mixed is kernels.add_layer_norm_mixed
-        return "mixed" if fused and dtype == "bfloat16" and not config.bias else "float32"
-    if chosen not in ("float32", "mixed", "bfloat16", "float16"):
-        raise ValueError(f"residual_dtype={chosen!r} must be auto, float32, mixed, bfloat16 or float16")
-    if chosen == "mixed" and (config.bias or dtype != "bfloat16"):
-        raise ValueError(
-            f"residual_dtype=mixed needs bias=False and dtype=bfloat16, not bias={config.bias} and "
-            f"dtype={dtype}; residual_dtype=float32 works with all"
-        )
-    if chosen in ("bfloat16", "float16") and chosen != dtype:
-        raise ValueError(f"residual_dtype={chosen} needs dtype={chosen}, not {dtype}; or choose float32")
+        triton_norms = ops.add_layer_norm_mixed is kernels.add_layer_norm_mixed
+        return "mixed" if triton_norms and dtype == "bfloat16" and not config.bias else "float32"
+    if chosen not in ("float32", "mixed", "bfloat16"):
+        raise ValueError(f"residual_dtype={chosen!r} must be auto, float32, mixed or bfloat16")
+    if chosen != "float32" and dtype != "bfloat16":
+        raise ValueError(f"residual_dtype={chosen} needs dtype=bfloat16, not {dtype}; float32 works with all")
+    if chosen == "mixed" and config.bias:
+        raise ValueError("residual_dtype=mixed needs bias=False; float32 and bfloat16 work with biases")
     return chosen
 
 

@@ -20,7 +20,8 @@ An explicit request is met or refused, never silently replaced.
 Under autocast PyTorch casts the arguments of its own operations, and custom operations go unnoticed. So the
 public functions apply the rule themselves, each says which, and it holds under torch.compile too: attention
 and the products of linear_cross_entropy run in the autocast dtype; the normalised output of both norms has
-the autocast dtype, which the linear layer after it would cast it to; embeddings, gelu and the residual
+the autocast dtype, which the linear layer after it would cast it to (add_layer_norm_mixed takes that of its
+carrier); embeddings, gelu and the residual
 stream keep their dtype; losses are fp32.
 """
 

@@ -125,8 +125,8 @@ def _load_parameter(P, i: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, 
 
 @jit
 def _away_from_zero(w):
-    """A weight of 0 would erase xhat from the output, and dweight and dx need it. 2^-100 changes no sum, and
-    bfloat16, which has the exponents of fp32, keeps all digits of xhat * 2^-100."""
+    """With a weight of 0, xhat could not be recovered from the output, and dweight and dx need it. 2^-100 is
+    too small to change any sum, and bfloat16 has fp32's exponents: xhat * 2^-100 keeps its digits."""
     return tl.where(tl.abs(w) < 2.0**-100, 2.0**-100, w)
 
 
@@ -338,10 +338,10 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> normed in `dtype`, summed (empty without a residual), mean and rstd (rows,), the next carrier.
 
-    With a carrier mean is empty, and without one the next is.
+    mean is empty with a carrier; the next carrier is empty without one.
     """
     outputs = _fake_forward(input, residual, weight, bias, eps, dtype, carrier)
-    normed, summed, mean, rstd, following = outputs
+    normed, summed, mean, rstd, next_carrier = outputs
     x, r = _rows(input), None if residual is None else _rows(residual)
     rows, C = x.shape
     tile, warps, columns = tiles_for(x, TILES)[_width(C)][0]
@@ -349,7 +349,7 @@ def _launch_forward(
         launch(
             _norm_forward_kernel, (-(-rows // tile),),
             x, r, _dense(weight), _dense(bias), normed, None if r is None else summed,
-            mean if carrier is None else None, rstd, None if carrier is None else following,
+            mean if carrier is None else None, rstd, None if carrier is None else next_carrier,
             rows, x.stride(0), 0 if r is None else r.stride(0), eps,
             C=C, COLUMNS=columns, ROWS=tile, num_warps=warps,
         )  # fmt: skip
@@ -404,9 +404,9 @@ def _fake_forward(input, residual, weight, bias, eps, dtype, carrier=None):
         summed = input.new_empty(input.shape, dtype=torch.promote_types(input.dtype, residual.dtype))
     mean = input.new_empty(rows if carrier is None else 0, dtype=torch.float32)
     rstd = input.new_empty(rows, dtype=torch.float32)
-    # A carrier is one 0, seen everywhere: only its gradient has a value for each element.
-    following = input.new_empty(0) if carrier is None else carrier.new_empty(1).expand(carrier.shape)
-    return input.new_empty(input.shape, dtype=dtype), summed, mean, rstd, following
+    # A carrier is a single 0, expanded to the full shape: only its gradient has full size.
+    next_carrier = input.new_empty(0) if carrier is None else carrier.new_empty(1).expand(carrier.shape)
+    return input.new_empty(input.shape, dtype=dtype), summed, mean, rstd, next_carrier
 
 
 def _fake_backward(dnormed, dsummed, x, weight, bias_dtype, mean, rstd, input_dtype, residual_dtype):
@@ -519,10 +519,10 @@ def add_layer_norm_mixed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`add_layer_norm` on a fp32 stream whose gradient is bfloat16: -> (normed, summed, the next carrier).
 
-    Autograd gives a gradient the dtype of its tensor. So residual (..., C), which is fp32, gets none, and
-    `carrier` (..., C) gets the gradient of the stream. Nobody reads the values of a carrier; the next is 0
-    everywhere. `input` and `normed` have its dtype, bfloat16 or fp32. `input` is None before the first layer,
-    which adds nothing. Raises ValueError for what it cannot do.
+    Autograd gives a gradient the dtype of its tensor. So residual (..., C), which is fp32, is detached, and
+    the gradient of the stream flows through `carrier` (..., C) instead, in its dtype: bfloat16 or fp32, which
+    `input` and `normed` share, autocast or not. The values of a carrier are never used; the next is all zeros.
+    `input` is None before the first layer, which adds nothing. Raises ValueError for what it cannot do.
     """
     name = "add_layer_norm_mixed"
     _check(name, residual, weight, None)
@@ -588,12 +588,13 @@ def _add_inputs(dtype: torch.dtype, device: str, **sample: Any) -> dict[str, Any
 def _mixed_inputs(
     dtype: torch.dtype, device: str, shape: tuple[int, ...], add: bool = True, zeros: bool = False
 ) -> dict[str, Any]:
-    """With `zeros`, every third weight is 0."""
+    """With `zeros`, every third weight is 0 or so small that it counts as 0."""
     dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
     call = _inputs(dtype, device, shape, bias=False, add=True, mixed=True)
     call["carrier"] = torch.zeros(shape, device=device, dtype=dtype)
     if zeros:
         call["weight"][::3] = 0
+        call["weight"][1::9], call["weight"][4::9] = -1e-35, 1e-30
     return call if add else call | {"input": None}
 
 

@@ -1,18 +1,23 @@
-"""residual_dtype: the same loss, the gradients of PyTorch's autocast, and no fp32 sum kept for backward."""
+"""residual_dtype: losses and gradients are as near to fp32's as autocast's; mixed saves no fp32 sum."""
 
 import pytest
 import torch
 
+import kernels
 from gpt.model import GPT, GPTConfig
 from tests.runs import run
 
 B, T, C, V = 2, 7, 32, 37
 
 
-def build(residual_dtype, device, kernels="triton", dtype="bfloat16", **changes):
+# The other operations have no part in it, and PyTorch's are faster than an interpreter.
+NORMS = "torch,layer_norm=triton"
+
+
+def build(residual_dtype, device, spec=NORMS, dtype="bfloat16", **changes):
     torch.manual_seed(0)
     size = dict(block_size=16, vocab_size=V, n_layer=2, n_head=2, n_embd=C, bias=False) | changes
-    return GPT(GPTConfig(**size, kernels=kernels, residual_dtype=residual_dtype), device, dtype).to(device)
+    return GPT(GPTConfig(**size, kernels=spec, residual_dtype=residual_dtype), device, dtype).to(device)
 
 
 def step(model, device, dtype=torch.bfloat16, enabled=True):
@@ -36,13 +41,13 @@ def error(ours, exact):
 
 
 @pytest.mark.parametrize("zero_weights", [False, True])
-@pytest.mark.parametrize("kernels", ["triton", "torch"])
+@pytest.mark.parametrize("spec", [NORMS, "torch"])
 @pytest.mark.parametrize("residual_dtype", ["mixed", "bfloat16"])
-def test_gradients_are_as_near_to_fp32s_as_those_of_autocast(residual_dtype, kernels, zero_weights, device):
+def test_gradients_are_as_near_to_fp32s_as_those_of_autocast(residual_dtype, spec, zero_weights, device):
     models = [
         build("float32", device, "torch"),
         build("float32", device, "torch"),
-        build(residual_dtype, device, kernels),
+        build(residual_dtype, device, spec),
     ]
     if zero_weights:
         for model in models:
@@ -71,22 +76,23 @@ def test_a_mixed_stream_is_fp32_in_forward(device):
 def test_a_mixed_stream_keeps_no_fp32_activation(device):
     def fp32_activations(residual_dtype):
         _, saved = step(build(residual_dtype, device), device)
-        return sum(t.dtype == torch.float32 and t.shape == (B, T, C) for t in saved)
+        return sum(t.dtype == torch.float32 and t.numel() == B * T * C for t in saved)
 
     assert fp32_activations("mixed") == 0
     assert fp32_activations("float32") == 5  # the input of the first norm and the sums of the others
 
 
-@pytest.mark.parametrize("residual_dtype", ["mixed", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_in_one_graph_and_with_activation_checkpointing(residual_dtype, checkpointing, device):
+def test_compiled_in_one_graph_and_with_activation_checkpointing(checkpointing, device):
     torch._dynamo.reset()
-    eager = build(residual_dtype, device)
-    compiled = build(residual_dtype, device, activation_checkpointing=checkpointing)
+    eager = build("mixed", device)
+    compiled = build("mixed", device, activation_checkpointing=checkpointing)
     compiled.compile(fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
     expected, ours = step(eager, device)[0], step(compiled, device)[0]
     for name, value in expected.items():
-        torch.testing.assert_close(ours[name], value, rtol=2e-2, atol=2e-4, msg=name)
+        torch.testing.assert_close(
+            ours[name], value, rtol=2e-2, atol=2e-2 * value.abs().max().item(), msg=name
+        )
 
 
 def test_activation_checkpointing_has_the_same_bits(device):
@@ -96,9 +102,9 @@ def test_activation_checkpointing_has_the_same_bits(device):
         assert torch.equal(ours[name], value), name
 
 
-def test_auto_is_mixed_where_that_is_faster_and_exact(device):
-    def chosen(kernels="triton", dtype="bfloat16", **changes):
-        return build("auto", device, kernels, dtype, **changes).config.residual_dtype
+def test_auto_is_mixed_for_our_norms_in_bfloat16_without_biases(device):
+    def chosen(spec=NORMS, dtype="bfloat16", **changes):
+        return build("auto", device, spec, dtype, **changes).config.residual_dtype
 
     assert chosen() == "mixed"
     assert (
@@ -113,10 +119,10 @@ def test_auto_is_mixed_where_that_is_faster_and_exact(device):
 @pytest.mark.parametrize(
     ("residual_dtype", "changes", "sentence"),
     [
-        ("mixed", {"bias": True}, "needs bias=False and dtype=bfloat16, not bias=True and dtype=bfloat16"),
-        ("mixed", {"dtype": "float16"}, "not bias=False and dtype=float16"),
-        ("float16", {}, "residual_dtype=float16 needs dtype=float16, not bfloat16"),
-        ("half", {}, "residual_dtype='half' must be auto, float32, mixed, bfloat16 or float16"),
+        ("mixed", {"bias": True}, "residual_dtype=mixed needs bias=False; float32 and bfloat16 work"),
+        ("mixed", {"dtype": "float16"}, "residual_dtype=mixed needs dtype=bfloat16, not float16"),
+        ("bfloat16", {"dtype": "float32"}, "residual_dtype=bfloat16 needs dtype=bfloat16, not float32"),
+        ("float16", {}, "residual_dtype='float16' must be auto, float32, mixed or bfloat16"),
     ],
 )
 def test_what_does_not_go_together_is_refused(residual_dtype, changes, sentence, device):
@@ -124,15 +130,42 @@ def test_what_does_not_go_together_is_refused(residual_dtype, changes, sentence,
         build(residual_dtype, device, **changes)
 
 
-def test_a_run_records_it_and_goes_on_with_the_same_bits(workplace):
+def test_the_gradient_of_a_mixed_stream_is_rounded_once(device):
+    """Of the sum of the norm's own gradient and of that of the layers above, not of each."""
+    torch.manual_seed(0)
+    residual, above = (torch.randn(5, 96, device=device) for _ in range(2))
+    weight = torch.ones(96, device=device)
+    carrier = torch.zeros(5, 96, device=device, dtype=torch.bfloat16).requires_grad_()
+    branch = torch.randn(5, 96, device=device).bfloat16()
+    normed, summed, following = kernels.add_layer_norm_mixed(branch, residual, carrier, weight)
+    dnormed, dfollowing = torch.randn_like(normed), above.bfloat16()
+    torch.autograd.backward((normed, following), (dnormed, dfollowing))
+    g, xhat = dnormed.float(), normed.float()
+    along = g.mean(1, keepdim=True) + xhat * (g * xhat).mean(1, keepdim=True)
+    dx = (g - along) * (summed.var(1, correction=0, keepdim=True) + 1e-5).rsqrt()
+    once = (dx + dfollowing.float()).bfloat16()
+    twice = dx.bfloat16() + dfollowing
+    assert (carrier.grad != once).float().mean() < 0.01 < (twice != once).float().mean()
+
+
+def test_weights_of_bfloat16_have_a_stream_of_bfloat16(device):
+    model = build("auto", device).bfloat16()
+    gradients, _ = step(model, device)
+    assert model.config.residual_dtype == "mixed"
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_a_run_records_it_and_goes_on_with_the_same_bits(workplace, capsys):
     pytest.importorskip("tyro")
     flags = ["--dtype=bfloat16", "--bias=False", "--residual_dtype=mixed", "--kernels=torch"]
     flags += ["--n_layer=1", "--eval_interval=2", "--compile=False", "--init_from=auto"]
     whole = run(*flags, "--max_iters=4", out_dir="whole")
+    assert ", residual_dtype mixed" in capsys.readouterr().out
     run(*flags, "--max_iters=2", out_dir="resumed")
     resumed = run(*flags, "--max_iters=4", out_dir="resumed")
     assert whole["config"]["residual_dtype"] == "mixed"
     for name, weight in whole["model"].items():
         assert torch.equal(resumed["model"][name], weight), name
-    single = run(*flags, "--residual_dtype=float32", "--max_iters=4", out_dir="float32")
+    single = run(*flags, "--residual_dtype=auto", "--max_iters=4", out_dir="float32")
+    assert single["config"]["residual_dtype"] == "float32"
     assert any(not torch.equal(single["model"][n], w) for n, w in whole["model"].items())

@@ -108,6 +108,8 @@ class Metrics:
         if config.eval_only:
             del summary["run"], summary["cost"]
         now = config.flat()
+        if self.before:  # of a run before there was a choice
+            self.before.setdefault("residual_dtype", "float32")
         changed = [
             f"not as before: {name} was {self.before[name]!r} and is {now[name]!r}"
             for name in sorted(
