@@ -521,7 +521,7 @@ def add_layer_norm_mixed(
 
     Autograd gives a gradient the dtype of its tensor. So residual (..., C), which is fp32, is detached, and
     the gradient of the stream flows through `carrier` (..., C) instead, in its dtype: bfloat16 or fp32, which
-    `input` and `normed` share, autocast or not. The values of a carrier are never used; the next is all zeros.
+    `input` and `normed` share, autocast or not. Its values are never used; those of the next are all zeros.
     `input` is None before the first layer, which adds nothing. Raises ValueError for what it cannot do.
     """
     name = "add_layer_norm_mixed"
