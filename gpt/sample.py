@@ -13,6 +13,7 @@ from gpt.device import autocast, resolve_compile, resolve_device, resolve_dtype
 from gpt.generate import stream
 from gpt.model import GPT
 from gpt.pretrained import best_or_latest
+from gpt.reading import read_text
 from gpt.sampling import Sampling, check_drawn
 
 SEPARATOR = "---------------"
@@ -205,12 +206,12 @@ def main() -> None:
 
 def _prompts(config: SampleConfig) -> list[str]:
     if config.prompts:
-        lines = cli.read_text(Path(config.prompts)).removesuffix("\n").split("\n")
+        lines = read_text(Path(config.prompts)).removesuffix("\n").split("\n")
         if lines == [""]:
             raise ValueError(f"{config.prompts} holds no prompts: write one a line")
         return lines
     from_file = config.start.startswith("FILE:")
-    return [cli.read_text(Path(cli.read_path(config.start[5:]))) if from_file else config.start]
+    return [read_text(Path(cli.read_path(config.start[5:]))) if from_file else config.start]
 
 
 if __name__ == "__main__":

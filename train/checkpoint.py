@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import socket
-import zipfile
 from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -179,35 +178,29 @@ def initial_model(
 
 
 def newest_whole(latest: Path) -> Path:
-    """`latest`, or where it is damaged or lost the newest checkpoint beside it that is whole, with a word.
+    """`latest`, or the newest undamaged checkpoint beside it; prints a line for each damaged one.
 
-    A checkpoint is a zip archive: its checksums say what a reader that maps the file would not notice.
+    Raises ValueError where there are checkpoints and none is whole.
     """
     numbered = sorted(_numbered(latest.parent).items(), reverse=True)
     candidates = [latest, *(path for _, path in numbered), latest.with_name("best.pt")]
     if not any(path.exists() for path in candidates):
         return latest  # its reader says so
+    problems: list[Exception] = []
     for path in candidates:
-        reason = _damage(path)
-        if reason is None:
+        try:
+            read(path)
             return path
-        print(f"{path} {reason}: looking for the one before", flush=True)
-    return latest
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Raises PermissionError."""
-    if not path.exists():
-        return "is not there"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        read(path)
-    except PermissionError:
-        raise
-    except Exception as error:  # damage can hide in any part of an archive
-        damaged = str(error)
-    return None if damaged is None else f"is damaged ({damaged})"
+        except PermissionError:
+            raise
+        except (ValueError, OSError) as error:
+            problems.append(error)
+            reason = f"is damaged ({error})" if path.exists() else "is not there"
+            print(f"{path} {reason}: looking for the one before", flush=True)
+    raise ValueError(
+        f"{problems[0]}; no checkpoint beside it is whole either: put a copy of one in its place, or start a "
+        "new run in another --out_dir"
+    )
 
 
 def contents(

@@ -27,6 +27,7 @@ from gpt import cli, pretrained, tokenizer
 from gpt.cli import UserPath
 from gpt.device import autocast, resolve_dtype
 from gpt.model import GPT
+from gpt.reading import parse_json, read_text
 from gpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 from train import distributed, fit
 from train.data import Split, to_device
@@ -228,7 +229,7 @@ def _hellaswag(source: str) -> Iterator[tuple[str, list[str], int]]:
     else:
         if not Path(source).is_file():
             raise FileNotFoundError(f"there is no file {source}: give HellaSwag's jsonl, or --hellaswag=hub")
-        lines = cli.read_text(Path(source)).split("\n")
+        lines = read_text(Path(source)).split("\n")
         examples = [_example(source, number, line) for number, line in enumerate(lines, start=1) if line]
     if not examples:
         raise ValueError(f"{source} holds no examples")
