@@ -121,6 +121,8 @@ def read(path: Path) -> Checkpoint:
         if (problem := _problem(values[name], kinds[name], name)) is not None:
             raise ValueError(f"{path} is not a GPT checkpoint of this version or nanoGPT's: {problem}")
     checkpoint = Checkpoint(**{name: values[name] for name in kinds if name in values})
+    if checkpoint.tokenizer is not None:
+        tokenizer.check(checkpoint.tokenizer, path)
 
     checkpoint.model = {
         ".".join(part for part in name.split(".") if part not in WRAPPERS): weight

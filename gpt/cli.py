@@ -184,6 +184,15 @@ def read_value(flag: Flag, value: Any) -> Any:
     raise ValueError(f"{flag.name}={text} must be {expected}")
 
 
+def check_bounds(values: Mapping[str, Any], bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Raises ValueError for a number outside its (least, most); NaN is always outside."""
+    for name, (least, most) in bounds.items():
+        value = values[name]
+        if isinstance(value, int | float) and not least <= value <= most:
+            bound = f"at most {most}" if value > most else f"at least {least}"
+            raise ValueError(f"{name}={value} must be {bound}")
+
+
 def _alternatives(kind: Any) -> Iterator[Any]:
     """The types and the literal values of a union, flat."""
     parts = get_args(kind)

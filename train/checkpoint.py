@@ -254,7 +254,7 @@ def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScale
             f"the checkpoint was trained with {trained_with}, and {optimizer.name} cannot go on from its "
             f"moments: give --optimizer={trained_with}, or take the weights alone by --init_from=PATH/ckpt.pt"
         )
-    sizes = [[len(group["params"]) for group in groups] for groups in (moments_then["param_groups"], own)]
+    sizes = [[len(group.get("params", ())) for group in groups] for groups in (moments_then["param_groups"], own)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"the checkpoint's optimizer has groups of {sizes[0]} tensors, this run's of {sizes[1]}"
@@ -264,8 +264,9 @@ def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScale
     for i, (p, names) in enumerate(zip(params, names_of, strict=True)):
         moments = moments_then["state"].get(i, dict.fromkeys(names, p))  # none before the first step
         for name in names:
-            if name not in moments or moments[name].shape != p.shape:
-                shape = tuple(moments[name].shape) if name in moments else "missing"
+            moment = moments.get(name)
+            if not isinstance(moment, Tensor) or moment.shape != p.shape:
+                shape = tuple(moment.shape) if isinstance(moment, Tensor) else moment or "missing"
                 raise ValueError(
                     f"the checkpoint's optimizer: {name} of tensor {i} is {shape}, not {tuple(p.shape)}"
                 )
@@ -274,13 +275,19 @@ def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScale
         for i, values in moments_then["state"].items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": own})
-    if saved.scaler:
-        scaler.load_state_dict(saved.scaler)
-    if ranks.rank < len(saved.rng):
-        rng = saved.rng[ranks.rank]
-        torch.set_rng_state(rng["cpu"])
-        if ranks.device_type in rng.keys() - {"cpu"}:
-            _device_rng(ranks.device).set_rng_state(rng[ranks.device_type])
+    try:
+        if saved.scaler:
+            scaler.load_state_dict(saved.scaler)
+        if ranks.rank < len(saved.rng):
+            rng = saved.rng[ranks.rank]
+            torch.set_rng_state(rng["cpu"])
+            if ranks.device_type in rng.keys() - {"cpu"}:
+                _device_rng(ranks.device).set_rng_state(rng[ranks.device_type])
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the checkpoint's rng or scaler is not the state of a generator or of a loss scale ({error}); go "
+            "on from another checkpoint, or take the weights alone by --init_from=PATH/ckpt.pt"
+        ) from None
 
 
 class Saver:

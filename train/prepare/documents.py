@@ -102,12 +102,12 @@ def hub(path: str, part: str | None, val_fraction: float, processes: int) -> Cor
 
 
 def find(inputs: str) -> list[Path]:
-    """The files that `inputs` names, sorted, each once. Raises FileNotFoundError."""
+    """The files that `inputs` names, sorted, each once. Raises OSError."""
     paths: dict[Path, None] = {}
     for name in [inputs] if Path(inputs).exists() else map(cli.read_path, inputs.split(",")):
         here: list[Path] = []
         for path in map(Path, [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))):
-            here += _inside(path) if path.is_dir() else [path]
+            here += _inside(path) if path.is_dir() else [regular(path)]
         paths |= dict.fromkeys(here)
         if not here:
             what = ".txt, .jsonl or .parquet in" if Path(name).is_dir() else "file"
@@ -260,7 +260,6 @@ def _open(path: Path) -> TextIO:
     def open_bytes() -> BinaryIO:
         return cast(BinaryIO, gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
 
-    regular(path)
     with open_bytes() as f:
         head = f.read(1 << 12)
     if how := next((how for how, magic in MAGIC.items() if head.startswith(magic)), None):
