@@ -146,7 +146,24 @@ def read(path: Path) -> Checkpoint:
     for name, value in checkpoint.gpt_config.items():
         if (problem := _problem(value, options[name], name)) is not None:
             raise ValueError(f"{path} does not describe a GPT: {problem}")
+    _check_sizes(GPTConfig(**checkpoint.gpt_config), checkpoint.model, path)
     return checkpoint
+
+
+def _check_sizes(config: GPTConfig, weights: dict[str, Tensor], path: Path) -> None:
+    """Raises ValueError for a model that its weights do not fill: to make a large one takes the memory."""
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        if getattr(config, name) in (0, None):
+            raise ValueError(f"{path} does not describe a GPT: {name} must be at least 1")
+    if config.n_layer > len(weights):
+        raise ValueError(f"{path} does not fit the model: n_layer={config.n_layer}, and {len(weights)} weights")
+    rows = {"transformer.wte.weight": config.vocab_size, "transformer.wpe.weight": config.block_size}
+    for name, n in rows.items():
+        shape = tuple(weights[name].shape) if name in weights else "missing"
+        if shape != (n, config.n_embd):
+            raise ValueError(
+                f"{path} does not fit the model: {name} is {shape} there and {(n, config.n_embd)} here"
+            )
 
 
 def _load(path: Path) -> Any:
@@ -218,7 +235,7 @@ def _problem(value: Any, kind: Any, name: str) -> str | None:
         expected = dict if is_typeddict(kind) else origin or kind
         accepted = (int, float) if expected is float else expected
         fits = isinstance(value, accepted) and (expected is bool or not isinstance(value, bool))
-        if fits and not (expected is int and value < 0):
+        if fits and not (expected is int and not 0 <= value < 2**62):
             return None
         shown = repr(value) if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
         words = {int: "a whole number of at least 0", float: "a number", str: "text", bool: "True or False"}

@@ -169,7 +169,7 @@ def from_dict(described: dict[str, Any]) -> Tokenizer:
 
 
 def check(described: dict[str, Any], where: str | Path) -> None:
-    """Raises ValueError where `described`, which is from `where`, is not what `to_dict` or `unknown` gives."""
+    """Raises ValueError where `described`, from `where`, is not what `to_dict` or `unknown` gives."""
     kinds: dict[Any, dict[str, type]] = {
         "char": {"symbols": list},
         "gpt2": {},
@@ -254,8 +254,8 @@ def describe_folder(folder: Path, rows: int | None = None) -> dict[str, Any]:
             text = _json_of_bpe(folder)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"the tokenizer in {folder} (vocab.json, merges.txt and the files beside them) cannot be read "
-                f"({type(error).__name__}: {error})"
+                f"the tokenizer in {folder} (vocab.json, merges.txt and the files beside them) cannot be "
+                f"read ({type(error).__name__}: {error})"
             ) from None
     else:
         others = sorted(p.name for p in folder.glob("*") if p.suffix == ".model" or p.name == "vocab.txt")

@@ -254,7 +254,10 @@ def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScale
             f"the checkpoint was trained with {trained_with}, and {optimizer.name} cannot go on from its "
             f"moments: give --optimizer={trained_with}, or take the weights alone by --init_from=PATH/ckpt.pt"
         )
-    sizes = [[len(group.get("params", ())) for group in groups] for groups in (moments_then["param_groups"], own)]
+    groups_then = moments_then["param_groups"]
+    if not all(isinstance(group.get("params"), list) for group in groups_then):
+        raise ValueError("the checkpoint's optimizer: the params of each group must be a list of numbers")
+    sizes = [[len(group["params"]) for group in groups] for groups in (groups_then, own)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"the checkpoint's optimizer has groups of {sizes[0]} tensors, this run's of {sizes[1]}"
@@ -285,8 +288,8 @@ def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScale
                 _device_rng(ranks.device).set_rng_state(rng[ranks.device_type])
     except (RuntimeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"the checkpoint's rng or scaler is not the state of a generator or of a loss scale ({error}); go "
-            "on from another checkpoint, or take the weights alone by --init_from=PATH/ckpt.pt"
+            f"the checkpoint's rng or scaler is not the state of a generator or of a loss scale ({error}); "
+            "go on from another checkpoint, or take the weights alone by --init_from=PATH/ckpt.pt"
         ) from None
 
 

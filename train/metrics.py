@@ -230,19 +230,19 @@ def _event(name: str, step: int, **fields: Any) -> dict[str, Any]:
 def read(path: Path) -> list[dict[str, Any]]:
     """The steps and evaluations of a metrics.jsonl, each once.
 
-    A line that is not a record, such as one that a crash has cut short, is left out; stderr says how many
-    were. Raises OSError, and ValueError for a file of another program.
+    A last line that a crash has cut short is left out, and so is a line that is not a record; stderr says how
+    many of those there are. Raises OSError, and ValueError for a file of another program.
     """
     _check_own(path)
     records: list[dict[str, Any]] = []
     left_out = 0
-    for line in path.read_bytes().splitlines():
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
         if not _is_record(record):
-            left_out += 1
+            left_out += line.endswith(b"\n")
         elif "event" not in record:
             records.append(record)
         elif record["event"] == "start":
