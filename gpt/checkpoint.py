@@ -156,7 +156,7 @@ def _check_sizes(config: GPTConfig, weights: dict[str, Tensor], path: Path) -> N
         if getattr(config, name) in (0, None):
             raise ValueError(f"{path} does not describe a GPT: {name} must be at least 1")
     if config.n_layer > len(weights):
-        raise ValueError(f"{path} does not fit the model: n_layer={config.n_layer}, and {len(weights)} weights")
+        raise ValueError(f"{path} has only {len(weights)} weights, too few for n_layer={config.n_layer}")
     rows = {"transformer.wte.weight": config.vocab_size, "transformer.wpe.weight": config.block_size}
     for name, n in rows.items():
         shape = tuple(weights[name].shape) if name in weights else "missing"

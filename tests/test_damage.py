@@ -304,7 +304,7 @@ def test_what_is_not_a_file_is_refused_and_not_waited_for(workplace, kind):
         lambda: Split(put(data / "val.bin"), 21),
         lambda: list(evaluate._hellaswag(str(put(Path("hellaswag.jsonl"))))),
     ):
-        with pytest.raises((ValueError, OSError), match="a folder|a pipe|a device"):
+        with pytest.raises((ValueError, OSError), match=r"a folder|a pipe|a device"):
             read()
 
 

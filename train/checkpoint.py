@@ -277,8 +277,8 @@ def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScale
         i: {name: _shard_like(value, params[i]) for name, value in values.items()}
         for i, values in moments_then["state"].items()
     }
-    optimizer.load_state_dict({"state": state, "param_groups": own})
     try:
+        optimizer.load_state_dict({"state": state, "param_groups": own})
         if saved.scaler:
             scaler.load_state_dict(saved.scaler)
         if ranks.rank < len(saved.rng):
@@ -288,8 +288,8 @@ def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScale
                 _device_rng(ranks.device).set_rng_state(rng[ranks.device_type])
     except (RuntimeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"the checkpoint's rng or scaler is not the state of a generator or of a loss scale ({error}); "
-            "go on from another checkpoint, or take the weights alone by --init_from=PATH/ckpt.pt"
+            f"the checkpoint's optimizer, scaler or rng is not the state of one ({error}); go on from "
+            "another checkpoint, or take the weights alone by --init_from=PATH/ckpt.pt"
         ) from None
 
 
