@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import random
+import resource
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -22,12 +23,15 @@ from gpt import checkpoint, pretrained, tokenizer
 from gpt.convert import convert
 from gpt.model import GPT
 from gpt.reading import regular
+from gpt.sampling import Sampling
 from tests.runs import run
 from train import distributed, evaluate, metrics, plot, shards
 from train.checkpoint import Progress, newest_whole, restore
-from train.config import TrainConfig
+from train.config import TrainConfig, parse
 from train.data import Split, preflight
 from train.optim import optimizer_for
+from train.prepare import documents
+from train.prepare.__main__ import prepare
 
 ROUNDS = int(os.environ.get("ROUNDS", "25"))
 ODD = [None, True, -1, 0, 2.5, 10**30, float("nan"), "x", "", [], {}, [None], {"a": 1}, [[1, 2], "b"]]
@@ -317,3 +321,48 @@ def test_a_shard_whose_header_counts_otherwise_is_refused(tmp_path):
         path.write_bytes(words.tobytes() + struct.pack("<4H", 1, 2, 3, 4))
         with pytest.raises(ValueError, match="it is not whole"):
             shards.open_tokens(path)
+
+
+@pytest.mark.parametrize("target", ["x.pt", "folder"])
+def test_a_full_disk_leaves_nothing_of_a_conversion_that_blocks_the_next(workplace, target):
+    pytest.importorskip("safetensors")
+    run(*SMALL)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+    try:
+        with pytest.raises(OSError):
+            convert("out/ckpt.pt", Path("converted", target))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(Path("converted").iterdir())
+    convert("out/ckpt.pt", Path("converted", target))
+    assert [p.name for p in Path("converted").iterdir()] == [target]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_corpus_that_leaves_a_split_without_tokens_writes_nothing(tmp_path, split):
+    corpus = documents.text("a text of some length " * 10, "short.txt")
+    setattr(corpus, split, documents.Split(lambda: iter(()), 0, 0))
+    with pytest.raises(ValueError, match=f"short.txt: the split {split} would have no token"):
+        prepare(tmp_path / "short", corpus, "char", 1)
+    assert not (tmp_path / "short").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "bound"),
+    [
+        ("lr_decay_iters=-1", "at least 0"), ("weight_decay=-0.1", "at least 0"),
+        ("learning_rate=inf", "at most"), ("learning_rate=nan", "at least 0"), ("min_lr=inf", "at most"),
+        ("beta1=1.0", "at most"), ("beta2=nan", "at least 0"), ("grad_clip=nan", "at least 0"),
+        ("n_embd=9000000000000000000", "at most 536870912"), ("block_size=1e18", "at most 536870912"),
+    ],
+)  # fmt: skip
+def test_a_number_that_makes_no_run_is_refused_with_its_bound(flag, bound):
+    with pytest.raises(ValueError, match=rf"^{flag.partition('=')[0]}=.* must be {bound}"):
+        parse([f"--{flag}"])
+
+
+def test_an_infinite_temperature_is_refused():
+    for temperature in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=r"temperature=(inf|nan) must be"):
+            Sampling(temperature)
