@@ -23,8 +23,9 @@ quickstart: $(INSTALLED)  ## install, prepare a corpus, train a small GPT, sampl
 test: $(INSTALLED_TEST)  ## install what the tests need, run them all
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses=8
 
-soak: $(INSTALLED_TEST)  ## kill a run a hundred times, during saves too, and compare it with one that was not
+soak: $(INSTALLED_TEST)  ## kill a run a hundred times, during saves too, and damage every file 2,000 times
 	@KILLS=100 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_faults.py -k killed
+	@ROUNDS=1000 OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_damage.py
 
 lint: $(INSTALLED_TEST)  ## ruff and mypy
 	@$(PY) -m ruff check .

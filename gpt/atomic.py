@@ -1,6 +1,7 @@
 """A file is there whole or not at all, whatever happens while it is written."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,17 +11,25 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`, for the code inside to write to; at the end it becomes `path`.
 
-    Where the code inside fails, the temporary file is removed, and what `path` was before stays.
+    Where the code inside fails, the temporary file is removed, and what `path` was before stays. It may be a
+    folder, where `path` is an empty one or not there.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     # What a crash has left may be a second name of another file, which writing into it would change.
-    temporary.unlink(missing_ok=True)
+    _remove(temporary)
     try:
         yield temporary
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

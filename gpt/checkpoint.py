@@ -7,8 +7,10 @@ ones of this project, `read` fills in.
 
 import math
 import pickle
+import sys
 import types
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
@@ -16,8 +18,10 @@ from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_type
 import torch
 from torch import Tensor
 
+from gpt import tokenizer
 from gpt.hugging_face import MASKS
 from gpt.model import RUN_OPTIONS, GPTConfig
+from gpt.reading import regular
 
 # nanoGPT calls GPTConfig(**model_args): it knows these seven and refuses an eighth.
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
@@ -86,16 +90,20 @@ def beyond_gpt2(config: GPTConfig) -> dict[str, Any]:
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Raises OSError, and RuntimeError where the disk is full: torch's writer does."""
-    torch.save({key: value for key, value in vars(checkpoint).items() if value is not None}, path)
+    """Raises OSError."""
+    try:
+        torch.save({key: value for key, value in vars(checkpoint).items() if value is not None}, path)
+    except RuntimeError as error:  # of torch's writer, which does not say that the disk is full
+        raise OSError(f"not all of {path} could be written; is the disk full? {error}") from None
 
 
 def read(path: Path) -> Checkpoint:
     """A ckpt.pt of this project or of nanoGPT, on the CPU, mapped into memory.
 
     Weights have the names of GPT's: what DDP and torch.compile add is taken off, causal masks are left out.
-    Only plain values and tensors are read: a file that would run code is refused. Raises OSError, and
-    ValueError that names the key where one is missing or of another type.
+    Only plain values and tensors are read: a file that would run code is refused, and so is one that is not
+    whole by its checksums. Raises OSError, and ValueError that names the key where one is missing or of
+    another type.
     """
     values = _load(path)
     if not isinstance(values, dict):
@@ -113,6 +121,8 @@ def read(path: Path) -> Checkpoint:
         if (problem := _problem(values[name], kinds[name], name)) is not None:
             raise ValueError(f"{path} is not a GPT checkpoint of this version or nanoGPT's: {problem}")
     checkpoint = Checkpoint(**{name: values[name] for name in kinds if name in values})
+    if checkpoint.tokenizer is not None:
+        tokenizer.check(checkpoint.tokenizer, path)
 
     checkpoint.model = {
         ".".join(part for part in name.split(".") if part not in WRAPPERS): weight
@@ -136,24 +146,73 @@ def read(path: Path) -> Checkpoint:
     for name, value in checkpoint.gpt_config.items():
         if (problem := _problem(value, options[name], name)) is not None:
             raise ValueError(f"{path} does not describe a GPT: {problem}")
+    _check_sizes(GPTConfig(**checkpoint.gpt_config), checkpoint.model, path)
     return checkpoint
 
 
+def _check_sizes(config: GPTConfig, weights: dict[str, Tensor], path: Path) -> None:
+    """Raises ValueError for a model that its weights do not fill: to make a large one takes the memory."""
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+        if getattr(config, name) in (0, None):
+            raise ValueError(f"{path} does not describe a GPT: {name} must be at least 1")
+    if config.n_layer > len(weights):
+        raise ValueError(f"{path} has only {len(weights)} weights, too few for n_layer={config.n_layer}")
+    rows = {"transformer.wte.weight": config.vocab_size, "transformer.wpe.weight": config.block_size}
+    for name, n in rows.items():
+        shape = tuple(weights[name].shape) if name in weights else "missing"
+        if shape != (n, config.n_embd):
+            raise ValueError(
+                f"{path} does not fit the model: {name} is {shape} there and {(n, config.n_embd)} here"
+            )
+
+
 def _load(path: Path) -> Any:
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    broken = (RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile)
+    size = regular(path).stat().st_size
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except broken as error:
-        reason = str(error).strip().partition("\n")[0][:200]
-        if isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path):
+        # torch.load maps the file and looks at none of this.
+        members = _whole_members(path)
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # The tensors lie in the map in the order of the archive.
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in _storages(values)}
+        if [sizes[address] for address in sorted(sizes)] != members:
+            raise ValueError("its tensors have other sizes than the archive's members")
+        return values
+    except PermissionError:
+        raise
+    except Exception as error:  # damage can be in any part of the archive, and each part raises its own
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
             raise ValueError(
                 f"{path} holds more than plain values and tensors; it could run code, so it is refused "
                 f"({reason})"
             ) from None
-        size = path.stat().st_size
         raise ValueError(f"{path} ({size:,} bytes) is truncated or no checkpoint: {reason}") from None
+
+
+def _whole_members(path: Path) -> list[int]:
+    """The sizes of an archive's tensors in bytes, in the order of the file. Raises ValueError and others."""
+    with zipfile.ZipFile(path) as archive:
+        members = sorted(archive.infolist(), key=lambda member: member.header_offset)
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("its members are compressed, which torch.save does not do")
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"{damaged} differs from its checksum")
+        for member in members:
+            if member.filename.endswith("/byteorder") and archive.read(member) != sys.byteorder.encode():
+                raise ValueError(f"its numbers are not in the byte order of this machine, {sys.byteorder}")
+    return [member.file_size for member in members if "/data/" in member.filename and member.file_size]
+
+
+def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
+    """The memory of each tensor in `value` that has any."""
+    if isinstance(value, Tensor):
+        if (storage := value.untyped_storage()).nbytes():
+            yield storage
+    elif isinstance(value, dict | list | tuple):
+        for part in (*value.keys(), *value.values()) if isinstance(value, dict) else value:
+            yield from _storages(part)
 
 
 def _problem(value: Any, kind: Any, name: str) -> str | None:
@@ -176,7 +235,7 @@ def _problem(value: Any, kind: Any, name: str) -> str | None:
         expected = dict if is_typeddict(kind) else origin or kind
         accepted = (int, float) if expected is float else expected
         fits = isinstance(value, accepted) and (expected is bool or not isinstance(value, bool))
-        if fits and not (expected is int and value < 0):
+        if fits and not (expected is int and not 0 <= value < 2**62):
             return None
         shown = repr(value) if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
         words = {int: "a whole number of at least 0", float: "a number", str: "text", bool: "True or False"}

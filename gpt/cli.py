@@ -5,7 +5,6 @@ so a value from a file meets the same checks and the same messages as one from t
 """
 
 import ast
-import codecs
 import difflib
 import importlib
 import inspect
@@ -20,10 +19,12 @@ from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
-from io import BytesIO, TextIOWrapper
+from io import TextIOWrapper
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args
+
+from gpt.reading import read_text, text_encoding
 
 Config = TypeVar("Config")
 UserPath = Annotated[str, Path]  # the type of a flag that names a file or a folder: ~ is the user's home
@@ -113,34 +114,6 @@ def words(config_class: type, args: Sequence[str]) -> Iterator[tuple[str, str | 
             yield name, rest.pop(0) if rest else None
 
 
-def text_encoding(head: bytes) -> str:
-    """How a text that begins with these bytes is read: by its byte-order mark, else as UTF-8.
-
-    Editors on Windows put the mark there; all of these encodings leave it out of the text.
-    """
-    # UTF-32's mark in little-endian order begins with UTF-16's.
-    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        return "utf-32"
-    return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-
-
-def encoding_name(encoding: str) -> str:
-    return encoding.upper().removesuffix("-SIG")
-
-
-def read_text(path: Path) -> str:
-    """The text of a file that somebody wrote, without a byte-order mark. Raises ValueError, OSError."""
-    content = path.read_bytes()
-    encoding = text_encoding(content)
-    try:
-        return TextIOWrapper(BytesIO(content), encoding).read()
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not {encoding_name(encoding)} text: byte {error.start:,} cannot be read; "
-            "convert it to UTF-8"
-        ) from None
-
-
 def typed_text(text: str, encoding: str) -> str:
     """What was typed, where Python has read it in the locale's `encoding` and kept other bytes as surrogates.
 
@@ -209,6 +182,15 @@ def read_value(flag: Flag, value: Any) -> Any:
     kinds |= {type(None): "None", str: "text"}
     expected = " or ".join(kinds.get(kind, str(kind)) for kind in types if kind is not Path)
     raise ValueError(f"{flag.name}={text} must be {expected}")
+
+
+def check_bounds(values: Mapping[str, Any], bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Raises ValueError for a number outside its (least, most); NaN is always outside."""
+    for name, (least, most) in bounds.items():
+        value = values[name]
+        if isinstance(value, int | float) and not least <= value <= most:
+            bound = f"at most {most}" if value > most else f"at least {least}"
+            raise ValueError(f"{name}={value} must be {bound}")
 
 
 def _alternatives(kind: Any) -> Iterator[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gpt import tokenizer
+from gpt.atomic import replacing
 
 ACTIVATION = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # theirs -> ours
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -67,9 +68,11 @@ def write(
 ) -> None:
     """Writes a GPT's `config` and `weights` as a folder, with the tokenizer that `described` is.
 
-    GPT-2 has biases everywhere; a model without gets zeros, and is read back without. Raises ValueError.
+    GPT-2 has biases everywhere; a model without gets zeros, and is read back without. Raises ValueError,
+    OSError.
     """
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise ValueError("writing a Hugging Face folder needs safetensors: pip install -e '.[hf]'") from None
@@ -98,11 +101,16 @@ def write(
             weights[key.removesuffix("weight") + "bias"] = torch.zeros(weights[key].shape[-1])
     # Before anything is written: the tokenizer may have to be fetched. An unknown one has no files.
     files = _tokenizer_files(described) if described["kind"] != "unknown" else {}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        (temporary / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+        try:
+            save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"not all of {folder} could be written; is the disk full? {error}") from None
 
 
 def _tokenizer_files(described: dict[str, Any]) -> dict[str, bytes]:

@@ -1,17 +1,17 @@
 """Trained models in and out: checkpoints, see gpt/checkpoint.py, and Hugging Face's GPT-2."""
 
 import difflib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt import checkpoint, cli, hugging_face, tokenizer
+from gpt import checkpoint, hugging_face, tokenizer
 from gpt.atomic import replacing
 from gpt.checkpoint import Checkpoint
 from gpt.model import GPT, RUN_OPTIONS, GPTConfig
+from gpt.reading import read_json
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -36,8 +36,10 @@ def best_or_latest(out_dir: Path) -> Path:
         raise FileNotFoundError(
             f"there is no checkpoint {latest}, but there is {others[-1]}: name that file, not its folder"
         )
+    if not best.exists():
+        return latest
     wants_best = not checkpoint.read(latest).config.get("always_save_checkpoint", True)
-    return best if wants_best and best.exists() else latest
+    return best if wants_best else latest
 
 
 def checkpoint_in(source: str) -> str:
@@ -72,7 +74,9 @@ def hugging_face_tokenizer(name: str) -> dict[str, Any]:
     """The tokenizer of one of OpenAI's GPT-2s or of a folder, by `to_dict`: unknown where it has none."""
     if not Path(name).is_dir():
         return {"kind": "gpt2"}
-    rows = json.loads(cli.read_text(Path(name, "config.json"))).get("vocab_size", 50257)
+    rows = read_json(Path(name, "config.json")).get("vocab_size", 50257)
+    if type(rows) is not int or rows < 1:
+        raise ValueError(f"{name}/config.json has vocab_size={rows!r}, which must be a whole number above 0")
     return tokenizer.describe_folder(Path(name), rows)
 
 

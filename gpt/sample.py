@@ -13,9 +13,14 @@ from gpt.device import autocast, resolve_compile, resolve_device, resolve_dtype
 from gpt.generate import stream
 from gpt.model import GPT
 from gpt.pretrained import best_or_latest
+from gpt.reading import read_text
 from gpt.sampling import Sampling, check_drawn
 
 SEPARATOR = "---------------"
+BOUNDS = {  # the least and the most that can be computed
+    "num_samples": (1, 2**29), "max_new_tokens": (1, 2**29), "batch_size": (1, 2**29),
+    "seed": (-(2**63), 2**64 - 1), "top_k": (1, 2**62),
+}  # fmt: skip
 
 
 @dataclass
@@ -186,9 +191,7 @@ def converse(model: GPT, tokens: tokenizer.Tokenizer, config: SampleConfig) -> N
 def main() -> None:
     config = cli.parse(SampleConfig, sys.argv[1:], prog="python -m gpt.sample")
     config.sampling()
-    for name in ("num_samples", "max_new_tokens", "batch_size"):
-        if (value := getattr(config, name)) < 1:
-            raise ValueError(f"{name}={value} must be >= 1")
+    cli.check_bounds(vars(config), BOUNDS)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     torch.manual_seed(config.seed)
@@ -205,12 +208,12 @@ def main() -> None:
 
 def _prompts(config: SampleConfig) -> list[str]:
     if config.prompts:
-        lines = cli.read_text(Path(config.prompts)).removesuffix("\n").split("\n")
+        lines = read_text(Path(config.prompts)).removesuffix("\n").split("\n")
         if lines == [""]:
             raise ValueError(f"{config.prompts} holds no prompts: write one a line")
         return lines
     from_file = config.start.startswith("FILE:")
-    return [cli.read_text(Path(cli.read_path(config.start[5:]))) if from_file else config.start]
+    return [read_text(Path(cli.read_path(config.start[5:]))) if from_file else config.start]
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How a token is drawn from the logits of a model."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,9 @@ class Sampling:
     top_p: float | None = None  # among the fewest likeliest whose probabilities reach p together
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature} must be >= 0")
+        if not 0 <= self.temperature < math.inf:
+            bound = "finite" if self.temperature == math.inf else ">= 0"
+            raise ValueError(f"temperature={self.temperature} must be {bound}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be >= 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:

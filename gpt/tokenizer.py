@@ -7,17 +7,19 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt import cli
 from gpt.atomic import replacing
+from gpt.reading import parse_json, read_json, read_text, regular
 
 GPT2_VOCAB_SIZE = 50257
+MOST_SYMBOLS = 2**24  # in nanoGPT's meta.pkl; Unicode has a million characters
 GPT2_END_OF_TEXT = 50256
 GPT2_REPLACEMENT = 4210  # U+FFFD
 # Of its (id, token) but the last, sorted, as JSON.
@@ -110,10 +112,8 @@ class JsonTokenizer:
             ) from None
         self.description = description
         self.vocab_size = _json_vocab_size(description, "the tokenizer.json")
-        try:
+        with _errors_of_the_package("the tokenizer.json cannot be read"):
             self.bpe = Bpe.from_str(description)
-        except Exception as error:  # of no narrower type
-            raise ValueError(f"the tokenizer.json cannot be read ({error})") from None
         # A file that was saved for another use may have them on: they would cut or lengthen every text.
         self.bpe.no_truncation()
         self.bpe.no_padding()
@@ -133,14 +133,27 @@ class JsonTokenizer:
 
     def _ids(self, text: str) -> list[int]:
         # Unlike `encode`, this lets other threads run meanwhile, and does not compute where each token stood.
-        return self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        with _errors_of_the_package("the tokenizer.json cannot encode this text"):
+            return self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids past the vocabulary, which a padded one can give, are left out."""
-        return self.bpe.decode(list(ids), skip_special_tokens=False)
+        with _errors_of_the_package("the tokenizer.json cannot decode these ids"):
+            return self.bpe.decode(list(ids), skip_special_tokens=False)
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "json", "vocab_size": self.vocab_size, "json": self.description}
+
+
+@contextmanager
+def _errors_of_the_package(problem: str) -> Iterator[None]:
+    """Raises ValueError for whatever the package tokenizers raises: plain Exception, or a panic of Rust."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic is not an Exception
+        raise ValueError(f"{problem} ({str(error)[:200]})") from None
 
 
 def from_dict(described: dict[str, Any]) -> Tokenizer:
@@ -153,6 +166,28 @@ def from_dict(described: dict[str, Any]) -> Tokenizer:
     if described["kind"] == "unknown":
         raise ValueError(described["why"])
     raise ValueError(f"a tokenizer of kind {described['kind']!r} is unknown here: char, gpt2, json are")
+
+
+def check(described: dict[str, Any], where: str | Path) -> None:
+    """Raises ValueError where `described`, from `where`, is not what `to_dict` or `unknown` gives."""
+    kinds: dict[Any, dict[str, type]] = {
+        "char": {"symbols": list},
+        "gpt2": {},
+        "json": {"vocab_size": int, "json": str},
+        "unknown": {"vocab_size": int, "why": str},
+    }
+    kind = described.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"{where} has a tokenizer of an unknown kind, {kind!r}; update this project")
+    for key, expected in kinds[kind].items():
+        if type(described.get(key)) is not expected:
+            raise ValueError(f"{where}: its tokenizer's {key} must be of type {expected.__name__}")
+    if kind == "char" and not all(isinstance(symbol, str) for symbol in described["symbols"]):
+        raise ValueError(f"{where}: its tokenizer's symbols must be texts")
+    if kind == "json" and _json_vocab_size(described["json"], where) > described["vocab_size"]:
+        raise ValueError(f"{where}: its tokenizer has more than vocab_size={described['vocab_size']} symbols")
+    if described.get("vocab_size", 1) < 1:
+        raise ValueError(f"{where}: its tokenizer's vocab_size must be at least 1")
 
 
 def unknown(vocab_size: int, why: str) -> dict[str, Any]:
@@ -212,10 +247,16 @@ def describe_folder(folder: Path, rows: int | None = None) -> dict[str, Any]:
     not its class: a GPT-2 of another language is a GPT2Tokenizer too. `rows` are those of the model's
     embedding: tokens that were added past them, and so never trained on, are left out.
     """
-    if (folder / "tokenizer.json").is_file():
-        text = cli.read_text(folder / "tokenizer.json")
+    if (folder / "tokenizer.json").exists():
+        text = read_text(folder / "tokenizer.json")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        text = _json_of_bpe(folder)
+        try:
+            text = _json_of_bpe(folder)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"the tokenizer in {folder} (vocab.json, merges.txt and the files beside them) cannot be "
+                f"read ({type(error).__name__}: {error})"
+            ) from None
     else:
         others = sorted(p.name for p in folder.glob("*") if p.suffix == ".model" or p.name == "vocab.txt")
         there = f"a tokenizer as {others[0]}, which is not read here" if others else "no tokenizer"
@@ -247,7 +288,7 @@ def describe_folder(folder: Path, rows: int | None = None) -> dict[str, Any]:
 
 def describe_json(path: Path) -> dict[str, Any]:
     """A tokenizer.json as `to_dict` gives it, without the library that encodes by it. Raises ValueError."""
-    description = cli.read_text(path)
+    description = read_text(path)
     return {"kind": "json", "vocab_size": _json_vocab_size(description, str(path)), "json": description}
 
 
@@ -267,13 +308,23 @@ def end_of_text(description: str) -> tuple[str, int] | None:
     return next(((name, ids[name]) for name in ENDS_OF_TEXT if name in ids), None)
 
 
-def _json_vocab_size(description: str, where: str) -> int:
-    """One more than the largest id."""
+def _json_vocab_size(description: str, where: str | Path) -> int:
+    """One more than the largest id. Raises ValueError where a part that is read here is of another type."""
     try:
-        content = json.loads(description)
-        vocab = content["model"]["vocab"]  # {token: id}, or in a unigram model [[token, score], ...]
-        ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
-        return 1 + max([*ids, *(token["id"] for token in content.get("added_tokens", []))])
+        content = parse_json(description, where)
+        model, added = content["model"], content.get("added_tokens", [])
+        vocab = model["vocab"]  # {token: id}, or in a unigram model [[token, score], ...]
+        tokens = list(vocab) if isinstance(vocab, dict) else [token for token, _ in vocab]
+        tokens += [token["content"] for token in added]
+        tokens += [part for merge in model.get("merges", []) for part in merge]
+        if not all(isinstance(token, str) for token in tokens):
+            raise TypeError("a token is not text")
+        (content.get("pre_tokenizer") or {}).get("type")
+        ids = list(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))
+        ids += [token["id"] for token in added]
+        if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise ValueError("an id is not a whole number from 0 to 2^31 - 1")
+        return 1 + max(ids)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{where} is no tokenizer.json of Hugging Face's tokenizers ({type(error).__name__}: {error})"
@@ -303,10 +354,13 @@ def _meaning(content: dict[str, Any]) -> list[Any]:
 
 
 def _json_of_bpe(folder: Path) -> str:
-    """The older layout as a tokenizer.json: vocab.json, merges.txt, and added tokens in files beside them."""
+    """The older layout as a tokenizer.json: vocab.json, merges.txt, and added tokens in files beside them.
+
+    Raises ValueError, OSError.
+    """
 
     def read(name: str) -> dict[str, Any]:
-        return json.loads(cli.read_text(folder / name)) if (folder / name).is_file() else {}
+        return read_json(folder / name) if (folder / name).exists() else {}
 
     vocab, settings = read("vocab.json"), read("tokenizer_config.json")
     named = [*read("special_tokens_map.json").items(), *settings.items()]
@@ -318,7 +372,7 @@ def _json_of_bpe(folder: Path) -> str:
     bytes_of = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
     added = sorted((i, token) for token, i in ids.items())
     has_prefix = bool(settings.get("add_prefix_space"))
-    merges = cli.read_text(folder / "merges.txt").split("\n")
+    merges = read_text(folder / "merges.txt").split("\n")
     content = {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": token, **flags} for i, token in added],
@@ -341,7 +395,7 @@ def describe_meta(path: Path) -> dict[str, Any]:
     Raises ValueError.
     """
     try:
-        with path.open("rb") as f:
+        with regular(path).open("rb") as f:
             meta = _PlainUnpickler(f).load()
         itos = meta.get("itos") or {i: symbol for symbol, i in meta.get("stoi", {}).items()}
         itos = itos if isinstance(itos, dict) else dict(enumerate(itos))
@@ -354,12 +408,16 @@ def describe_meta(path: Path) -> dict[str, Any]:
         size = max([int(numbers[0]), *(i + 1 for i in itos)])
         if size < 1:
             raise ValueError("it has neither vocab_size nor itos")
+        if size > MOST_SYMBOLS or min(itos, default=0) < 0:
+            raise ValueError(f"its ids must be from 0 to {MOST_SYMBOLS - 1:,}")
     except _WouldRun as error:
         raise ValueError(
             f"{path} is not nanoGPT's meta.pkl of plain values: {error}, and to read that would run code; "
             "write vocab_size, itos and stoi as numbers, strings and dicts"
         ) from None
-    except (pickle.UnpicklingError, EOFError, LookupError, TypeError, AttributeError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(
             f"{path} is not nanoGPT's meta.pkl ({type(error).__name__}: {error}); prepare the data again"
         ) from None

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import socket
-import zipfile
 from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -179,35 +178,29 @@ def initial_model(
 
 
 def newest_whole(latest: Path) -> Path:
-    """`latest`, or where it is damaged or lost the newest checkpoint beside it that is whole, with a word.
+    """`latest`, or the newest undamaged checkpoint beside it; prints a line for each damaged one.
 
-    A checkpoint is a zip archive: its checksums say what a reader that maps the file would not notice.
+    Raises ValueError where there are checkpoints and none is whole.
     """
     numbered = sorted(_numbered(latest.parent).items(), reverse=True)
     candidates = [latest, *(path for _, path in numbered), latest.with_name("best.pt")]
     if not any(path.exists() for path in candidates):
         return latest  # its reader says so
+    problems: list[Exception] = []
     for path in candidates:
-        reason = _damage(path)
-        if reason is None:
+        try:
+            read(path)
             return path
-        print(f"{path} {reason}: looking for the one before", flush=True)
-    return latest
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Raises PermissionError."""
-    if not path.exists():
-        return "is not there"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        read(path)
-    except PermissionError:
-        raise
-    except Exception as error:  # damage can hide in any part of an archive
-        damaged = str(error)
-    return None if damaged is None else f"is damaged ({damaged})"
+        except PermissionError:
+            raise
+        except (ValueError, OSError) as error:
+            problems.append(error)
+            reason = f"is damaged ({error})" if path.exists() else "is not there"
+            print(f"{path} {reason}: looking for the one before", flush=True)
+    raise ValueError(
+        f"{problems[0]}; no checkpoint beside it is whole either: put a copy of one in its place, or start a "
+        "new run in another --out_dir"
+    )
 
 
 def contents(
@@ -261,7 +254,10 @@ def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScale
             f"the checkpoint was trained with {trained_with}, and {optimizer.name} cannot go on from its "
             f"moments: give --optimizer={trained_with}, or take the weights alone by --init_from=PATH/ckpt.pt"
         )
-    sizes = [[len(group["params"]) for group in groups] for groups in (moments_then["param_groups"], own)]
+    groups_then = moments_then["param_groups"]
+    if not all(isinstance(group.get("params"), list) for group in groups_then):
+        raise ValueError("the checkpoint's optimizer: the params of each group must be a list of numbers")
+    sizes = [[len(group["params"]) for group in groups] for groups in (groups_then, own)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"the checkpoint's optimizer has groups of {sizes[0]} tensors, this run's of {sizes[1]}"
@@ -271,8 +267,9 @@ def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScale
     for i, (p, names) in enumerate(zip(params, names_of, strict=True)):
         moments = moments_then["state"].get(i, dict.fromkeys(names, p))  # none before the first step
         for name in names:
-            if name not in moments or moments[name].shape != p.shape:
-                shape = tuple(moments[name].shape) if name in moments else "missing"
+            moment = moments.get(name)
+            if not isinstance(moment, Tensor) or moment.shape != p.shape:
+                shape = tuple(moment.shape) if isinstance(moment, Tensor) else moment or "missing"
                 raise ValueError(
                     f"the checkpoint's optimizer: {name} of tensor {i} is {shape}, not {tuple(p.shape)}"
                 )
@@ -280,14 +277,20 @@ def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScale
         i: {name: _shard_like(value, params[i]) for name, value in values.items()}
         for i, values in moments_then["state"].items()
     }
-    optimizer.load_state_dict({"state": state, "param_groups": own})
-    if saved.scaler:
-        scaler.load_state_dict(saved.scaler)
-    if ranks.rank < len(saved.rng):
-        rng = saved.rng[ranks.rank]
-        torch.set_rng_state(rng["cpu"])
-        if ranks.device_type in rng.keys() - {"cpu"}:
-            _device_rng(ranks.device).set_rng_state(rng[ranks.device_type])
+    try:
+        optimizer.load_state_dict({"state": state, "param_groups": own})
+        if saved.scaler:
+            scaler.load_state_dict(saved.scaler)
+        if ranks.rank < len(saved.rng):
+            rng = saved.rng[ranks.rank]
+            torch.set_rng_state(rng["cpu"])
+            if ranks.device_type in rng.keys() - {"cpu"}:
+                _device_rng(ranks.device).set_rng_state(rng[ranks.device_type])
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the checkpoint's optimizer, scaler or rng is not the state of one ({error}); go on from "
+            "another checkpoint, or take the weights alone by --init_from=PATH/ckpt.pt"
+        ) from None
 
 
 class Saver:

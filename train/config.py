@@ -4,6 +4,8 @@ Names and defaults are nanoGPT's, so its config files run as they are; where its
 is "auto", resolved once and recorded.
 """
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +22,19 @@ from train.distributed import Ranks
 PRESETS = Path(__file__).parent / "configs"
 # A model's own: what is loaded has them.
 SHAPE = tuple(option.name for option in fields(GPTConfig) if option.name not in RUN_OPTIONS)
+BELOW_1 = math.nextafter(1, 0)
+# The least and the most that makes a run. A product of two sizes, in bytes, still has 64 bits.
+SIZE, COUNT, REAL = 2**29, 2**62, sys.float_info.max
+BOUNDS: dict[str, tuple[float, float]] = {
+    "seed": (-(2**63), 2**64 - 1), "log_interval": (1, COUNT), "timeout": (1, 2**31 - 1),
+    "eval_interval": (1, COUNT), "eval_iters": (1, COUNT), "eval_sample": (0, SIZE), "keep_last": (0, COUNT),
+    "gradient_accumulation_steps": (1, SIZE), "batch_size": (1, SIZE),
+    "n_layer": (1, SIZE), "n_head": (1, SIZE), "n_embd": (1, SIZE), "block_size": (1, SIZE),
+    "vocab_size": (1, SIZE),
+    "weight_decay": (0, REAL), "beta1": (0, BELOW_1), "beta2": (0, BELOW_1), "grad_clip": (0, math.inf),
+    "max_iters": (0, COUNT), "warmup_iters": (0, COUNT), "lr_decay_iters": (0, COUNT),
+    "wsd_decay_iters": (0, COUNT), "learning_rate": (0, REAL), "min_lr": (0, REAL),
+}  # fmt: skip
 
 
 @dataclass
@@ -94,14 +109,7 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raises ValueError for numbers that make no run."""
-        at_least = {"eval_interval": 1, "log_interval": 1, "eval_iters": 1, "batch_size": 1, "max_iters": 0}
-        at_least |= {"gradient_accumulation_steps": 1, "warmup_iters": 0, "grad_clip": 0}
-        at_least |= {"block_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "eval_sample": 0}
-        at_least |= {"vocab_size": 1, "wsd_decay_iters": 0, "keep_last": 0, "timeout": 1}
-        values = self.flat()
-        for name, least in at_least.items():
-            if values[name] not in (None, "auto") and values[name] < least:
-                raise ValueError(f"{name}={values[name]} must be at least {least}")
+        cli.check_bounds(self.flat(), BOUNDS)
         if not 0 <= self.model.dropout < 1:
             raise ValueError(f"dropout={self.model.dropout} must be at least 0 and below 1")
         if self.backend not in ("auto", "nccl", "gloo"):

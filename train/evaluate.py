@@ -10,7 +10,6 @@ the least sum), tokenized and scored as build-nanogpt and llm.c do.
 Source: Zellers et al., 2019, https://arxiv.org/abs/1905.07830; https://github.com/karpathy/build-nanogpt
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,9 +26,10 @@ from gpt import cli, pretrained, tokenizer
 from gpt.cli import UserPath
 from gpt.device import autocast, resolve_dtype
 from gpt.model import GPT
+from gpt.reading import parse_json, read_text
 from gpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
 from train import distributed, fit
-from train.data import Split, to_device
+from train.data import Split, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import to_json
 
@@ -70,8 +70,7 @@ def main() -> None:
     config = cli.parse(EvaluateConfig, sys.argv[1:], prog="python -m train.evaluate")
     if not config.data and not config.hellaswag:
         raise ValueError("nothing to evaluate on: give --data=FILE.bin, --hellaswag=FILE.jsonl, or both")
-    if config.batch_size < 1:
-        raise ValueError(f"batch_size={config.batch_size} must be at least 1")
+    cli.check_bounds(vars(config), {"batch_size": (1, 2**29), "stride": (0, 2**62)})
     ranks = distributed.start(config.backend, config.device)
     try:
         result = evaluate(config, ranks)
@@ -114,13 +113,14 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
 def on_tokens(model: GPT, described: dict[str, Any], config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
     """Loss in nats, perplexity and bits per byte over all tokens of a file but the first."""
     path = Path(config.data)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"there is no {path}: prepare the data first, see python -m train.prepare")
     theirs = tokenizer.describe_dataset(path.parent)
     # GPT-2's leaves no trace beside the file.
     if not tokenizer.fits(described, theirs) and theirs["kind"] != "gpt2":
         raise ValueError(f"{path} was prepared with another tokenizer or alphabet than the model's")
     file = Split(path, model.config.vocab_size or 0)
+    preflight({path.stem: file}, {})
     if len(file) < 2:
         raise ValueError(f"{path} has {len(file)} tokens: a loss needs two, a token and the one before it")
     block_size = model.config.block_size
@@ -226,9 +226,9 @@ def _hellaswag(source: str) -> Iterator[tuple[str, list[str], int]]:
                 "give its hellaswag_val.jsonl as --hellaswag=FILE"
             ) from None
     else:
-        if not Path(source).is_file():
+        if not Path(source).exists():
             raise FileNotFoundError(f"there is no file {source}: give HellaSwag's jsonl, or --hellaswag=hub")
-        lines = cli.read_text(Path(source)).split("\n")
+        lines = read_text(Path(source)).split("\n")
         examples = [_example(source, number, line) for number, line in enumerate(lines, start=1) if line]
     if not examples:
         raise ValueError(f"{source} holds no examples")
@@ -238,9 +238,10 @@ def _hellaswag(source: str) -> Iterator[tuple[str, list[str], int]]:
 
 def _example(source: str, number: int, line: str) -> dict[str, Any]:
     try:
-        example = json.loads(line)
+        example = parse_json(line, source)
         assert isinstance(example["ctx"], str) and 0 <= int(example["label"]) < len(example["endings"])
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        assert all(isinstance(ending, str) for ending in example["endings"])
+    except (ValueError, KeyError, TypeError, OverflowError, AssertionError) as error:
         raise ValueError(
             f"{source}, line {number}, is no example of ctx, endings and label ({type(error).__name__})"
         ) from None

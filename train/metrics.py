@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from gpt.model import GPT
+from gpt.reading import regular
 from train.checkpoint import Progress
 from train.config import TrainConfig
 from train.distributed import Ranks
@@ -229,18 +230,22 @@ def _event(name: str, step: int, **fields: Any) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The steps and evaluations of a metrics.jsonl, each once; a line cut short by a crash is left out.
+    """The steps and evaluations of a metrics.jsonl, each once.
 
-    Raises ValueError for a file of another program.
+    A last line that a crash has cut short is left out, and so is a line that is not a record; stderr says how
+    many of those there are. Raises OSError, and ValueError for a file of another program.
     """
     _check_own(path)
     records: list[dict[str, Any]] = []
-    for line in path.read_text("utf-8").splitlines():
+    left_out = 0
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if "event" not in record:
+        except (ValueError, RecursionError):
+            record = None
+        if not _is_record(record):
+            left_out += line.endswith(b"\n")
+        elif "event" not in record:
             records.append(record)
         elif record["event"] == "start":
             first = record["iter"]
@@ -248,12 +253,30 @@ def read(path: Path) -> list[dict[str, Any]]:
             records = [
                 r for r in records if r["iter"] < first or ("val/loss" in r and r["iter"] in of_evaluation)
             ]
+    if left_out:
+        print(f"{path}: {left_out:,} lines are not records of a run, and are left out", file=sys.stderr)
     return records
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a value is a step, an evaluation or an event, as they are described above."""
+    if not isinstance(record, dict) or type(record.get("iter")) is not int or not 0 <= record["iter"] < 2**62:
+        return False
+    if "event" in record:
+        return record["event"] != "start" or isinstance(record.get("evaluated"), bool)
+    evaluation = ("train/loss", "val/loss")
+    figures = evaluation if "val/loss" in record else ("loss", "lr", "grad_norm", "tokens_per_s", "ms")
+    return all(name in record and _is_figure(record[name]) for name in figures)
+
+
+def _is_figure(value: Any) -> bool:
+    """A number that a picture has room for, or null for what was not finite."""
+    return value is None or (type(value) in (int, float) and abs(value) < 1e100)
 
 
 def _check_own(path: Path) -> None:
     """Raises ValueError where the first line is not one of a run's: it may be another program's only copy."""
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         first = file.readline()
     if first.endswith(b"\n") and not first.startswith((b'{"event": ', b'{"iter": ')):
         raise ValueError(

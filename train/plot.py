@@ -56,8 +56,8 @@ class Run:
         else:
             each = np.rint(column(self.steps, "tokens_per_s") * ms / 1000)
         known = np.concatenate([[iters[0] + 1 - made[0]], iters + 1])
-        sums = np.concatenate([[0], np.cumsum(made * each)])
-        return lambda n: np.interp(n, known, sums) + np.maximum(0, n - known[-1]) * each[-1]
+        sums = np.concatenate([[0], np.nancumsum(made * each)])  # of a step without a figure nothing is known
+        return lambda n: np.interp(n, known, sums) + np.maximum(0, n - known[-1]) * np.nan_to_num(each[-1])
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def load(folders: list[Path]) -> list[Run]:
     runs = []
     for folder, name, whole in zip(folders, names, paths):
         path = folder / "metrics.jsonl"
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{folder} holds no metrics.jsonl: no run was made there")
         records = read(path)
         if not records:

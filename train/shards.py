@@ -8,13 +8,14 @@ The zero after the count holds, in files of uint32 written here, what of the cou
 A split of a dataset is one file, train.bin or val.bin, or many, whose names have the word train or val.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+
+from gpt.reading import read_json, regular
 
 HEADER_INTS = 256
 FOREIGN = {"a NumPy array (.npy)": b"\x93NUMPY", "compressed (gzip)": b"\x1f\x8b", "a zip archive": b"PK\3\4"}
@@ -28,8 +29,8 @@ def find(path: Path) -> list[Path]:
     A shard has the word `train` (or `val`) in its name: web_train_01.bin, not constraint_01.bin. Raises
     FileNotFoundError where there is none, ValueError where a name has both words.
     """
-    if path.is_file():
-        return [path]
+    if path.exists():
+        return [regular(path)]
     own = WORDS.get(path.stem, {path.stem})
     other = set().union(*(words for split, words in WORDS.items() if split != path.stem))
     shards = []
@@ -55,7 +56,7 @@ def find(path: Path) -> list[Path]:
 
 def open_tokens(path: Path) -> NDArray:
     """The ids in `path`, mapped into memory: (tokens,) uint16 or uint32. Raises ValueError."""
-    size = path.stat().st_size
+    size = regular(path).stat().st_size
     start = np.fromfile(path, "<i4", count=4)
     if len(start) < 4 or int(start[0]) not in KINDS:
         if how := next((how for how, magic in FOREIGN.items() if start.tobytes().startswith(magic)), None):
@@ -126,10 +127,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        meta = json.loads(path.read_text("utf-8"))
-        if not all(isinstance(meta[split]["tokens"], int) for split in ("train", "val")):
-            raise TypeError("counts are no numbers")
-        return {"vocab_size": int(meta["vocab_size"])} | meta
+        meta = read_json(path)
+        counts = [meta["vocab_size"], *(meta[split]["tokens"] for split in ("train", "val"))]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise TypeError("counts must be whole numbers of at least 0")
+        return meta
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be read ({type(error).__name__}: {error}); remove it, or prepare the data again"

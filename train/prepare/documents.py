@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, TextIO, cast
 import numpy as np
 
 from gpt import cli
+from gpt.reading import encoding_name, regular, text_encoding
 
 PIECE = 1 << 20  # characters that are encoded at a time
 SPLIT_SEED = 2357  # nanoGPT's
@@ -101,12 +102,12 @@ def hub(path: str, part: str | None, val_fraction: float, processes: int) -> Cor
 
 
 def find(inputs: str) -> list[Path]:
-    """The files that `inputs` names, sorted, each once. Raises FileNotFoundError."""
+    """The files that `inputs` names, sorted, each once. Raises OSError."""
     paths: dict[Path, None] = {}
     for name in [inputs] if Path(inputs).exists() else map(cli.read_path, inputs.split(",")):
         here: list[Path] = []
         for path in map(Path, [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))):
-            here += _inside(path) if path.is_dir() else [path]
+            here += _inside(path) if path.is_dir() else [regular(path)]
         paths |= dict.fromkeys(here)
         if not here:
             what = ".txt, .jsonl or .parquet in" if Path(name).is_dir() else "file"
@@ -246,7 +247,7 @@ def _read(path: Path, start: int = 0, stop: float = math.inf) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 byte = f.buffer.tell() - len(error.object) + error.start
                 raise ValueError(
-                    f"{path} is not {cli.encoding_name(f.encoding)} text: byte {byte:,} cannot be read; "
+                    f"{path} is not {encoding_name(f.encoding)} text: byte {byte:,} cannot be read; "
                     "convert it to UTF-8"
                 ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -263,7 +264,7 @@ def _open(path: Path) -> TextIO:
         head = f.read(1 << 12)
     if how := next((how for how, magic in MAGIC.items() if head.startswith(magic)), None):
         raise ValueError(f"{path} is compressed ({how}): decompress it first, or compress it as FILE.txt.gz")
-    encoding = cli.text_encoding(head)
+    encoding = text_encoding(head)
     if encoding == "utf-8-sig" and head.count(0) > len(head) // 4:
         # Of text in Latin letters, half of the bytes are 0 in UTF-16, three quarters in UTF-32.
         bits = 32 if head.count(0) > 5 * len(head) // 8 else 16
@@ -283,7 +284,7 @@ def _line_that_is_not_json(paths: list[Path], field: str) -> str:
         number, line = 0, ""
         try:
             with _open(path) as f:
-                if (encoding := cli.encoding_name(f.encoding)) != "UTF-8":
+                if (encoding := encoding_name(f.encoding)) != "UTF-8":
                     return f"; {path} is {encoding}: convert it by iconv -f {encoding} -t UTF-8"
                 for number, line in enumerate(f, start=1):
                     row = json.loads(line) if line.strip() else {}

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -87,13 +88,17 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
             byte_order_marks += (piece or "").count("\ufeff")
             yield piece
 
-    folder.mkdir(parents=True, exist_ok=True)
     encode_batch = _encoder(described, endoftext)
-    with ThreadPoolExecutor(workers) as pool:
+    with _removed_if_it_fails(folder), ThreadPoolExecutor(workers) as pool:
         for name, split in (("train", corpus.train), ("val", corpus.val)):
             pieces = _with_progress_bar(count_marks(split.pieces()), str(folder / name), split.size)
             ids = _map_in_order(pool, encode_batch, _batches(pieces), ahead=2 * workers)
             tokens, sha256 = _write(folder / f"{name}.bin.partial", ids, dtype)
+            if tokens == 0:
+                raise ValueError(
+                    f"{corpus.source}: the split {name} would have no token, so nothing is written; add "
+                    "text, or choose another val_fraction"
+                )
             meta[name] = {"tokens": tokens, "documents": split.documents, "sha256": sha256}
     meta |= {"source": corpus.source, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     _finish(folder, described, meta)
@@ -110,6 +115,20 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
             "joined: it is kept; where it is not meant, remove it from the text and prepare the data again"
         )
     return meta
+
+
+@contextmanager
+def _removed_if_it_fails(folder: Path) -> Iterator[None]:
+    """Makes `folder`; where the code inside fails, its unfinished files go, and the folder if it is empty."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for partial in folder.glob("*.bin.partial"):
+            partial.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise
 
 
 def _encoder(described: dict[str, Any], endoftext: bool) -> Callable[[Batch], Ids]:
