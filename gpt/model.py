@@ -70,9 +70,7 @@ class GPTConfig:
     qk_norm: bool = False  # queries and keys of each head normalised to a root mean square of 1
     kernels: str = "auto"  # who computes: auto, triton, torch, or with exceptions: triton,attention=torch
     activation_checkpointing: bool = False  # blocks keep their input only and compute the rest once more
-    # Of the residual stream: float32 as in nanoGPT, mixed (float32 with a bfloat16 gradient), or bfloat16 for
-    # both. auto: mixed with Triton's norms, bfloat16 and no biases, else float32.
-    residual_dtype: str = "auto"
+    residual_dtype: str = "auto"  # float32, mixed (its gradient in bfloat16) or bfloat16; auto: mixed if it pays
 
 
 class Stream(NamedTuple):

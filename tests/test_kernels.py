@@ -260,11 +260,11 @@ def test_compiles_without_a_graph_break(backend: str, device: str, implicit_fall
     assert len(launches) == sum(len(op.launches[0]) for op in OPS)
     gradients = [upstream(op, call) for op, call in zip(OPS, calls)]
     pairs = [(r, g.to(r.dtype)) for rs, gs in zip(results, gradients) for r, g in zip(outputs(rs), gs)]
-    torch.autograd.backward(*zip(*pairs))
+    backpropagate(*zip(*pairs))
     for op, call, result, upstream_gradients in zip(OPS, calls, results, gradients):
         ours = {f"output {i}": r.detach() for i, r in enumerate(outputs(result))}
         if op.differentiable:
-            ours |= {f"d{k}": v.grad for k, v in call.items() if floating(v)}
+            ours |= {f"d{k}": v.grad for k, v in call.items() if floating(v) and v.grad is not None}
         judge(op, ours, {k: v.detach() if floating(v) else v for k, v in call.items()}, upstream_gradients)
     assert not [message for message in implicit_fallbacks if "implicit fallback" in message]
 

@@ -260,7 +260,7 @@ def test_hugging_face_to_a_checkpoint_and_back_bit_for_bit(tmp_path, kind, gpt2_
     for (name, a), b in zip(hf.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     model, described = load(str(tmp_path / "ckpt.pt"))
-    assert (model.config.activation, described, model.config.dropout) == ("gelu_tanh", GPT2, 0.0)
+    assert (model.config.activation, described["kind"], model.config.dropout) == ("gelu_tanh", "unknown", 0.0)
     idx = torch.randint(50257, (2, 24))
     torch.testing.assert_close(logits(model.eval(), idx), hf(idx).logits, rtol=1e-5, atol=1e-5)
     assert GPT.from_pretrained(str(tmp_path / "a"), {"dropout": 0.1}).config.dropout == 0.1
