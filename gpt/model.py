@@ -70,7 +70,7 @@ class GPTConfig:
     qk_norm: bool = False  # queries and keys of each head normalised to a root mean square of 1
     kernels: str = "auto"  # who computes: auto, triton, torch, or with exceptions: triton,attention=torch
     activation_checkpointing: bool = False  # blocks keep their input only and compute the rest once more
-    residual_dtype: str = "auto"  # float32, mixed (its gradient in bfloat16) or bfloat16; auto: mixed if it pays
+    residual_dtype: str = "auto"  # float32, mixed (its gradient in bfloat16), bfloat16; auto: mixed if faster
 
 
 class Stream(NamedTuple):
