@@ -582,7 +582,7 @@ def test_sampling_reads_best_where_the_run_kept_only_the_best(workplace, monkeyp
         (["--top_k=0"], "top_k=0 must be >= 1"),
         (["--top_p=0"], "top_p=0.0 must be above 0 and at most 1"),
         (["--top_p=1.5"], "top_p=1.5 must be above 0 and at most 1"),
-        (["--num_samples=0"], "num_samples=0 must be >= 1"),
+        (["--num_samples=0"], "num_samples=0 must be at least 1"),
         (["--prompts=nowhere.txt"], "nowhere.txt"),
         (["--prompts=out/empty.txt"], "out/empty.txt holds no prompts"),
         (["--temperature=-1"], "temperature=-1.0 must be >= 0"),
