@@ -366,3 +366,11 @@ def test_an_infinite_temperature_is_refused():
     for temperature in (float("inf"), float("nan")):
         with pytest.raises(ValueError, match=r"temperature=(inf|nan) must be"):
             Sampling(temperature)
+
+
+def test_evaluation_refuses_data_cut_short_beside_their_meta_json(workplace):
+    run(*SMALL)
+    os.truncate("data/tiny/val.bin", 100)
+    config = evaluate.EvaluateConfig(init_from="out/ckpt.pt", data="data/tiny/val.bin")
+    with pytest.raises(ValueError, match=r"val.bin has 50 tokens, and meta.json beside it says"):
+        evaluate.evaluate(config, distributed.start("auto", "cpu"))
