@@ -117,7 +117,7 @@ def test_out_of_memory_at_any_time_is_a_sentence(workplace, monkeypatch, capsys,
     """Each time the real failure of the allocator."""
     flags, saved = [], "nothing is saved yet"
     if when == "creation":
-        flags = ["--block_size=2199023255552"]
+        flags = [f"--block_size={2**29}", f"--n_embd={2**20}"]  # 2 PiB of position embeddings
     else:
         name = {"training": "train_step", "evaluation": "estimate_loss"}[when]
         whole, calls = getattr(loop, name), []
