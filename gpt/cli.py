@@ -393,7 +393,7 @@ class _Namespace(ChainMap[str, Any]):
 def _importing_from(folder: Path) -> Iterator[None]:
     """Modules in `folder` can be imported inside, and are forgotten after: others may have the same names.
 
-    A file there that is named like a package of this project, such as train.py, is the one that is imported.
+    A file there with the name of one of our packages, such as train.py, is imported instead of the package.
     """
     hidden = {name: sys.modules[name] for top in OWN_PACKAGES for name in _hidden_by(folder, top)}
     for name in hidden:

@@ -327,7 +327,7 @@ def _json_vocab_size(description: str, where: str | Path) -> int:
         return 1 + max(ids)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{where} is no tokenizer.json of Hugging Face's tokenizers ({type(error).__name__}: {error})"
+            f"{where} is not a tokenizer.json of Hugging Face's tokenizers ({type(error).__name__}: {error})"
         ) from None
 
 

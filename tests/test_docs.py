@@ -177,7 +177,13 @@ def test_the_python_of_the_readme_runs(device):
     }  # fmt: skip
     for _, language, _, program in blocks(ROOT / "README.md"):
         if language == "python":
-            exec(program.replace('"cuda"', repr(device)), dict(names))
+            results = dict(names)
+            exec(program.replace('"cuda"', repr(device)), results)
+            if "normed" in results:  # the last of the norms that the page shows
+                summed = names["update"] + names["residual"]
+                expected = torch.nn.functional.layer_norm(summed, (C,), names["weight"])
+                torch.testing.assert_close(results["summed"], summed)
+                torch.testing.assert_close(results["normed"], expected, rtol=1e-4, atol=1e-5)
 
 
 # ---- docs/kernel.md, followed

@@ -475,7 +475,7 @@ MISTAKES = {
     "text --input=nowhere.txt": "there is no file nowhere.txt",
     "text --input=empty.txt": "the text has 0 characters",
     "text --input=a.txt --tokenizer=gpt": "'gpt' is neither gpt2, char, nor the path",
-    "text --input=a.txt --tokenizer=a.txt": "a.txt is no tokenizer.json",
+    "text --input=a.txt --tokenizer=a.txt": "a.txt is not a tokenizer.json",
     "text --input=a.txt --tokenizer=empty": "empty has no tokenizer",
     "text --input=a.txt --val_fraction=1": "val_fraction=1.0 must be above 0 and below 1",
     "text --input=a.jsonl": "no column 'text'; choose by --field among n, body",

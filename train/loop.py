@@ -109,7 +109,7 @@ def train(
     # gradient_accumulation_steps counts over all ranks, so that the step is the same on one GPU and on eight.
     accumulation = config.gradient_accumulation_steps // ranks.world_size
 
-    # Who is told. A run compiles before its first step, so that no step's time has the compiler in it.
+    # Logging. A run compiles before its first step, so that no step's time includes the compiler.
     metrics = Metrics(config, ranks, model, view or Lines(), progress, before.config)
     del before  # its tensors are the old file, mapped into memory
     metrics.start(len(train_file), len(eval_files["val"]))

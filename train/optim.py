@@ -189,7 +189,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
 
 
 class SkippedSteps:
-    """How many steps were left out by `step_if_finite`, counted on the device: nobody waits for it."""
+    """The number of steps that `step_if_finite` skipped, counted on the device without a sync."""
 
     def __init__(self, total: int, device: str):
         """`total` were skipped before."""
