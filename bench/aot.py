@@ -3,7 +3,7 @@
     python -m bench.aot                                 a line a kernel: registers, spills, shared memory, ...
     python -m bench.aot --check                         and exit code 1 where a rule below is broken
     python -m bench.aot --check --quick                 of all but sm_90 one build a kernel
-    python -m bench.aot --only sm_90 --only _attention_dq_kernel
+    python -m bench.aot --only="sm_90 _attention_dq_kernel"
 
 What to compile is not listed here: each operation's `run_all` gets meta tensors, and `kernels.op.record`
 notes what they would have launched. The rules: it compiles; on sm_80 and sm_90 at most one in 200
@@ -16,7 +16,6 @@ Counted in the SASS that ptxas gives: LDL and STL are spills, HMMA, HGMMA (wgmma
 tensor cores.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -34,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt import cli
 from kernels import OPS
 from kernels.op import INTERPRETED, Launch, record, triton
 
@@ -311,21 +311,25 @@ def _attempt(position: int) -> Figures | str:
 _BUILDS: list[Build] = []  # what the forked workers find: a Triton kernel cannot be pickled
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="exit code 1 where a rule is broken")
-    parser.add_argument("--quick", action="store_true", help="one build a kernel for all but sm_90")
-    parser.add_argument("--only", action="append", default=[], help="lines that contain this, e.g. sm_90")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    options = parser.parse_args()
+@dataclass
+class AotConfig:
+    """Compile every kernel for every architecture: registers, spills, shared memory, tensor cores."""
+
+    check: bool = False  # exit with 1 where a rule is broken
+    quick: bool = False  # one build of a kernel for every architecture but sm_90
+    only: str = ""  # only builds whose line has all of these words, such as "sm_90 _loss_kernel"
+    jobs: int = os.cpu_count() or 1  # processes
+
+
+def main() -> None:
+    options = cli.parse(AotConfig, sys.argv[1:], prog="python -m bench.aot")
     if triton is None or INTERPRETED:
-        print("bench.aot needs Triton, and TRITON_INTERPRET unset", file=sys.stderr)
-        return 2
+        raise ValueError("bench.aot needs Triton, and TRITON_INTERPRET unset")
     start = time.perf_counter()
     found = builds()
     if options.quick:
         found = first_of_each(found)
-    _BUILDS[:] = [b for b in found if all(part in str(b) for part in options.only)]
+    _BUILDS[:] = [b for b in found if all(part in str(b) for part in options.only.split())]
     broken = 0
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("fork")) as pool:
         for build, figures in zip(_BUILDS, pool.map(_attempt, range(len(_BUILDS)))):
@@ -346,8 +350,8 @@ def main() -> int:
             broken += bool(wrong)
             print(build, line, *(f"    FAULT: {fault}" for fault in wrong), sep="\n", flush=True)
     print(f"{len(_BUILDS)} kernels, {broken} with faults, {time.perf_counter() - start:.0f} s")
-    return 1 if options.check and broken else 0
+    sys.exit(1 if options.check and broken else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

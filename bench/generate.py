@@ -7,12 +7,12 @@ take by themselves, weights read from memory every time: nothing that samples on
 Without a GPU the model is small, and the figures say nothing about a GPU.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from bench import timing
 from bench.roofline import SIZES
 from bench.throughput import nanogpt_model
+from gpt import cli
+from gpt.cli import UserPath
 from gpt.device import autocast, resolve_dtype
 from gpt.generate import stream
 from gpt.model import GPT, GPTConfig
@@ -88,43 +90,51 @@ def measure(
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.generate", description=(__doc__ or "").split("\n")[0]
+@dataclass
+class GenerateConfig:
+    """Time reading a prompt (prefill) and sampling tokens (decode)."""
+
+    size: Literal["", "10M", "124M", "350M", "774M", "1.5B", "tiny"] = (
+        ""  # default: 124M on a GPU, 10M on a CPU
     )
-    parser.add_argument("--size", choices=MORE_SIZES, help="of the model; 124M on a GPU, 10M on a CPU")
-    parser.add_argument("--batch_size", type=int, nargs="+", help="sequences at once; 1 and 32, 1 on a CPU")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
-    parser.add_argument("--new", type=int, default=256, help="tokens to sample")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each model")
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT, to stand beside ours")
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    options = parser.parse_args()
+    batch_size: str = (
+        ""  # sequences at once, or several sizes with commas; default: 1,32 on a GPU, 1 on a CPU
+    )
+    prompt: int = 64  # tokens of the prompt
+    new: int = 256  # tokens to sample
+    seconds: float = 5.0  # of each model
+    nanogpt: UserPath = ""  # a checkout of nanoGPT, to time beside ours
+    out: UserPath = ""  # a JSON file for the results
+
+
+def main() -> None:
+    options = cli.parse(GenerateConfig, sys.argv[1:], prog="python -m bench.generate")
+    cli.check_bounds(vars(options), {"prompt": (1, 1023), "new": (2, 1 << 20)})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = options.size or ("124M" if device == "cuda" else "10M")
     layers, heads, width = MORE_SIZES[size]
     block_size = 1024 if size in SIZES else 256
     vocab_size = 50304 if size in SIZES else 65
-    if options.prompt < 1 or options.new < 2:
-        sys.exit(f"error: --prompt {options.prompt} must be at least 1 and --new {options.new} at least 2")
     config = GPTConfig(block_size, vocab_size, layers, heads, width, bias=False)
     dtype = resolve_dtype("auto", device)
     torch.manual_seed(0)
     ours = GPT(config, device).to(device).eval()
     models: dict[str, nn.Module] = {"tritongpt": ours}
-    if options.nanogpt is not None:
-        models["nanogpt"] = with_weights_of(ours, nanogpt_model(options.nanogpt, config))
+    if options.nanogpt:
+        models["nanogpt"] = with_weights_of(ours, nanogpt_model(Path(options.nanogpt), config))
     cases = []
-    for batch_size in options.batch_size or ([1, 32] if device == "cuda" else [1]):
+    default = "1,32" if device == "cuda" else "1"
+    for batch_size in map(int, (options.batch_size or default).split(",")):
         idx = torch.randint(vocab_size, (batch_size, options.prompt), device=device)
+        shape = f"{batch_size} sequences, prompt {options.prompt}, {options.new} new tokens"
+        print(f"{size}, {shape}, {dtype}", flush=True)
         if "nanogpt" in models and not same_tokens(ours, models["nanogpt"], idx[:1], min(32, options.new)):
-            sys.exit("error: the greedy tokens of both models differ: nothing was timed")
+            raise ValueError("the greedy tokens of both models differ: nothing was timed")
         found = measure(models, idx, options.new, dtype, options.seconds)
         products = floor(ours, batch_size)
         with torch.no_grad(), autocast(device, dtype):
             least = timing.interleaved({"floor": products}, device, 1.0)["floor"].median
         cases.append({"batch_size": batch_size, "floor_ms": least, "models": found})
-        print(f"{size}, {batch_size} sequences, prompt {options.prompt}, {options.new} new tokens, {dtype}")
         for name, figures in found.items():
             print(
                 f"  {name:12} prefill {figures['prefill']:12,.0f} tokens/s  "
@@ -139,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

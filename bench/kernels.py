@@ -12,16 +12,15 @@ Without a GPU the shapes are those of the tests, only PyTorch's operations run, 
 about a GPU.
 """
 
-import argparse
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
-from pathlib import Path
+from itertools import product, zip_longest
 from typing import Any
 
 import torch
@@ -32,6 +31,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import timing
+from gpt import cli
+from gpt.cli import UserPath
 from kernels import OPS
 from kernels.attention import CAUSAL_ATTENTION
 from kernels.cross_entropy import CROSS_ENTROPY, loss_and_gradient_
@@ -210,26 +211,30 @@ def errors(op: Op, call: dict[str, Any], functions: dict[str, Callable[..., Any]
     # Contiguous, as the next layer gives them. One layout for all: PyTorch builds cuDNN's backward of a shape
     # once, for the layout of the first gradient, and misreads a later gradient of another layout.
     gradients = [torch.randn(o.shape, dtype=o.dtype, device=o.device) + 1.5 for o in outputs]
-    names = [f"output {i}" for i in range(len(outputs))]
-    names += [f"d{k}" for k, v in call.items() if _floating(v) and v.requires_grad]
 
-    def found(function: Callable[..., Any], arguments: dict[str, Any]) -> list[Tensor]:
-        inputs = _trained(arguments)
+    def run(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Tensor]:
         outputs = _tuple(function(**arguments))
-        copies = [o.detach().double() for o in outputs]
-        upstream = [g.to(o.dtype) for g, o in zip(gradients, outputs)]
-        grads = torch.autograd.grad(outputs, inputs, upstream) if inputs else ()
-        return copies + [g.double() for g in grads]
+        tensors = {f"output {i}": o.detach().double() for i, o in enumerate(outputs)}
+        upstream = [(o, g.to(o.dtype)) for o, g in zip(outputs, gradients) if o.requires_grad]
+        if upstream:
+            torch.autograd.backward([o for o, _ in upstream], [g for _, g in upstream])
+        grads = {f"d{k}": v.grad for k, v in arguments.items() if _floating(v)}
+        return tensors | {name: grad.double() for name, grad in grads.items() if grad is not None}
 
-    exact = found(op.reference, exact_call)
+    exact = run(op.reference, exact_call)
     result: dict[str, Any] = {}
     for name, function in functions.items():
         try:
-            ours = found(function, _own(call))
-            result[name] = {n: ((a - b).norm() / a.norm()).item() for n, a, b in zip(names, exact, ours)}
+            ours = run(function, _own(call))
+            result[name] = {n: relative_error(ours[n], expected) for n, expected in exact.items()}
         except Exception as failure:  # whatever a compiler or a peer raises is a result here
             result[name] = failure
     return result
+
+
+def relative_error(tensor: Tensor, expected: Tensor) -> float:
+    """0 where both are 0: the carrier of the mixed norm is."""
+    return ((tensor - expected).norm() / expected.norm().clamp(min=1e-30)).item()
 
 
 def fewer(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
@@ -276,12 +281,19 @@ def directions(function: Callable[..., Any], call: dict[str, Any]) -> dict[str, 
     inputs = _trained(call)
     if not inputs:
         return {"forward": lambda: function(**call)}
-    outputs = _tuple(function(**call))
+
+    def forward() -> list[Tensor]:
+        return [output for output in _tuple(function(**call)) if output.requires_grad]
+
+    outputs = forward()
     gradients = [torch.randn(o.shape, dtype=o.dtype, device=o.device) for o in outputs]
     return {
         "forward": lambda: function(**call),
-        "backward": lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True),
-        "both": lambda: torch.autograd.grad(_tuple(function(**call)), inputs, gradients),
+        # The mixed norm's gradient of the residual is the carrier's: autograd has none for the residual.
+        "backward": lambda: torch.autograd.grad(
+            outputs, inputs, gradients, retain_graph=True, allow_unused=True
+        ),
+        "both": lambda: torch.autograd.grad(forward(), inputs, gradients, allow_unused=True),
     }
 
 
@@ -395,26 +407,23 @@ def rate(timed: dict[str, float], limits: dict[str, float]) -> str:
     return f"{timed['flops_per_s'] / 1e12:,.1f} TFLOP/s"
 
 
-def _line(name: str, found: Any, limits: dict[str, float]) -> str:
-    if isinstance(found, str):
-        return f"  {name:12} {found}"
-    parts = []
-    for direction in (d for d in DIRECTIONS if d in found):
-        timed = found[direction]
-        warm = f"; warm {timed['warm']:.3f} ms" if "warm" in timed else ""
-        parts.append(
-            f"{direction} {timed['median']:8.3f} ms ({timed['limit']:4.0%}, {rate(timed, limits)}{warm})"
-        )
-    if "sustained" in found:
-        parts.append(f"sustained {found['sustained']:8.3f} ms")
-    if found["bytes"] is not None:
-        parts.append(f"{found['bytes'] / 2**20:8,.0f} MiB")
-    return f"  {name:12} {'  '.join(parts)}"
+ROW = "  {:12}{:>9}{:>9}{:>9}{:>9}{:>14}{:>10}{:>6}"
+HEADER = ROW.format("ms", "forward", "backward", "both", "of limit", "rate", "sustained", "MiB")
 
 
-def samples_to_time(names: Collection[str], device: str, few: bool) -> list[tuple[Op, dict[str, Any]]]:
+def _line(name: str, variant: dict[str, Any] | str, limits: dict[str, float]) -> str:
+    """A row below HEADER."""
+    if isinstance(variant, str):
+        return textwrap.fill(f"  {name:12} {variant}", width=80, subsequent_indent=" " * 15)
+    times = (f"{variant[d]['median']:.3f}" if d in variant else "" for d in DIRECTIONS)
+    whole = variant["both"] if "both" in variant else variant["forward"]
+    sustained = f"{variant['sustained']:.3f}" if "sustained" in variant else ""
+    memory = "" if variant["bytes"] is None else f"{variant['bytes'] / 2**20:,.0f}"
+    return ROW.format(name, *times, f"{whole['limit']:.0%}", rate(whole, limits), sustained, memory).rstrip()
+
+
+def samples_to_time(ops: Collection[Op], device: str, few: bool) -> list[tuple[Op, dict[str, Any]]]:
     """A shape of each operation in turn, as they are read back from a file; on a CPU a sample of each."""
-    ops = [TIMED[name] for name in names]
     if device != "cuda":
         turns = [[(op, op.samples[0]) for op in ops]]
     else:
@@ -424,62 +433,60 @@ def samples_to_time(names: Collection[str], device: str, few: bool) -> list[tupl
     return [(op, json.loads(json.dumps(sample))) for op, sample in cases]
 
 
-def warm(samples: list[tuple[Op, dict[str, Any]]], dtypes: Collection[str], device: str) -> None:
-    """Compiles and judges without timing anything. The compilers' caches on disk keep what they make."""
-    for op, sample in samples:
-        for dtype in dtypes:
-            began = time.perf_counter()
-            with honest_compilation():
-                call = make_call(op, DTYPES[dtype], device, sample)
-                result, _ = prepare(op, call, sample, DTYPES[dtype], COMPILED)
-            print(f"{op.name} {dtype} {_shape(sample)}: {time.perf_counter() - began:.1f} s", flush=True)
-            for name, reason in result.items():
-                if isinstance(reason, str):
-                    print(_line(name, reason, {}), flush=True)
-            del call
+def warm(samples: list[tuple[Op, dict[str, Any]]], dtypes: dict[str, torch.dtype], device: str) -> None:
+    """Compiles and checks without timing anything. The compilers' caches on disk keep what they make."""
+    for (op, sample), (name, dtype) in product(samples, dtypes.items()):
+        began = time.perf_counter()
+        with honest_compilation():
+            result, _ = prepare(op, make_call(op, dtype, device, sample), sample, dtype, COMPILED)
+        print(f"{op.name} {name} {_shape(sample)}: {time.perf_counter() - began:.1f} s", flush=True)
+        for variant, reason in result.items():
+            if isinstance(reason, str):
+                print(_line(variant, reason, {}), flush=True)
 
 
 def _shape(sample: dict[str, Any]) -> str:
     return " ".join(f"{k}={v}" for k, v in sample.items())
 
 
+@dataclass
+class KernelsConfig:
+    """Time every operation beside its competitors: python -m bench.kernels [NAME ...] [--flag=value ...]"""
+
+    dtype: str = "bf16"  # of the inputs: bf16, fp16, fp32, or several with commas
+    seconds: float = 0.2  # for each variant and direction
+    few: bool = False  # only the first shape of each operation
+    warm: bool = False  # compile and check, time nothing
+    out: UserPath = ""  # a JSON file for the results
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.kernels", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(TIMED)}; all by default")
-    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=DTYPES)
-    parser.add_argument("--seconds", type=float, default=0.2, help="for each variant and direction")
-    parser.add_argument("--few", action="store_true", help="only the first shape of each operation")
-    parser.add_argument("--warm", action="store_true", help="compile and judge, time nothing")
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    options = parser.parse_args()
-    if unknown := set(options.names) - TIMED.keys():
-        sys.exit(f"error: no operation is called {', '.join(sorted(unknown))}; there are {', '.join(TIMED)}")
+    options, names = cli.parse_with_paths(KernelsConfig, sys.argv[1:], prog="python -m bench.kernels")
+    ops = [cli.choose(TIMED, name, "operation") for name in names] or list(TIMED.values())
+    dtypes = {name: cli.choose(DTYPES, name, "dtype") for name in options.dtype.split(",")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         print("There is no GPU: small shapes on the CPU, which say nothing about a GPU.")
-    samples = samples_to_time(options.names or list(TIMED), device, options.few)
+    samples = samples_to_time(ops, device, options.few)
     if options.warm:
-        warm(samples, options.dtype, device)
+        warm(samples, dtypes, device)
         return
     limits = timing.limits(device)
-    copy, product = limits["copy_bytes_per_s"] / 1e9, limits["product_flops_per_s"] / 1e12
-    print(f"limits of this machine: copy {copy:,.0f} GB/s, product {product:,.1f} TFLOP/s")
-    cases = timing.kept(options.out, "cases")
+    copy, flops = limits["copy_bytes_per_s"] / 1e9, limits["product_flops_per_s"] / 1e12
+    print(f"limits of this machine: copy {copy:,.0f} GB/s, product {flops:,.1f} TFLOP/s")
+    cases = timing.of_same_commit(options.out, "cases")
     done = [(case["operation"], case["dtype"], str(case["sample"])) for case in cases]
-    for op, sample in samples:
-        for dtype in options.dtype:
-            if (op.name, dtype, str(sample)) in done:
-                continue
-            with honest_compilation():
-                found = measure(op, sample, DTYPES[dtype], device, limits, options.seconds)
-            cases.append({"operation": op.name, "sample": sample, "dtype": dtype, "variants": found})
-            print(f"{op.name} {dtype} {_shape(sample)}")
-            print(*(_line(name, variant, limits) for name, variant in found.items()), sep="\n", flush=True)
-            if options.out:  # what is measured is kept, whatever comes next
-                timing.write(options.out, "kernels", device, limits=limits, cases=cases)
+    for (op, sample), (name, dtype) in product(samples, dtypes.items()):
+        if (op.name, name, str(sample)) in done:
+            continue
+        with honest_compilation():
+            variants = measure(op, sample, dtype, device, limits, options.seconds)
+        cases.append({"operation": op.name, "sample": sample, "dtype": name, "variants": variants})
+        print(f"{op.name} {name} {_shape(sample)}\n{HEADER}")
+        print(*(_line(*variant, limits) for variant in variants.items()), sep="\n", flush=True)
+        if options.out:  # after each case: a run that is cut short loses nothing
+            timing.write(options.out, "kernels", device, limits=limits, cases=cases)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bench import timing
 from gpt import cli
+from gpt.cli import UserPath
 
 ROOT = Path(__file__).parents[1]
 PRESET = {
@@ -34,7 +35,7 @@ class NanoGPTConfig:
     dataset: str = "plays_char"  # folder in data/
     iters: int = 500  # updates in a run
     rounds: int = 5  # runs of each, alternating
-    out: Path | None = None  # a JSON file for the results
+    out: UserPath = ""  # a JSON file for the results
 
 
 def seconds(command: list[str], folder: Path) -> float:
@@ -65,7 +66,7 @@ def main() -> None:
     for name, values in times.items():
         print(f"{name}: median {medians[name]:.2f} s, from {min(values):.2f} to {max(values):.2f}")
     print(f"ratio of the medians, ours to nanoGPT's: {medians['tritongpt'] / medians['nanogpt']:.2f}")
-    if config.out is not None:
+    if config.out:
         timing.write(config.out, "nanogpt", "cpu", iters=config.iters, preset=PRESET, seconds=times)
 
 

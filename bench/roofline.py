@@ -11,15 +11,15 @@ bench/results: the limits from `bench.kernels`, the shares from a `bench.through
 part. Below the table stands the memory by what it holds.
 """
 
-import argparse
+import sys
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from bench import timing
 from gpt import cli
+from gpt.cli import UserPath
 from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
 from kernels import OPS
@@ -27,7 +27,8 @@ from kernels.linear_cross_entropy import ALIGN, chunk_rows
 from kernels.op import Cost
 
 Result = dict[str, Any]
-SIZES = {  # layers, heads, width
+Size = Literal["124M", "350M", "774M", "1.5B", "tiny"]
+SIZES: dict[str, tuple[int, int, int]] = {  # layers, heads, width
     "124M": (12, 12, 768),
     "350M": (24, 16, 1024),
     "774M": (36, 20, 1280),
@@ -274,24 +275,23 @@ def print_step(step: Step, gpu: str, results: list[Result]) -> None:
     print(*(f"  {what:30} {size / 1e9:8.2f} GB" for what, size in sizes.items()), sep="\n")
 
 
+@dataclass
+class RooflineConfig:
+    """Predict the least time of a training step on a GPU, and the time that it will take."""
+
+    gpu: str = ""  # A100, H100, H200 or B200; default: the one that was measured last
+    size: Size = "124M"  # of the model
+    batch_size: int = 64  # sequences in a micro-batch
+    block_size: int = 1024  # tokens in a sequence
+    residual_dtype: Literal["", "mixed", "float32", "bfloat16"] = ""  # default: that of the measured step
+    results: UserPath = "bench/results"  # folder of measurements
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.roofline", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--gpu", help=f"{', '.join(DATASHEET)}; by default the one measured last")
-    parser.add_argument("--size", choices=SIZES, default="124M", help="of the model")
-    parser.add_argument("--batch_size", type=int, default=64, help="sequences in a micro-batch")
-    parser.add_argument("--block_size", type=int, default=1024, help="tokens in a sequence")
-    dtypes = ("mixed", "float32", "bfloat16")
-    parser.add_argument("--residual_dtype", choices=dtypes, help="that of the measured step by default")
-    parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of measurements")
-    cli.run(lambda: predict(parser.parse_args()))
-
-
-def predict(options: argparse.Namespace) -> None:
+    options = cli.parse(RooflineConfig, sys.argv[1:], prog="python -m bench.roofline")
     batch_size, block_size = options.batch_size, options.block_size
     if min(batch_size, block_size) < 1:
-        raise ValueError(f"--batch_size {batch_size} and --block_size {block_size} must be at least 1")
+        raise ValueError(f"--batch_size={batch_size} and --block_size={block_size} must be at least 1")
     results = timing.read(options.results)
     measured = measured_step(None, results)
     gpu = options.gpu or device_of(measured)
@@ -310,4 +310,4 @@ def predict(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -7,22 +7,23 @@ other entries stay as they are. Nothing is written: the winner is put into the t
 was found on, and the tests decide whether it is right.
 """
 
-import argparse
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import timing
 from bench.kernels import TIMED, fewer, make_call, make_inputs, wrong
+from gpt import cli
+from gpt.cli import UserPath
 from kernels.op import INTERPRETED, Op, Slot, unavailable
 
 DEVICE = "cuda"
@@ -120,24 +121,27 @@ def sweep(
         slot.set(before)
 
 
+@dataclass
+class SweepConfig:
+    """Try tile sizes on this GPU: python -m bench.sweep [NAME ...] [--flag=value ...]"""
+
+    seconds: float = 0.05  # for each candidate
+    out: UserPath = ""  # a JSON file for the results
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.sweep", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="operations; all by default")
-    parser.add_argument("--seconds", type=float, default=0.05, help="for each candidate")
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    options = parser.parse_args()
-    if unknown := set(options.names) - TIMED.keys():
-        sys.exit(f"error: no operation is called {', '.join(sorted(unknown))}")
+    options, names = cli.parse_with_paths(SweepConfig, sys.argv[1:], prog="python -m bench.sweep")
+    ops = [cli.choose(TIMED, name, "operation") for name in names] or list(TIMED.values())
     reason = unavailable(torch.device("cuda"))
     if reason is not None or INTERPRETED:
-        sys.exit(f"error: tiles are tried on a GPU: {reason or 'TRITON_INTERPRET is set'}")
-    results = timing.kept(options.out, "sweeps")
+        raise ValueError(f"bench.sweep needs a GPU: {reason or 'TRITON_INTERPRET is set'}")
+    results = timing.of_same_commit(options.out, "sweeps")
     done = [(r["operation"], r["sample"], r["slot"]) for r in results]
     # each process has a GPU context of its own, about half a GB
     processes = max(1, min(14, (os.cpu_count() or 2) - 2))
     pool = Pool(partial(ProcessPoolExecutor, processes, multiprocessing.get_context("spawn")))
     seen = set()
-    for op, sample in samples_to_sweep(options.names):
+    for op, sample in samples_to_sweep(ops):
         call = arguments(op, sample, make_inputs)
         for position, slot in enumerate(op.slots(**call)):
             entry = id(slot.table), slot.key, slot.index
@@ -164,14 +168,14 @@ def main() -> None:
     pool.close()
 
 
-def samples_to_sweep(names: list[str]) -> Iterator[tuple[Op, dict[str, Any]]]:
-    """What the 124M launches first, then the other production shapes, of `names` or of all operations."""
+def samples_to_sweep(ops: list[Op]) -> Iterator[tuple[Op, dict[str, Any]]]:
+    """What the 124M launches first, then the other production shapes, of `ops`."""
     # These two share their entries with add_layer_norm and loss_and_gradient, which a training runs.
     last = "layer_norm", "cross_entropy"
-    ops = sorted((TIMED[name] for name in names or TIMED), key=lambda op: op.name in last)
-    for turn in zip_longest(*([(op, shape) for shape in op.production_shapes] for op in ops)):
+    in_order = sorted(ops, key=lambda op: op.name in last)
+    for turn in zip_longest(*([(op, shape) for shape in op.production_shapes] for op in in_order)):
         yield from (case for case in turn if case is not None)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

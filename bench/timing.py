@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
+from gpt.atomic import replacing
+
 FLUSH_BYTES = 512 << 20  # several times the largest L2
 HEAD_START_CYCLES = 1_000_000  # about half a millisecond
 CYCLES_A_SECOND = 2e9  # at most
@@ -243,27 +245,29 @@ def commit() -> str | None:
     return os.environ.get("TRITONGPT_COMMIT") or described
 
 
-def write(path: Path, benchmark: str, device: str, **results: Any) -> None:
+def write(path: str | Path, benchmark: str, device: str, **results: Any) -> None:
     """A JSON file of one benchmark's results with what somebody needs to repeat it."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     command = ["python", "-m", f"bench.{benchmark}", *sys.argv[1:]]
     report = {"benchmark": benchmark, "environment": environment(device, command)} | results
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(report, indent=1) + "\n")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def kept(path: Path | None, name: str) -> list[dict[str, Any]]:
-    """What a run of the same commit that was cut short left under `name`, to go on from."""
-    if path is None or not path.exists() or commit() is None:
+def of_same_commit(path: str | Path, name: str) -> list[dict[str, Any]]:
+    """The list `name` of a file that the same commit wrote: a run that was cut short goes on from it."""
+    if not Path(path).is_file() or commit() is None:
         return []
-    before = json.loads(path.read_text())
+    before = json.loads(Path(path).read_text())
     return before[name] if before["environment"]["commit"] == commit() else []
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
+def read(folder: str | Path) -> list[dict[str, Any]]:
     """Every result in `folder`, the oldest first; "file" is added to each."""
-    results = [json.loads(path.read_text()) | {"file": path.name} for path in sorted(folder.glob("*.json"))]
+    results = [
+        json.loads(path.read_text()) | {"file": path.name} for path in sorted(Path(folder).glob("*.json"))
+    ]
     return sorted(results, key=lambda result: result["environment"]["date"])
 
 

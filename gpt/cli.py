@@ -27,6 +27,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 from gpt.reading import read_text, text_encoding
 
 Config = TypeVar("Config")
+Value = TypeVar("Value")
 UserPath = Annotated[str, Path]  # the type of a flag that names a file or a folder: ~ is the user's home
 OWN_PACKAGES = ("kernels", "gpt", "train", "bench")
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
@@ -191,6 +192,15 @@ def check_bounds(values: Mapping[str, Any], bounds: Mapping[str, tuple[float, fl
         if isinstance(value, int | float) and not least <= value <= most:
             bound = f"at most {most}" if value > most else f"at least {least}"
             raise ValueError(f"{name}={value} must be {bound}")
+
+
+def choose(known: Mapping[str, Value], name: str, kind: str) -> Value:
+    """`known[name]`. Raises ValueError with the nearest name; `kind` says what the names stand for."""
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"
+    raise ValueError(f"there is no {kind} {name!r}; {hint}")
 
 
 def _alternatives(kind: Any) -> Iterator[Any]:
