@@ -1,8 +1,8 @@
-"""python -m bench.curve: one training twice, on our kernels and on PyTorch's operations, losses side by side.
+"""python -m bench.curve: train on our kernels and on PyTorch's operations, and print the losses side by side.
 
-Both have the same weights at the start, the same batches and the same schedule, and take turns. By default
-the 124M makes 1,000 steps of 64K tokens on the Python standard library's sources, a token a byte, which every
-machine has; --data=FOLDER is a prepared corpus. Without a GPU the model is tiny.
+Both trainings have the same initial weights, batches and schedule, and take turns. By default the 124M makes
+1,000 steps of 64K tokens on the sources of Python's standard library, one token a byte, which every machine
+has. --data=FOLDER takes a prepared corpus. Without a GPU the model is tiny.
 """
 
 import sys
@@ -39,7 +39,7 @@ def write_bytes(folder: Path) -> None:
 def train(
     config: TrainConfig, specs: list[str], data: Path, ranks: Ranks
 ) -> dict[str, dict[str, list[float]]]:
-    """{"losses": {spec: one a step}, "validation": {spec: [the last]}}; prints every twentieth of the run."""
+    """{"losses": {spec: one a step}, "validation": {spec: [the last]}}. Prints 20 lines."""
     config = resolve(config, ranks)
     file, val = (TokenFile(data / f"{split}.bin", config.model, config.seed) for split in ("train", "val"))
     precision = partial(autocast, ranks.device, config.dtype)

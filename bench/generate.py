@@ -1,8 +1,8 @@
-"""python -m bench.generate: tokens/s of a prompt read (prefill) and of tokens sampled (decode).
+"""python -m bench.generate: tokens/s of reading a prompt (prefill) and of sampling tokens (decode).
 
-With --nanogpt=PATH, a checkout of nanoGPT, its own model takes turns with ours, on the same weights; before
-anything is timed, both must give the same greedy tokens in fp32. The floor is what the products of one token
-take by themselves, weights read from memory every time: nothing that samples one token a step is faster.
+With --nanogpt=PATH, a checkout of nanoGPT, its model takes turns with ours, with the same weights. Both must
+first give the same greedy tokens in fp32. The floor is the time of the matrix products of one token alone,
+with all weights read from memory: sampling one token a step cannot be faster.
 
 Without a GPU the model is small, and the figures say nothing about a GPU.
 """
@@ -32,7 +32,7 @@ MORE_SIZES = SIZES | {"10M": (6, 6, 384)}  # nanoGPT's character model
 
 def with_weights_of(ours: GPT, theirs: nn.Module) -> nn.Module:
     weights = ours.state_dict()
-    # Without flash attention it has its mask among the buffers.
+    # nanoGPT without flash attention has its causal mask among the buffers.
     theirs.load_state_dict({k: weights.get(k, v) for k, v in theirs.state_dict().items()})
     return theirs.eval().to(ours.lm_head.weight.device)
 
@@ -54,7 +54,7 @@ def continued(model: nn.Module, idx: Tensor, new: int, top_k: int | None = None)
 
 
 def same_tokens(ours: GPT, theirs: nn.Module, idx: Tensor, new: int) -> bool:
-    """Greedy tokens of both; nanoGPT's way to be greedy is top_k=1."""
+    """Whether both give the same greedy tokens. nanoGPT is greedy with top_k=1."""
     return torch.equal(continued(ours, idx, new, top_k=1), continued(theirs, idx, new, top_k=1))
 
 
@@ -73,21 +73,21 @@ def measure(
         return run
 
     B, T = idx.shape
-    found: dict[str, dict[str, float]] = {}
+    figures: dict[str, dict[str, float]] = {}
     prefill = {name: ready(partial(model, idx)) for name, model in models.items()}
     whole = {name: ready(partial(continued, model, idx, new)) for name, model in models.items()}
-    read = timing.interleaved(prefill, device, seconds, cold=False)
-    made = timing.interleaved(whole, device, seconds, cold=False)
+    prompt_times = timing.interleaved(prefill, device, seconds, cold=False)
+    whole_times = timing.interleaved(whole, device, seconds, cold=False)
     for name in models:
-        # the first new token comes out of the prefill
-        decoding = max(made[name].median - read[name].median, 1e-6) / max(new - 1, 1)
-        found[name] = {
-            "prefill": 1e3 * B * T / read[name].median,
+        # The prefill gives the first new token.
+        decoding = max(whole_times[name].median - prompt_times[name].median, 1e-6) / max(new - 1, 1)
+        figures[name] = {
+            "prefill": 1e3 * B * T / prompt_times[name].median,
             "decode": 1e3 * B / decoding,
             "ms": decoding,
-            "generate_ms": made[name].median,
+            "generate_ms": whole_times[name].median,
         }
-    return found
+    return figures
 
 
 @dataclass
@@ -130,16 +130,14 @@ def main() -> None:
         print(f"{size}, {shape}, {dtype}", flush=True)
         if "nanogpt" in models and not same_tokens(ours, models["nanogpt"], idx[:1], min(32, options.new)):
             raise ValueError("the greedy tokens of both models differ: nothing was timed")
-        found = measure(models, idx, options.new, dtype, options.seconds)
+        figures = measure(models, idx, options.new, dtype, options.seconds)
         products = floor(ours, batch_size)
         with torch.no_grad(), autocast(device, dtype):
             least = timing.interleaved({"floor": products}, device, 1.0)["floor"].median
-        cases.append({"batch_size": batch_size, "floor_ms": least, "models": found})
-        for name, figures in found.items():
-            print(
-                f"  {name:12} prefill {figures['prefill']:12,.0f} tokens/s  "
-                f"decode {figures['decode']:10,.0f} tokens/s, {figures['ms']:.3f} ms a token"
-            )
+        cases.append({"batch_size": batch_size, "floor_ms": least, "models": figures})
+        for name, f in figures.items():
+            prefill, decode = f"{f['prefill']:12,.0f} tokens/s", f"{f['decode']:10,.0f} tokens/s"
+            print(f"  {name:12} prefill {prefill}  decode {decode}, {f['ms']:.3f} ms a token")
         print(f"  {'floor':12} {'':37}{1e3 * batch_size / least:10,.0f} tokens/s, {least:.3f} ms a token")
         if options.out:
             timing.write(

@@ -1,17 +1,19 @@
-"""python -m bench.kernels [NAME ...]: every operation against its peers and against the machine's limit.
+"""python -m bench.kernels [NAME ...]: time every operation beside its competitors and the machine's limits.
 
-For each shape: milliseconds forward, backward and both, interleaved with the peers that are installed; the
-share of the limit, which is the least time that the operation's bytes or FLOPs (`Op.cost`) could take at
-the rates measured in the same run; and the memory needed beyond the inputs. What fits into the L2 cache is
-timed once more without emptying it ("warm"). Ours and the fastest peer also run for a second on end
-("sustained"), at the clocks that the GPU's power then allows. Before anything is timed it is held to fp64 on
-fewer rows of the same shape: what is wrong is said and not timed. Peers that are missing are said too.
-The shape of each operation that decides how fast the 124M trains comes first; `--few` stops after those.
+For each shape: milliseconds forward, backward and both, in turns with the competitors that are installed; the
+share of the limit; and the memory that the operation needs beyond its inputs. The limit is the least time
+that the operation's bytes or FLOPs (`Op.cost`) could take at the rates measured in the same run. A shape that
+fits into the L2 cache is timed once more with a warm cache. Ours and the fastest competitor also run for a
+second without a pause ("sustained"), at the clocks that the GPU's power limit then allows.
+
+Each function must first agree with fp64 on fewer rows of the same shape. One that does not is reported, not
+timed. The shape of each operation that decides how fast the 124M trains comes first; `--few` stops there.
 
 Without a GPU the shapes are those of the tests, only PyTorch's operations run, and the figures say nothing
 about a GPU.
 """
 
+import importlib.util
 import json
 import sys
 import textwrap
@@ -43,87 +45,92 @@ DIRECTIONS = ("forward", "backward", "both")
 COMPILED = ("tritongpt", "compile", "flex")  # of the variants: those that --warm compiles
 
 
-def variants(op: Op, device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    """(name, function with the operation's arguments, or why it is missing)."""
+Function = Callable[..., Any]
+
+
+def variants(op: Op, device: str) -> dict[str, Function | str]:
+    """{name: function with the operation's arguments, or why there is none}."""
     reason = unavailable(torch.device(device))
     if reason is None and INTERPRETED:
-        reason = "the interpreter is no GPU"
-    yield "tritongpt", op.implementations["triton"] if reason is None else reason
-    yield "eager", op.reference
+        reason = "the interpreter's speed says nothing"
+    result: dict[str, Function | str] = {
+        "tritongpt": op.implementations["triton"] if reason is None else reason,
+        "eager": op.reference,
+    }
     if device.startswith("cuda"):
-        yield "compile", torch.compile(op.reference, dynamic=False)
-    yield from peers(op, device)
+        result["compile"] = torch.compile(op.reference, dynamic=False)
+    if op.name == "linear_cross_entropy":
+        missing = "this PyTorch has no F.linear_cross_entropy"
+        result["torch fused"] = getattr(F, "linear_cross_entropy", missing)
+    if op.name == "causal_attention":
+        result |= attention_competitors(device)
+    if op.name in LIGER:
+        result["liger"] = liger(*LIGER[op.name])
+    return result
 
 
-def peers(op: Op, device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    """Other people's implementations, as `variants` has them."""
-    yield from PEERS.get(op.name, lambda _: iter(()))(device)
-
-
-def _liger(name: str) -> Callable[..., Any] | str:
+def liger(name: str, adapt: Callable[[Function], Function]) -> Function | str:
     try:
         from liger_kernel.transformers import functional
     except ImportError:
         return "Liger-Kernel is not installed"
-    return getattr(functional, name, f"this Liger-Kernel has no {name}")
+    function = getattr(functional, name, None)
+    return f"this Liger-Kernel has no {name}" if function is None else adapt(function)
 
 
-def _norm_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    liger = _liger("liger_layer_norm")
-    if isinstance(liger, str):
-        yield "liger", liger
-    else:
-        yield "liger", lambda input, normalized_shape, weight, bias: liger(input, weight, bias, 1e-5)
+def _norm(liger: Function) -> Function:
+    return lambda input, normalized_shape, weight, bias: liger(input, weight, bias, 1e-5)
 
 
-def _add_norm_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    liger = _liger("liger_layer_norm")
-    if isinstance(liger, str):
-        yield "liger", liger
-        return
-
-    def add_then_norm(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _add_then_norm(liger: Function) -> Function:
+    def function(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         summed = input + residual
         return liger(summed, weight, bias, 1e-5), summed
 
-    yield "liger", add_then_norm
+    return function
 
 
-def _loss_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    yield "liger", _liger("liger_cross_entropy")
+def _linear_loss(liger: Function) -> Function:
+    return lambda input, linear_weight, target, ignore_index: liger(
+        input, linear_weight, target, ignore_index=ignore_index
+    )
 
 
-def _linear_loss_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    yield "torch fused", getattr(F, "linear_cross_entropy", "this PyTorch has no F.linear_cross_entropy")
-    liger = _liger("liger_fused_linear_cross_entropy")
-    if isinstance(liger, str):
-        yield "liger", liger
-    else:
-        yield (
-            "liger",
-            lambda input, linear_weight, target, ignore_index: liger(
-                input, linear_weight, target, ignore_index=ignore_index
-            ),
-        )
+def _loss_in_place(liger: Function) -> Function:
+    def function(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():  # its forward writes the gradient over the logits
+            loss = liger(input.detach().requires_grad_(), target, ignore_index=ignore_index, reduction="none")
+        return loss.detach(), input
+
+    return function
 
 
-def _attention_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    reference = CAUSAL_ATTENTION.reference
-    backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
+# operation -> Liger's name for it, and what gives it our arguments
+LIGER: dict[str, tuple[str, Callable[[Function], Function]]] = {
+    "layer_norm": ("liger_layer_norm", _norm),
+    "add_layer_norm": ("liger_layer_norm", _add_then_norm),
+    "cross_entropy": ("liger_cross_entropy", lambda liger: liger),
+    "loss_and_gradient": ("liger_cross_entropy", _loss_in_place),
+    "linear_cross_entropy": ("liger_fused_linear_cross_entropy", _linear_loss),
+}
+
+
+def attention_competitors(device: str) -> dict[str, Function | str]:
+    if not device.startswith("cuda"):
+        return dict.fromkeys(("sdpa flash", "sdpa cudnn", "flex", "flash-attn"), "needs a GPU")
 
     def sdpa(qkv: Tensor, backend: SDPBackend) -> Tensor:
         with sdpa_kernel(backend):
-            return reference(qkv)
+            return CAUSAL_ATTENTION.reference(qkv)
 
-    for name, backend in backends.items():
-        yield name, partial(sdpa, backend=backend) if device.startswith("cuda") else "needs a GPU"
-    yield "flex", _flex(device) if device.startswith("cuda") else "needs a GPU"
-    try:
-        import flash_attn  # noqa: F401
-    except ImportError:
-        yield "flash-attn", "flash-attn is not installed"
-    else:
-        yield "flash-attn", CAUSAL_ATTENTION.implementations["flash_attn"]
+    has_flash = importlib.util.find_spec("flash_attn")
+    flash = CAUSAL_ATTENTION.implementations["flash_attn"]
+    return {
+        "sdpa flash": partial(sdpa, backend=SDPBackend.FLASH_ATTENTION),
+        "sdpa cudnn": partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION),
+        "flex": _flex(device),
+        "flash-attn": flash if has_flash else "flash-attn is not installed",
+    }
 
 
 def _flex(device: str) -> Callable[..., Any]:
@@ -143,33 +150,19 @@ def _flex(device: str) -> Callable[..., Any]:
 
 
 def loss_and_gradient(input: Tensor, target: Tensor, ignore_index: int, **_: Any) -> tuple[Tensor, Tensor]:
-    """The losses (N,), and over the logits (N, V) their sum's gradient: what a chunk of training runs."""
+    """Returns the losses (N,), and the gradient of their sum, written over the logits (N, V)."""
     losses, _lse = loss_and_gradient_(input, target, ignore_index, gradient=True)
     return losses, input
 
 
 def _loss_and_gradient_reference(input: Tensor, target: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-    """The same beside the logits; no target is ignored."""
+    """The same, but it leaves the logits as they are. No target is ignored."""
     logs = F.log_softmax(input if input.dtype == torch.float64 else input.float(), dim=1)
     p, hot = logs.exp(), torch.arange(input.shape[1], device=input.device) == target[:, None]
     return -logs.gather(1, target[:, None])[:, 0], torch.where(hot, p - 1, p).to(input.dtype)
 
 
-def _liger_loss_and_gradient(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    liger = _liger("liger_cross_entropy")
-    if isinstance(liger, str):
-        yield "liger", liger
-        return
-
-    def in_place(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():  # it writes the gradient over the logits in its forward
-            loss = liger(input.detach().requires_grad_(), target, ignore_index=ignore_index, reduction="none")
-        return loss.detach(), input
-
-    yield "liger", in_place
-
-
-# What linear_cross_entropy does with the logits of a chunk: no operation of its own, but most of the loss.
+# What linear_cross_entropy does with the logits of a chunk. Most of the time of the loss goes here.
 IN_PLACE = replace(
     CROSS_ENTROPY,
     name="loss_and_gradient",
@@ -180,18 +173,10 @@ IN_PLACE = replace(
     differentiable=False,
 )
 TIMED = {op.name: op for op in (*OPS, IN_PLACE)}
-PEERS = {
-    "layer_norm": _norm_peers,
-    "add_layer_norm": _add_norm_peers,
-    "cross_entropy": _loss_peers,
-    "loss_and_gradient": _liger_loss_and_gradient,
-    "linear_cross_entropy": _linear_loss_peers,
-    "causal_attention": _attention_peers,
-}
 
 
 def make_inputs(op: Op, dtype: torch.dtype, device: str, sample: dict[str, Any]) -> dict[str, Any]:
-    """Random arguments without an ignored target: the row of one costs less, and a peer may skip it."""
+    """Random arguments. No target is ignored, since the row of an ignored target is not read."""
     call = op.make(dtype=dtype, device=device, **sample)
     if "target" in call:
         call["target"] = torch.randint(sample["V"], call["target"].shape, device=device)
@@ -199,7 +184,7 @@ def make_inputs(op: Op, dtype: torch.dtype, device: str, sample: dict[str, Any])
 
 
 def make_call(op: Op, dtype: torch.dtype, device: str, sample: dict[str, Any]) -> dict[str, Any]:
-    """The same, and the floating arguments are leaves that want a gradient."""
+    """The same, and the floating-point arguments require gradients."""
     call = make_inputs(op, dtype, device, sample)
     return {k: v.requires_grad_(op.differentiable) if _floating(v) else v for k, v in call.items()}
 
@@ -208,8 +193,8 @@ def errors(op: Op, call: dict[str, Any], functions: dict[str, Callable[..., Any]
     """{name: {output or gradient: relative error against fp64}, or the exception that it raised}."""
     exact_call = _own(call, Tensor.double)
     outputs = _tuple(op.reference(**exact_call))
-    # Contiguous, as the next layer gives them. One layout for all: PyTorch builds cuDNN's backward of a shape
-    # once, for the layout of the first gradient, and misreads a later gradient of another layout.
+    # Upstream gradients are contiguous, as the next layer's are. All functions get the same layout: PyTorch
+    # builds cuDNN's backward of a shape for the layout of the first gradient, and misreads any other.
     gradients = [torch.randn(o.shape, dtype=o.dtype, device=o.device) + 1.5 for o in outputs]
 
     def run(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Tensor]:
@@ -227,7 +212,7 @@ def errors(op: Op, call: dict[str, Any], functions: dict[str, Callable[..., Any]
         try:
             ours = run(function, _own(call))
             result[name] = {n: relative_error(ours[n], expected) for n, expected in exact.items()}
-        except Exception as failure:  # whatever a compiler or a peer raises is a result here
+        except Exception as failure:  # whatever a compiler or a competitor raises is a result here
             result[name] = failure
     return result
 
@@ -238,8 +223,8 @@ def relative_error(tensor: Tensor, expected: Tensor) -> float:
 
 
 def fewer(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
-    """Few enough to be judged in fp64, and compiled alike: what remains is a multiple of 16 where it was."""
-    if op.name == "decode_attention":  # how it is split depends on the batch
+    """The sample with few enough rows for fp64. Multiples of 16 stay so: the same kernels are compiled."""
+    if op.name == "decode_attention":  # its grid depends on the batch
         return sample
     most = {"N": 512, "B": 2, "H": 2}
     smaller = {k: min(v, most.get(k, v)) if isinstance(v, int) else v for k, v in sample.items()}
@@ -249,12 +234,12 @@ def fewer(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def wrong(op: Op, call: dict[str, Any], functions: dict[str, Callable[..., Any]]) -> dict[str, str]:
-    """Why a function is not right, by its name: it may err twice as much as PyTorch in the same dtype."""
-    found = errors(op, call, functions | {"PyTorch": op.reference})
-    allowed = found.pop("PyTorch")
+    """{name: reason} of the functions whose error is over twice that of PyTorch in the same dtype."""
+    by_function = errors(op, call, functions | {"PyTorch": op.reference})
+    allowed = by_function.pop("PyTorch")
     eps = torch.finfo(next(v.dtype for v in call.values() if _floating(v))).eps
     reasons = {}
-    for name, by_output in found.items():
+    for name, by_output in by_function.items():
         if isinstance(by_output, Exception):
             reasons[name] = _why(by_output)
             continue
@@ -266,7 +251,7 @@ def wrong(op: Op, call: dict[str, Any], functions: dict[str, Callable[..., Any]]
 
 
 def _own(call: dict[str, Any], convert: Callable[[Tensor], Tensor] = Tensor.clone) -> dict[str, Any]:
-    """A copy: a peer may overwrite its inputs."""
+    """A copy, since a competitor may overwrite its inputs."""
     return {
         k: convert(v.detach()).requires_grad_(v.requires_grad) if _floating(v) else v for k, v in call.items()
     }
@@ -277,7 +262,7 @@ def _why(failure: Exception) -> str:
 
 
 def directions(function: Callable[..., Any], call: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """forward, backward and both, ready to be timed; gradients of everything that wants one."""
+    """{"forward", "backward", "both": what to time}. Backward gives the gradients of all inputs."""
     inputs = _trained(call)
     if not inputs:
         return {"forward": lambda: function(**call)}
@@ -299,7 +284,7 @@ def directions(function: Callable[..., Any], call: dict[str, Any]) -> dict[str, 
 
 @contextmanager
 def honest_compilation() -> Iterator[None]:
-    """A compiled backward pass can run more than once, and nothing is eager under the name "compile"."""
+    """Lets a compiled backward pass run twice, and raises where torch.compile would fall back to eager."""
     torch._dynamo.reset()  # it compiles a function for a few shapes only
     donated = torch._functorch.config.patch(donated_buffer=False)
     with donated, torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -309,19 +294,19 @@ def honest_compilation() -> Iterator[None]:
 def prepare(
     op: Op, call: dict[str, Any], sample: dict[str, Any], dtype: torch.dtype, only: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, dict[str, Callable[[], Any]]]]:
-    """Judges and compiles the variants, `only` those where it names any.
+    """Checks and compiles the variants, or those in `only` where it names any.
 
     Returns ({variant: {"bytes"} or why it cannot be timed}, {variant: {direction: what to time}}).
     """
     device = next(iter(call.values())).device.type
-    found = {name: f for name, f in variants(op, device) if not only or name in only}
-    result: dict[str, Any] = {name: function for name, function in found.items() if isinstance(function, str)}
-    functions = {name: function for name, function in found.items() if not isinstance(function, str)}
+    chosen = {name: f for name, f in variants(op, device).items() if not only or name in only}
+    result: dict[str, Any] = {name: reason for name, reason in chosen.items() if isinstance(reason, str)}
+    functions = {name: function for name, function in chosen.items() if not isinstance(function, str)}
     result |= wrong(op, make_call(op, dtype, device, fewer(op, sample)), functions)
     ready: dict[str, dict[str, Callable[[], Any]]] = {}
     for name in [name for name in functions if name not in result]:
         try:
-            overwrites = name == "liger" or op is IN_PLACE  # its input
+            overwrites = name == "liger" or op is IN_PLACE
             own = _own(call) if overwrites else call
             runs = directions(functions[name], own)
             *_, whole = runs.values()
@@ -331,7 +316,7 @@ def prepare(
             ready[name] = runs
         except Exception as failure:  # out of memory, or what a compiler raises
             result[name] = _why(failure)
-    return {name: result[name] for name in found}, ready
+    return {name: result[name] for name in chosen}, ready
 
 
 def measure(
@@ -339,8 +324,8 @@ def measure(
 ) -> dict[str, Any]:
     """One shape: {variant: {direction: {median, limit, ...}, "bytes", "sustained"} or why there is none}.
 
-    "sustained" is the milliseconds of a call, of both directions where there are two, among as many as fill a
-    second. Ours has it, and the fastest of the others.
+    "sustained" is the milliseconds of one call, forward and backward, when calls fill a second without a
+    pause. Only ours and the fastest competitor have it.
     """
     call = make_call(op, dtype, device, sample)
     result, ready = prepare(op, call, sample, dtype)
@@ -369,7 +354,7 @@ def measure(
 
 
 def _copy(moved: int, device: str) -> Callable[[], Any]:
-    """A copy that reads and writes as many bytes in all."""
+    """A copy that moves `moved` bytes, read and written."""
     source = torch.empty(max(moved // 2, 1), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
@@ -400,7 +385,7 @@ def _tuple(result: Any) -> tuple[Tensor, ...]:
 
 
 def rate(timed: dict[str, float], limits: dict[str, float]) -> str:
-    """What it reached of what limits it."""
+    """The rate of the resource that limits it: bytes or FLOPs a second."""
     by_bytes = timed["bytes_per_s"] / limits["copy_bytes_per_s"]
     if by_bytes > timed["flops_per_s"] / limits["product_flops_per_s"]:
         return f"{timed['bytes_per_s'] / 1e9:,.0f} GB/s"
@@ -423,7 +408,7 @@ def _line(name: str, variant: dict[str, Any] | str, limits: dict[str, float]) ->
 
 
 def samples_to_time(ops: Collection[Op], device: str, few: bool) -> list[tuple[Op, dict[str, Any]]]:
-    """A shape of each operation in turn, as they are read back from a file; on a CPU a sample of each."""
+    """The first shape of each operation, then the second of each, ...; on a CPU one small sample of each."""
     if device != "cuda":
         turns = [[(op, op.samples[0]) for op in ops]]
     else:

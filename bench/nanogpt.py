@@ -1,8 +1,8 @@
-"""python -m bench.nanogpt --nanogpt=PATH: whole training runs of nanoGPT's train.py and of ours, alternating.
+"""python -m bench.nanogpt --nanogpt=PATH: time whole training runs of nanoGPT's train.py and of ours in turns.
 
-Both train nanoGPT's CPU preset (the quickstart) on the same token files with the same settings, compile
-off, each in a process of its own; the time is that of the process, start-up and evaluations included.
-nanoGPT makes one update more than max_iters says, so it is asked for one less.
+Both train nanoGPT's CPU preset (the quickstart) on the same token files with the same settings, not compiled.
+The time is that of the whole process, with start-up and evaluations. nanoGPT makes one update more than
+max_iters, so its max_iters is one lower.
 """
 
 import os
@@ -52,7 +52,7 @@ def main() -> None:
     config = cli.parse(NanoGPTConfig, sys.argv[1:], prog="python -m bench.nanogpt")
     checkout, data = Path(config.nanogpt).resolve(), Path("data", config.dataset).resolve()
     if not (checkout / "train.py").is_file():
-        raise ValueError(f"{checkout} is no checkout of nanoGPT: it has no train.py")
+        raise ValueError(f"{checkout} is not a checkout of nanoGPT: it has no train.py")
     times: dict[str, list[float]] = {"nanogpt": [], "tritongpt": []}
     with tempfile.TemporaryDirectory() as out_dir:
         shared = PRESET | {"dataset": data, "out_dir": out_dir, "lr_decay_iters": config.iters}

@@ -1,14 +1,14 @@
-"""python -m bench.roofline: the least time of a training step on a GPU, beside the time it takes.
+"""python -m bench.roofline: the least time that a training step can take on a GPU, and the time to expect.
 
-    python -m bench.roofline                       of the 124M on the GPU that was measured last
-    python -m bench.roofline --gpu A100            on another: a prediction
-    python -m bench.roofline --size 350M --batch_size 16
+    python -m bench.roofline                       the 124M, on the GPU that was measured last
+    python -m bench.roofline --gpu=A100            on another GPU: a prediction
+    python -m bench.roofline --size=350M --batch_size=16
 
-The step is cut into parts. A part needs some FLOPs and some bytes: `Op.cost` counts those of our operations,
-`parts` counts the rest. The GPU's limits turn them into a least time. In a real step a part reaches a share
-of its limit; least time over share is the time to expect. Limits and shares come from the JSON files in
-bench/results: the limits from `bench.kernels`, the shares from a `bench.throughput` that has the step by
-part. Below the table stands the memory by what it holds.
+A step has parts, and each part needs FLOPs and bytes: `Op.cost` counts them for our operations, `parts` for
+the rest. The limits of the GPU turn them into a least time. A real step reaches a share of each limit, so
+the time to expect is the least time over the share. The limits come from `bench.kernels`, the shares from a
+`bench.throughput` with the step by part, both from JSON files in bench/results. Below the table stands the
+memory, by what it holds.
 """
 
 import sys
@@ -51,7 +51,7 @@ DATASHEET = {
 
 @dataclass(frozen=True)
 class Limits:
-    """The rates that a GPU reaches."""
+    """The highest rates that a GPU reaches."""
 
     copy: float  # bytes/s, read and written
     product: float  # FLOP/s of a large bf16 matrix product
@@ -60,7 +60,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Part:
-    """A share of the step: for each kind of kernel the (FLOPs, bytes, launches) of a step."""
+    """A part of the step, as (FLOPs, bytes, launches) of each kind of kernel."""
 
     name: str
     work: tuple[tuple[float, float, int], ...]
@@ -74,12 +74,12 @@ class Part:
         return sum(moved * times for _, moved, times in self.work)
 
     def least(self, limits: Limits) -> float:
-        """Seconds. Each kernel waits for the slower of its two limits."""
+        """Seconds. The slower of its two limits decides each kernel's time."""
         return sum(max(f / limits.product, b / limits.copy) * times for f, b, times in self.work)
 
 
 def parts(config: GPTConfig, batch_size: int, accumulation: int) -> list[Part]:
-    """The step of our kernels in bf16: all of PARTS but "between kernels"."""
+    """The parts of a step with our kernels in bf16: all of PARTS except "between kernels"."""
     assert config.vocab_size is not None
     T, L, H, C, V = config.block_size, config.n_layer, config.n_head, config.n_embd, config.vocab_size
     rows, layers = batch_size * T, L * accumulation
@@ -94,9 +94,9 @@ def parts(config: GPTConfig, batch_size: int, accumulation: int) -> list[Part]:
         return 2.0 * rows * n * k, 2.0 * (rows * n + rows * k + n * k), times
 
     attention = cost("causal_attention", B=batch_size, T=T, H=H, D=C // H)
-    # Tensor cores do no norm and no loss: their FLOPs count as none.
+    # Norms and losses do not use tensor cores. Memory limits them, so their FLOPs count as 0.
     if config.residual_dtype == "auto":
-        raise ValueError("residual_dtype is 'auto': the roofline needs the one that a model has chosen")
+        raise ValueError("residual_dtype is 'auto': the roofline needs the value that a model has chosen")
     if config.residual_dtype == "mixed":
         norm = cost("add_layer_norm_mixed", shape=(rows, C))
     else:
@@ -126,12 +126,12 @@ def parts(config: GPTConfig, batch_size: int, accumulation: int) -> list[Part]:
 
 
 def memory(config: GPTConfig, batch_size: int, available: float | None = None) -> dict[str, float]:
-    """Bytes by what they hold, at the end of a forward pass, when there are most.
+    """Bytes by what they hold, at the end of a forward pass, when memory is fullest.
 
-    A layer and token keep for the backward pass: twice the stream (4C in fp32, 2C in bf16, nothing if it is
-    mixed) and the bf16 norm of it (2C), with rstd and, beside a stream, the mean; qkv (6C), the attention's
-    output (2C), the log-sum-exp of every head; the MLP's middle before and after the GELU (8C each).
-    `available` is the memory of the GPU: a small one takes the loss in small chunks.
+    For the backward pass a layer saves, for each token: twice the stream (4C bytes in fp32, 2C in bf16, 0 if
+    it is mixed) and its bf16 norm (2C), with rstd and, where the stream is saved, the mean; qkv (6C), the
+    attention's output (2C), the log-sum-exp of each head; the MLP's middle before and after GELU (8C each).
+    `available` is the memory of the GPU. The loss takes smaller chunks on a small GPU.
     """
     with torch.device("meta"):
         model = GPT(config)
@@ -159,7 +159,7 @@ def memory(config: GPTConfig, batch_size: int, available: float | None = None) -
 
 
 def kind_of(gpu: str) -> str | None:
-    """The datasheet's name for a device, "H100" for "NVIDIA H100 80GB HBM3"; None where there is none."""
+    """The name of a device in DATASHEET, such as "H100" for "NVIDIA H100 80GB HBM3"; None for others."""
     words = gpu.replace("-", " ").upper().split()
     if "PCIE" in words or "NVL" in words:  # the same names, slower parts
         return None
@@ -171,9 +171,10 @@ def device_of(result: Result) -> str:
 
 
 def limits_of(gpu: str, results: list[Result]) -> Limits:
-    """Limits measured on a GPU of this kind; else the shares of the datasheet that another reached.
+    """The limits measured on a GPU of this kind, or else predicted from its datasheet.
 
-    Raises ValueError for a GPU without a datasheet, and where nothing was measured.
+    A prediction takes the share of the datasheet's rates that another GPU reached. Raises ValueError for a
+    GPU without a datasheet, and where no limits were measured.
     """
     kind = kind_of(gpu)
     if kind is None:
@@ -213,10 +214,10 @@ class Step:
 
 
 def step_of(result: Result) -> Step:
-    """The step that a `bench.throughput` of ours on one GPU has measured."""
+    """The step that a result of `bench.throughput` on one GPU has measured."""
     names = {field.name for field in fields(GPTConfig)}
     config = GPTConfig(**{k: v for k, v in result["model"].items() if k in names})
-    # Results from before there was a choice.
+    # Older results have no residual_dtype: it was always float32.
     config.residual_dtype = result["model"].get("residual_dtype", "float32")
     ours, batch_size = result["variants"]["tritongpt"], result["batch_size"]["tritongpt"]
     sequences = ours["tokens_per_s"] * ours["step_ms"] / 1e3 / config.block_size
@@ -224,7 +225,7 @@ def step_of(result: Result) -> Step:
 
 
 def measured_step(kind: str | None, results: list[Result]) -> Result:
-    """The newest step by part on this kind of GPU, else on another. Raises ValueError without any."""
+    """The newest step by part, on this kind of GPU if there is one. Raises ValueError if there is none."""
     steps = [r for r in results if r["benchmark"] == "throughput" and kind_of(device_of(r))]
     by_part = [r for r in steps if "tritongpt" in r.get("parts", {})]
     if not by_part:
@@ -233,7 +234,7 @@ def measured_step(kind: str | None, results: list[Result]) -> Result:
 
 
 def print_step(step: Step, gpu: str, results: list[Result]) -> None:
-    """The step by part, with its total and its memory: measured where this very step was, else expected."""
+    """Prints the step by part, its total and its memory: measured if this very step was, else expected."""
     limits, measured = limits_of(gpu, results), measured_step(kind_of(gpu), results)
     device, ms = device_of(measured), measured["parts"]["tritongpt"]
     reached, its_parts = limits_of(device, results), step_of(measured).parts()

@@ -43,17 +43,17 @@ from train.loop import train_step
 
 ABLATIONS = ("layer_norm", "attention", "activation", "cross_entropy")
 OUT_OF_MEMORY = "out of memory"
-# The part of the step that a kernel belongs to, by its name; the first pattern that fits decides. What fits
-# none is "rest": embeddings, casts, clipping, AdamW. The names are those of our kernels, of cuBLAS, cuDNN and
-# FlashAttention, and Inductor's, which list what it fused.
+# The name of a kernel says to which part of the step it belongs: the first pattern that matches decides. The
+# others are the "rest": embeddings, casts, clipping, AdamW. The names are those of our kernels, of cuBLAS, cuDNN
+# and FlashAttention, and of Inductor, which names a kernel after what it has fused.
 KERNELS = (
     (r"_attention_forward_kernel|sdpa.*fprop|flash_fwd|fmha_cutlassF", "attention, forward"),
-    # cuDNN's has a kernel before and one after it. Inductor packs dq, dk and dv together by cat or stack.
+    # cuDNN has a kernel before and one after. Inductor packs dq, dk and dv by cat or stack.
     (r"_attention_d\w+_kernel|sdpa.*bprop|flash_bwd|fmha_cutlassB", "attention, backward"),
     (r"compute_dot_do_o|convert_dq_to|^triton_\w+_fused_(cat|clone_stack)_", "attention, backward"),
     (r"_norm_forward_kernel", "norms, forward"),
     (r"_norm_(backward|sum)_kernel|embedding_dense_backward\w*native_layer_norm", "norms, backward"),
-    # The forward pass is named after what it keeps for the backward pass as well.
+    # This is a forward pass. Its name includes what it saves for the backward pass.
     (r"native_layer_norm_native_layer_norm_backward", "norms, forward"),
     (r"native_layer_norm_backward", "norms, backward"),
     (r"native_layer_norm", "norms, forward"),
@@ -66,7 +66,7 @@ KERNELS = (
 
 @dataclass
 class Variant:
-    """A training that can make steps; `step` does one, of `tokens` tokens over all ranks."""
+    """A training: each call of `step` makes one step, with `tokens` tokens over all ranks."""
 
     name: str
     step: Callable[[], Any]
@@ -108,7 +108,7 @@ def nanogpt_variant(
     batch_size: int,
     step_tokens: int = TOKENS_PER_STEP,
 ) -> Variant:
-    """nanoGPT's model from its own file, in the step of its train.py: compiled, its default attention."""
+    """nanoGPT's model in the step of its train.py, compiled, with its default attention."""
     if ranks.world_size > 1:
         raise ValueError("nanoGPT's step is timed on one GPU only: leave --nanogpt out under torchrun")
     torch.manual_seed(0)
@@ -236,7 +236,7 @@ def by_batch(
 ) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(micro-batch, figures of the variant with it), until it does not fit into memory."""
     for size in sizes:
-        torch._dynamo.reset()  # else the second size makes a graph for any size, which no training runs
+        torch._dynamo.reset()  # else the second size compiles a graph for every size, as no training does
         variant = warmed_up(partial(build, size), ranks)
         if isinstance(variant, str):
             yield size, variant
@@ -259,7 +259,7 @@ def profile(variant: Variant, ranks: Ranks) -> dict[str, float]:
 
 
 def by_part(kernels: Iterable[tuple[str, float]], wall: float) -> dict[str, float]:
-    """(name, milliseconds) of all kernels of a step that took `wall` milliseconds -> milliseconds by part."""
+    """Sums (name, milliseconds) of the kernels of a step by part. The step took `wall` milliseconds."""
     parts = dict.fromkeys(PARTS, 0.0)
     for name, ms in kernels:
         parts[next((part for pattern, part in KERNELS if re.search(pattern, name)), "rest")] += ms
@@ -268,7 +268,7 @@ def by_part(kernels: Iterable[tuple[str, float]], wall: float) -> dict[str, floa
 
 
 def print_parts(parts: dict[str, dict[str, float]], least: dict[str, float]) -> None:
-    """`parts` by variant, `least` by part; the roofline counts no least time for some."""
+    """`parts` by variant, `least` by part: the roofline has no least time for some parts."""
     print(f"\n{'ms a step':20}" + "".join(f"{name:>12}" for name in (*parts, "at least")))
     for part in PARTS:
         limit = f"{least[part]:12.1f}" if part in least else ""
