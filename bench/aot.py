@@ -5,8 +5,8 @@
     python -m bench.aot --check --quick                 one build of a kernel for all but sm_90
     python -m bench.aot --only="sm_90 _attention_dq_kernel"
 
-The list of builds comes from the operations: `run_all` gets meta tensors, and `kernels.op.record` notes what it
-would launch. The rules:
+The operations say what to build: `run_all` gets meta tensors, and `kernels.op.record` notes what it would
+launch. The rules:
 
 - The kernel compiles, and its body is more than a trap.
 - On sm_80 and sm_90 at most one in 200 instructions inside loops is a spill.
@@ -272,7 +272,7 @@ def instructions_an_element(build: Build, figures: Figures) -> float:
 
 
 def _too_many_instructions(build: Build, figures: Figures) -> str | None:
-    """The broken rule of a kernel that memory should limit, and its arithmetic does: sm_90, half precision."""
+    """The broken rule where arithmetic limits a kernel that memory should limit: sm_90, half precision."""
     dtype = next((a.dtype for a in build.launch.arguments.values() if isinstance(a, Tensor)), None)
     if build.most_instructions is None or build.architecture != 90 or dtype == torch.float32:
         return None

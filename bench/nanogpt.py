@@ -1,4 +1,4 @@
-"""python -m bench.nanogpt --nanogpt=PATH: time whole training runs of nanoGPT's train.py and of ours in turns.
+"""python -m bench.nanogpt --nanogpt=PATH: time whole training runs of nanoGPT and of ours in turns.
 
 Both train nanoGPT's CPU preset (the quickstart) on the same token files with the same settings, not compiled.
 The time is that of the whole process, with start-up and evaluations. nanoGPT makes one update more than

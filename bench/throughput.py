@@ -43,9 +43,9 @@ from train.loop import train_step
 
 ABLATIONS = ("layer_norm", "attention", "activation", "cross_entropy")
 OUT_OF_MEMORY = "out of memory"
-# The name of a kernel says to which part of the step it belongs: the first pattern that matches decides. The
-# others are the "rest": embeddings, casts, clipping, AdamW. The names are those of our kernels, of cuBLAS, cuDNN
-# and FlashAttention, and of Inductor, which names a kernel after what it has fused.
+# The name of a kernel says to which part of the step it belongs: the first pattern that matches decides. Other
+# kernels are the "rest": embeddings, casts, clipping, AdamW. The names are those of our kernels, of cuBLAS,
+# cuDNN and FlashAttention, and of Inductor, which names a kernel after what it has fused.
 KERNELS = (
     (r"_attention_forward_kernel|sdpa.*fprop|flash_fwd|fmha_cutlassF", "attention, forward"),
     # cuDNN has a kernel before and one after. Inductor packs dq, dk and dv by cat or stack.
