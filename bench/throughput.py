@@ -43,8 +43,8 @@ from train.loop import train_step
 
 ABLATIONS = ("layer_norm", "attention", "activation", "cross_entropy")
 OUT_OF_MEMORY = "out of memory"
-# The name of a kernel says to which part of the step it belongs: the first pattern that matches decides. Other
-# kernels are the "rest": embeddings, casts, clipping, AdamW. The names are those of our kernels, of cuBLAS,
+# The name of a kernel says to which part of the step it belongs. The first pattern that matches decides. The
+# others are the "rest": embeddings, casts, clipping, AdamW. The names are those of our kernels, of cuBLAS,
 # cuDNN and FlashAttention, and of Inductor, which names a kernel after what it has fused.
 KERNELS = (
     (r"_attention_forward_kernel|sdpa.*fprop|flash_fwd|fmha_cutlassF", "attention, forward"),
