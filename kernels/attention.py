@@ -60,6 +60,24 @@ MIN_D, MAX_D = 16, 128
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+def causal_attention(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """qkv (B, T, 3, H, D) -> (B, T, H, D): each position attends to itself and those before it.
+
+    Any T, D from 16 to 128. `dropout_p` is the probability of dropping an attention weight; the mask comes
+    from torch's generator of the device (one draw a call).
+    Under autocast qkv is cast to the autocast dtype, and that is the dtype of the result; without it, the
+    result has the dtype of qkv. The gradient is packed as qkv is. Raises ValueError for what it cannot do.
+    """
+    _check("causal_attention", qkv, dropout_p)
+    if not MIN_D <= qkv.shape[-1] <= MAX_D:
+        raise ValueError(
+            f"causal_attention: qkv {tuple(qkv.shape)} has D={qkv.shape[-1]}; "
+            f"D from {MIN_D} to {MAX_D} is allowed"
+        )
+    seed = torch.randint(1 << 62, (1,), device=qkv.device) if dropout_p else None
+    return _forward_op(qkv.to(autocast_dtype(qkv)), seed, float(dropout_p))[0]
+
+
 def causal_attention_reference(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
     """qkv (B, T, 3, H, D) -> (B, T, H, D), by `F.scaled_dot_product_attention`.
 
@@ -68,6 +86,32 @@ def causal_attention_reference(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
     q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D), a view
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
     return out.transpose(1, 2)
+
+
+def causal_attention_flash(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """The same by the flash-attn package: qkv (B, T, 3, H, D) in fp16 or bf16 on a GPU -> (B, T, H, D)."""
+    from flash_attn import flash_attn_qkvpacked_func
+
+    _check("causal_attention", qkv, dropout_p)
+    qkv = qkv.to(autocast_dtype(qkv))
+    return flash_attn_qkvpacked_func(qkv, dropout_p, causal=True)
+
+
+def _check(name: str, qkv: Tensor, dropout_p: float) -> None:
+    check_tensors(name, qkv=qkv)
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"{name}: qkv {tuple(qkv.shape)} must be (B, T, 3, H, D)")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{name}: dropout_p={dropout_p} must be at least 0 and less than 1")
+
+
+def pays_off(arch: int, D: int, dtype: torch.dtype) -> bool:
+    """Whether these kernels are at least as fast as PyTorch's attention, as far as we know.
+
+    Measured on an H200 against cuDNN's: 1.33x at D=64, T=1024, and 0.84x at D=128, T=2048. In float32 the
+    tiles are for checking.
+    """
+    return MIN_D <= D <= MAX_D and dtype != torch.float32 and not (arch == 90 and D > 64)
 
 
 @jit
@@ -465,15 +509,6 @@ def _constants(qkv: Tensor, tile: Tile) -> dict[str, Any]:
     }
 
 
-def pays_off(arch: int, D: int, dtype: torch.dtype) -> bool:
-    """Whether these kernels are at least as fast as PyTorch's attention, as far as we know.
-
-    Measured on an H200 against cuDNN's: 1.33x at D=64, T=1024, and 0.84x at D=128, T=2048. In float32 the
-    tiles are for checking.
-    """
-    return MIN_D <= D <= MAX_D and dtype != torch.float32 and not (arch == 90 and D > 64)
-
-
 def _dense(x: Tensor) -> Tensor:
     """With the last dimension contiguous, and T's stride such that 32 bits count a tile: else a copy."""
     return x if x.stride(-1) == 1 and x.stride(1) < 1 << 24 else x.contiguous()
@@ -560,41 +595,6 @@ def _backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def causal_attention(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """qkv (B, T, 3, H, D) -> (B, T, H, D): each position attends to itself and those before it.
-
-    Any T, D from 16 to 128. `dropout_p` is the probability of dropping an attention weight; the mask comes
-    from torch's generator of the device (one draw a call).
-    Under autocast qkv is cast to the autocast dtype, and that is the dtype of the result; without it, the
-    result has the dtype of qkv. The gradient is packed as qkv is. Raises ValueError for what it cannot do.
-    """
-    _check("causal_attention", qkv, dropout_p)
-    if not MIN_D <= qkv.shape[-1] <= MAX_D:
-        raise ValueError(
-            f"causal_attention: qkv {tuple(qkv.shape)} has D={qkv.shape[-1]}; "
-            f"D from {MIN_D} to {MAX_D} is allowed"
-        )
-    seed = torch.randint(1 << 62, (1,), device=qkv.device) if dropout_p else None
-    return _forward_op(qkv.to(autocast_dtype(qkv)), seed, float(dropout_p))[0]
-
-
-def causal_attention_flash(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """The same by the flash-attn package: qkv (B, T, 3, H, D) in fp16 or bf16 on a GPU -> (B, T, H, D)."""
-    from flash_attn import flash_attn_qkvpacked_func
-
-    _check("causal_attention", qkv, dropout_p)
-    qkv = qkv.to(autocast_dtype(qkv))
-    return flash_attn_qkvpacked_func(qkv, dropout_p, causal=True)
-
-
-def _check(name: str, qkv: Tensor, dropout_p: float) -> None:
-    check_tensors(name, qkv=qkv)
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"{name}: qkv {tuple(qkv.shape)} must be (B, T, 3, H, D)")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{name}: dropout_p={dropout_p} must be at least 0 and less than 1")
 
 
 def _inputs(
