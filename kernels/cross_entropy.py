@@ -49,6 +49,24 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
+def cross_entropy(
+    input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """`F.cross_entropy` of input (N, V) and target (N,) int64: () or, for "none", (N,).
+
+    The loss is fp32 whatever the logits are, with or without autocast; their gradient has their dtype. The
+    mean is over the targets that are not ignored: NaN when all of them are. A target that is no class and
+    not `ignore_index` raises ValueError on a CPU and gives NaN on a GPU, where a check would wait for the
+    GPU. torch's weight and label_smoothing are not accepted. Raises ValueError for what it cannot do.
+    """
+    check_tensors("cross_entropy", input=input)
+    if input.dim() != 2 or input.shape[1] == 0:
+        raise ValueError(f"cross_entropy: input {tuple(input.shape)} must be (N, V) with V at least 1")
+    check_targets("cross_entropy", input, target, reduction)
+    losses, _ = _forward_op(input, target, ignore_index)
+    return losses if reduction == "none" else reduce(losses.sum(), target, ignore_index, reduction)
+
+
 def cross_entropy_reference(
     input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
@@ -57,6 +75,24 @@ def cross_entropy_reference(
     As torch has it, the mean is over the targets that are not ignored: NaN when all of them are.
     """
     return F.cross_entropy(input, target, ignore_index=ignore_index, reduction=reduction)
+
+
+def reduce(total: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """The sum of the losses, or their mean over the valid targets; the count stays on the device."""
+    return total / (target != ignore_index).sum() if reduction == "mean" else total
+
+
+def check_targets(name: str, input: Tensor, target: Tensor, reduction: str) -> None:
+    """ValueError unless the arguments that cross_entropy and linear_cross_entropy share are right."""
+    if target.shape != input.shape[:1] or target.dtype != torch.int64:
+        raise ValueError(
+            f"{name}: target is {tuple(target.shape)} {target.dtype}; "
+            f"input {tuple(input.shape)} needs ({input.shape[0]},) torch.int64"
+        )
+    if target.device != input.device:
+        raise ValueError(f"{name}: target is on {target.device} and input on {input.device}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction={reduction!r} must be one of {', '.join(REDUCTIONS)}")
 
 
 @jit
@@ -379,42 +415,6 @@ def _backward(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None, ...]:
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def cross_entropy(
-    input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
-) -> Tensor:
-    """`F.cross_entropy` of input (N, V) and target (N,) int64: () or, for "none", (N,).
-
-    The loss is fp32 whatever the logits are, with or without autocast; their gradient has their dtype. The
-    mean is over the targets that are not ignored: NaN when all of them are. A target that is no class and
-    not `ignore_index` raises ValueError on a CPU and gives NaN on a GPU, where a check would wait for the
-    GPU. torch's weight and label_smoothing are not accepted. Raises ValueError for what it cannot do.
-    """
-    check_tensors("cross_entropy", input=input)
-    if input.dim() != 2 or input.shape[1] == 0:
-        raise ValueError(f"cross_entropy: input {tuple(input.shape)} must be (N, V) with V at least 1")
-    check_targets("cross_entropy", input, target, reduction)
-    losses, _ = _forward_op(input, target, ignore_index)
-    return losses if reduction == "none" else reduce(losses.sum(), target, ignore_index, reduction)
-
-
-def reduce(total: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """The sum of the losses, or their mean over the valid targets; the count stays on the device."""
-    return total / (target != ignore_index).sum() if reduction == "mean" else total
-
-
-def check_targets(name: str, input: Tensor, target: Tensor, reduction: str) -> None:
-    """ValueError unless the arguments that cross_entropy and linear_cross_entropy share are right."""
-    if target.shape != input.shape[:1] or target.dtype != torch.int64:
-        raise ValueError(
-            f"{name}: target is {tuple(target.shape)} {target.dtype}; "
-            f"input {tuple(input.shape)} needs ({input.shape[0]},) torch.int64"
-        )
-    if target.device != input.device:
-        raise ValueError(f"{name}: target is on {target.device} and input on {input.device}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{name}: reduction={reduction!r} must be one of {', '.join(REDUCTIONS)}")
 
 
 def random_target(N: int, V: int, device: str, ignore_index: int) -> Tensor:

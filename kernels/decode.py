@@ -51,6 +51,23 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1e38)  # below every score, and finite: the difference of two is no NaN
 
 
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """q (B, H, D) against the first lengths[b] keys, or all, of caches (B, H, T, D) -> (B, H, D).
+
+    lengths (B,) is int64 and stays on the device, so it is not checked: each is to be at least 1, and beyond
+    T it counts as T. What the caches hold from lengths[b] on is never read. D from 16 to 128. Under autocast
+    everything is cast to the autocast dtype, and that is the dtype of the result; otherwise q and the caches
+    must share a dtype, which the result has. There is no gradient. Raises ValueError for what it cannot do.
+    """
+    _check("decode_attention", q, k_cache, v_cache, lengths)
+    if not MIN_D <= q.shape[-1] <= MAX_D:
+        raise ValueError(
+            f"decode_attention: q {tuple(q.shape)} has D={q.shape[-1]}; D from {MIN_D} to {MAX_D} is allowed"
+        )
+    dtype = autocast_dtype(q)
+    return _forward_op(q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), lengths)
+
+
 def decode_attention_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None = None
 ) -> Tensor:
@@ -64,6 +81,42 @@ def decode_attention_reference(
         mask = (torch.arange(k_cache.size(2), device=q.device) < lengths[:, None])[:, None, None]
     out = F.scaled_dot_product_attention(q[:, :, None], k_cache, v_cache, attn_mask=mask)
     return out[:, :, 0]
+
+
+def decode_attention_flash(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None = None
+) -> Tensor:
+    """The same by the flash-attn package: fp16 or bf16 on a GPU."""
+    from flash_attn import flash_attn_with_kvcache
+
+    _check("decode_attention", q, k_cache, v_cache, lengths)
+    dtype = autocast_dtype(q)
+    k, v = (cache.to(dtype).transpose(1, 2) for cache in (k_cache, v_cache))
+    sizes = k_cache.size(2) if lengths is None else lengths.int()
+    out = flash_attn_with_kvcache(q.to(dtype)[:, None], k, v, cache_seqlens=sizes)
+    return out[:, 0]
+
+
+def _check(name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None) -> None:
+    check_tensors(name, q=q, k_cache=k_cache, v_cache=v_cache)
+    B, H, D = q.shape if q.dim() == 3 else (-1, -1, -1)
+    if k_cache.dim() != 4 or k_cache.shape != (B, H, k_cache.shape[2], D) or k_cache.shape[2] < 1:
+        raise ValueError(
+            f"{name}: q {tuple(q.shape)} and k_cache {tuple(k_cache.shape)} must be (B, H, D) and "
+            "(B, H, T, D) with T at least 1"
+        )
+    if v_cache.shape != k_cache.shape or len({t.dtype for t in (q, k_cache, v_cache)}) > 1:
+        raise ValueError(
+            f"{name}: v_cache {tuple(v_cache.shape)} {v_cache.dtype} must be as k_cache "
+            f"{tuple(k_cache.shape)} {k_cache.dtype}, and q, {q.dtype}, of their dtype"
+        )
+    if lengths is None:
+        return
+    if lengths.shape != (B,) or lengths.dtype != torch.int64 or lengths.device != q.device:
+        raise ValueError(
+            f"{name}: lengths is {tuple(lengths.shape)} {lengths.dtype} on {lengths.device}; "
+            f"q {tuple(q.shape)} needs ({B},) torch.int64 on {q.device}"
+        )
 
 
 @jit
@@ -213,59 +266,6 @@ def _fake_forward(q, k_cache, v_cache, lengths):
 
 
 _forward_op = operator("decode_attention", _launch_forward, _fake_forward)
-
-
-def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """q (B, H, D) against the first lengths[b] keys, or all, of caches (B, H, T, D) -> (B, H, D).
-
-    lengths (B,) is int64 and stays on the device, so it is not checked: each is to be at least 1, and beyond
-    T it counts as T. What the caches hold from lengths[b] on is never read. D from 16 to 128. Under autocast
-    everything is cast to the autocast dtype, and that is the dtype of the result; otherwise q and the caches
-    must share a dtype, which the result has. There is no gradient. Raises ValueError for what it cannot do.
-    """
-    _check("decode_attention", q, k_cache, v_cache, lengths)
-    if not MIN_D <= q.shape[-1] <= MAX_D:
-        raise ValueError(
-            f"decode_attention: q {tuple(q.shape)} has D={q.shape[-1]}; D from {MIN_D} to {MAX_D} is allowed"
-        )
-    dtype = autocast_dtype(q)
-    return _forward_op(q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), lengths)
-
-
-def decode_attention_flash(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None = None
-) -> Tensor:
-    """The same by the flash-attn package: fp16 or bf16 on a GPU."""
-    from flash_attn import flash_attn_with_kvcache
-
-    _check("decode_attention", q, k_cache, v_cache, lengths)
-    dtype = autocast_dtype(q)
-    k, v = (cache.to(dtype).transpose(1, 2) for cache in (k_cache, v_cache))
-    sizes = k_cache.size(2) if lengths is None else lengths.int()
-    out = flash_attn_with_kvcache(q.to(dtype)[:, None], k, v, cache_seqlens=sizes)
-    return out[:, 0]
-
-
-def _check(name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None) -> None:
-    check_tensors(name, q=q, k_cache=k_cache, v_cache=v_cache)
-    B, H, D = q.shape if q.dim() == 3 else (-1, -1, -1)
-    if k_cache.dim() != 4 or k_cache.shape != (B, H, k_cache.shape[2], D) or k_cache.shape[2] < 1:
-        raise ValueError(
-            f"{name}: q {tuple(q.shape)} and k_cache {tuple(k_cache.shape)} must be (B, H, D) and "
-            "(B, H, T, D) with T at least 1"
-        )
-    if v_cache.shape != k_cache.shape or len({t.dtype for t in (q, k_cache, v_cache)}) > 1:
-        raise ValueError(
-            f"{name}: v_cache {tuple(v_cache.shape)} {v_cache.dtype} must be as k_cache "
-            f"{tuple(k_cache.shape)} {k_cache.dtype}, and q, {q.dtype}, of their dtype"
-        )
-    if lengths is None:
-        return
-    if lengths.shape != (B,) or lengths.dtype != torch.int64 or lengths.device != q.device:
-        raise ValueError(
-            f"{name}: lengths is {tuple(lengths.shape)} {lengths.dtype} on {lengths.device}; "
-            f"q {tuple(q.shape)} needs ({B},) torch.int64 on {q.device}"
-        )
 
 
 def _inputs(

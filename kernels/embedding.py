@@ -47,6 +47,23 @@ from kernels.op import (
 )
 
 
+def embedding(input: Tensor, weight: Tensor) -> Tensor:
+    """`F.embedding`: ids (...) of int64 or int32 from 0 to V - 1, weight (V, C) -> (..., C).
+
+    The result and the weight's gradient have the weight's dtype, under autocast too, as PyTorch's have. The
+    gradient is summed in fp32, always in the same order. Raises ValueError for what it cannot do.
+    """
+    check_tensors("embedding", weight=weight)
+    if input.dtype not in (torch.int64, torch.int32) or input.device != weight.device:
+        raise ValueError(
+            f"embedding: input is {input.dtype} on {input.device}; "
+            f"it must be torch.int64 or torch.int32 on {weight.device}, where weight is"
+        )
+    if weight.dim() != 2:
+        raise ValueError(f"embedding: weight {tuple(weight.shape)} must be (V, C)")
+    return _Embedding.apply(input, weight)
+
+
 def embedding_reference(input: Tensor, weight: Tensor) -> Tensor:
     """`F.embedding`: ids (...), weight (V, C) -> (..., C)."""
     return F.embedding(input, weight)
@@ -183,23 +200,6 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
         (ids,) = ctx.saved_tensors
         return None, _backward_op(dout, ids, ctx.rows)
-
-
-def embedding(input: Tensor, weight: Tensor) -> Tensor:
-    """`F.embedding`: ids (...) of int64 or int32 from 0 to V - 1, weight (V, C) -> (..., C).
-
-    The result and the weight's gradient have the weight's dtype, under autocast too, as PyTorch's have. The
-    gradient is summed in fp32, always in the same order. Raises ValueError for what it cannot do.
-    """
-    check_tensors("embedding", weight=weight)
-    if input.dtype not in (torch.int64, torch.int32) or input.device != weight.device:
-        raise ValueError(
-            f"embedding: input is {input.dtype} on {input.device}; "
-            f"it must be torch.int64 or torch.int32 on {weight.device}, where weight is"
-        )
-    if weight.dim() != 2:
-        raise ValueError(f"embedding: weight {tuple(weight.shape)} must be (V, C)")
-    return _Embedding.apply(input, weight)
 
 
 def _inputs(

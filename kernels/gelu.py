@@ -79,6 +79,18 @@ B4 = tl.constexpr(-1.821255978)
 B5 = tl.constexpr(1.330274429)
 
 
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """`F.gelu`: input of any shape -> the same shape, contiguous; approximate is "none" (erf) or "tanh".
+
+    The result has the input's dtype, under autocast too, as PyTorch has it. Raises ValueError for what it
+    cannot do.
+    """
+    check_tensors("gelu", input=input)
+    if approximate not in APPROXIMATIONS:
+        raise ValueError(f"gelu: approximate={approximate!r} must be one of {', '.join(APPROXIMATIONS)}")
+    return _forward_op(input, approximate)
+
+
 def gelu_reference(input: Tensor, approximate: str = "none") -> Tensor:
     """`F.gelu`: any shape, result like input; approximate is "none" (erf) or "tanh"."""
     return F.gelu(input, approximate=approximate)
@@ -230,18 +242,6 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """`F.gelu`: input of any shape -> the same shape, contiguous; approximate is "none" (erf) or "tanh".
-
-    The result has the input's dtype, under autocast too, as PyTorch has it. Raises ValueError for what it
-    cannot do.
-    """
-    check_tensors("gelu", input=input)
-    if approximate not in APPROXIMATIONS:
-        raise ValueError(f"gelu: approximate={approximate!r} must be one of {', '.join(APPROXIMATIONS)}")
-    return _forward_op(input, approximate)
 
 
 def _inputs(dtype: torch.dtype, device: str, shape: tuple[int, ...], **options: Any) -> dict[str, Any]:

@@ -56,6 +56,28 @@ MAX_C = 8192  # elements a program can hold
 SUM_COLUMNS = 32  # a program of the last sum: 128 bytes of each partial one
 
 
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.layer_norm` over the last dimension: input (..., C), weight and bias (C,) or None -> (..., C).
+
+    C is at most 8192. The result has the input's dtype, under autocast the autocast dtype (fp32 inside the
+    kernel either way); weight and bias may have another dtype than the input. Raises ValueError for what it
+    cannot do.
+    """
+    if tuple(normalized_shape) != tuple(input.shape[-1:]):
+        raise ValueError(
+            f"layer_norm: normalized_shape is {tuple(normalized_shape)} and input {tuple(input.shape)}; "
+            "only the last dimension can be normalised"
+        )
+    _check("layer_norm", input, weight, bias)
+    return _forward_op(input, None, weight, bias, eps, autocast_dtype(input), None)[0]
+
+
 def layer_norm_reference(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -67,6 +89,26 @@ def layer_norm_reference(
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
+def add_layer_norm(
+    input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Adds `input` (..., C) to the residual stream (..., C) and normalises the sum: (normed, summed).
+
+    `summed` has the dtype that input and residual promote to, and so has `normed`, but under autocast
+    `normed` has the autocast dtype. Raises ValueError for what it cannot do.
+    """
+    if input.shape != residual.shape:
+        raise ValueError(
+            f"add_layer_norm: input {tuple(input.shape)} and residual {tuple(residual.shape)} "
+            "must have one shape"
+        )
+    _check("add_layer_norm", input, weight, bias, residual)
+    dtype = torch.promote_types(input.dtype, residual.dtype)
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = autocast_dtype(input)
+    return _forward_op(input, residual, weight, bias, eps, dtype, None)[:2]
+
+
 def add_layer_norm_reference(
     input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
@@ -76,6 +118,36 @@ def add_layer_norm_reference(
     """
     summed = residual + input
     return F.layer_norm(summed, summed.shape[-1:], weight, bias, eps), summed
+
+
+def add_layer_norm_mixed(
+    input: Tensor | None, residual: Tensor, carrier: Tensor, weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_layer_norm` on a fp32 stream whose gradient is bfloat16: -> (normed, summed, the next carrier).
+
+    Autograd gives a gradient the dtype of its tensor. So residual (..., C), which is fp32, is detached, and
+    the gradient of the stream flows through `carrier` (..., C) instead, in its dtype: bfloat16 or fp32, which
+    `input` and `normed` share, autocast or not. Its values are never used; those of the next are all zeros.
+    `input` is None before the first layer, which adds nothing. Raises ValueError for what it cannot do.
+    """
+    name = "add_layer_norm_mixed"
+    _check(name, residual, weight, None)
+    if residual.dtype != torch.float32:
+        raise ValueError(f"{name}: residual is {residual.dtype}; it must be float32")
+    if carrier.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"{name}: carrier is {carrier.dtype}; bfloat16 and float32 are allowed")
+    for argument, tensor in (("input", input), ("carrier", carrier)):
+        if tensor is not None and (tensor.shape, tensor.dtype) != (residual.shape, carrier.dtype):
+            raise ValueError(
+                f"{name}: {argument} is {tuple(tensor.shape)} {tensor.dtype}; it must have the shape of "
+                f"residual, {tuple(residual.shape)}, and the dtype of carrier, {carrier.dtype}"
+            )
+    residual = residual.detach()
+    if input is None:
+        normed, _, _, _, carrier = _forward_op(residual, None, weight, None, eps, carrier.dtype, carrier)
+        return normed, residual, carrier
+    normed, summed, _, _, carrier = _forward_op(input, residual, weight, None, eps, carrier.dtype, carrier)
+    return normed, summed.detach(), carrier
 
 
 def add_layer_norm_mixed_reference(
@@ -92,6 +164,20 @@ def add_layer_norm_mixed_reference(
         zero, summed = zero + (input - input.detach()), summed + input.detach()
     normed = F.layer_norm(summed + zero, summed.shape[-1:], weight, None, eps)
     return normed.to(carrier.dtype), summed, zero
+
+
+def _check(
+    name: str, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None
+) -> None:
+    check_tensors(name, input=input, residual=residual, weight=weight, bias=bias)
+    if input.dim() == 0 or not 1 <= input.shape[-1] <= MAX_C:
+        raise ValueError(f"{name}: input {tuple(input.shape)} must be (..., C) with C from 1 to {MAX_C}")
+    for argument, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != input.shape[-1:]:
+            raise ValueError(
+                f"{name}: {argument} is {tuple(parameter.shape)}; input {tuple(input.shape)} "
+                f"needs ({input.shape[-1]},)"
+            )
 
 
 @jit
@@ -470,92 +556,6 @@ def _backward(
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """`F.layer_norm` over the last dimension: input (..., C), weight and bias (C,) or None -> (..., C).
-
-    C is at most 8192. The result has the input's dtype, under autocast the autocast dtype (fp32 inside the
-    kernel either way); weight and bias may have another dtype than the input. Raises ValueError for what it
-    cannot do.
-    """
-    if tuple(normalized_shape) != tuple(input.shape[-1:]):
-        raise ValueError(
-            f"layer_norm: normalized_shape is {tuple(normalized_shape)} and input {tuple(input.shape)}; "
-            "only the last dimension can be normalised"
-        )
-    _check("layer_norm", input, weight, bias)
-    return _forward_op(input, None, weight, bias, eps, autocast_dtype(input), None)[0]
-
-
-def add_layer_norm(
-    input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
-    """Adds `input` (..., C) to the residual stream (..., C) and normalises the sum: (normed, summed).
-
-    `summed` has the dtype that input and residual promote to, and so has `normed`, but under autocast
-    `normed` has the autocast dtype. Raises ValueError for what it cannot do.
-    """
-    if input.shape != residual.shape:
-        raise ValueError(
-            f"add_layer_norm: input {tuple(input.shape)} and residual {tuple(residual.shape)} "
-            "must have one shape"
-        )
-    _check("add_layer_norm", input, weight, bias, residual)
-    dtype = torch.promote_types(input.dtype, residual.dtype)
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = autocast_dtype(input)
-    return _forward_op(input, residual, weight, bias, eps, dtype, None)[:2]
-
-
-def add_layer_norm_mixed(
-    input: Tensor | None, residual: Tensor, carrier: Tensor, weight: Tensor, eps: float = 1e-5
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`add_layer_norm` on a fp32 stream whose gradient is bfloat16: -> (normed, summed, the next carrier).
-
-    Autograd gives a gradient the dtype of its tensor. So residual (..., C), which is fp32, is detached, and
-    the gradient of the stream flows through `carrier` (..., C) instead, in its dtype: bfloat16 or fp32, which
-    `input` and `normed` share, autocast or not. Its values are never used; those of the next are all zeros.
-    `input` is None before the first layer, which adds nothing. Raises ValueError for what it cannot do.
-    """
-    name = "add_layer_norm_mixed"
-    _check(name, residual, weight, None)
-    if residual.dtype != torch.float32:
-        raise ValueError(f"{name}: residual is {residual.dtype}; it must be float32")
-    if carrier.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"{name}: carrier is {carrier.dtype}; bfloat16 and float32 are allowed")
-    for argument, tensor in (("input", input), ("carrier", carrier)):
-        if tensor is not None and (tensor.shape, tensor.dtype) != (residual.shape, carrier.dtype):
-            raise ValueError(
-                f"{name}: {argument} is {tuple(tensor.shape)} {tensor.dtype}; it must have the shape of "
-                f"residual, {tuple(residual.shape)}, and the dtype of carrier, {carrier.dtype}"
-            )
-    residual = residual.detach()
-    if input is None:
-        normed, _, _, _, carrier = _forward_op(residual, None, weight, None, eps, carrier.dtype, carrier)
-        return normed, residual, carrier
-    normed, summed, _, _, carrier = _forward_op(input, residual, weight, None, eps, carrier.dtype, carrier)
-    return normed, summed.detach(), carrier
-
-
-def _check(
-    name: str, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None
-) -> None:
-    check_tensors(name, input=input, residual=residual, weight=weight, bias=bias)
-    if input.dim() == 0 or not 1 <= input.shape[-1] <= MAX_C:
-        raise ValueError(f"{name}: input {tuple(input.shape)} must be (..., C) with C from 1 to {MAX_C}")
-    for argument, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != input.shape[-1:]:
-            raise ValueError(
-                f"{name}: {argument} is {tuple(parameter.shape)}; input {tuple(input.shape)} "
-                f"needs ({input.shape[-1]},)"
-            )
 
 
 def _inputs(

@@ -43,6 +43,50 @@ SHARE = 50  # and at most a fiftieth of the GPU's memory
 ALIGN = 64  # elements: every row of a chunk's logits starts on a 128-byte line
 
 
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+) -> Tensor:
+    """cross_entropy(F.linear(input, linear_weight), target) without the (N, V) logits: () or (N,), fp32.
+
+    input (N, C), linear_weight (V, C), target (N,) int64; `chunk_size` is a number of rows, by default as
+    many as 2 GiB of logits hold, or 2% of the GPU's memory where that is less. Under autocast the products
+    are computed in the autocast dtype, whatever the dtypes of input and weight; without it the two must have
+    one dtype. Gradients come back in the dtype of their tensor, so that a fp32 master weight receives what
+    was accumulated in fp32. Gradients that nobody wants (a frozen tensor, no_grad) are not computed. torch's
+    linear_bias, weight, label_smoothing and options are not accepted. Targets out of range are answered as in
+    cross_entropy. Raises ValueError for what it cannot do.
+    """
+    check_tensors("linear_cross_entropy", input=input, linear_weight=linear_weight)
+    if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1:] != linear_weight.shape[1:]:
+        raise ValueError(
+            f"linear_cross_entropy: input {tuple(input.shape)} and linear_weight "
+            f"{tuple(linear_weight.shape)} must be (N, C) and (V, C)"
+        )
+    if linear_weight.numel() == 0:
+        raise ValueError(
+            f"linear_cross_entropy: linear_weight {tuple(linear_weight.shape)} has no classes or no features"
+        )
+    check_targets("linear_cross_entropy", input, target, reduction)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"linear_cross_entropy: chunk_size={chunk_size} must be at least 1 row")
+    dtype = autocast_dtype(input)
+    if not torch.is_autocast_enabled(input.device.type) and input.dtype != linear_weight.dtype:
+        raise ValueError(
+            f"linear_cross_entropy: input is {input.dtype} and linear_weight {linear_weight.dtype}; "
+            "without autocast they must be the same"
+        )
+    needs_gradient = [torch.is_grad_enabled() and t.requires_grad for t in (input, linear_weight)]
+    op = _rows_op if reduction == "none" else _sum_op
+    loss, *_ = op(input, linear_weight, target, ignore_index, chunk_size, dtype, *needs_gradient)
+    return loss if reduction == "none" else reduce(loss, target, ignore_index, reduction)
+
+
 def linear_cross_entropy_reference(
     input: Tensor,
     linear_weight: Tensor,
@@ -258,50 +302,6 @@ def _backward_of_rows(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None
 
 _sum_op.register_autograd(_backward_of_sum, setup_context=_setup_sum)
 _rows_op.register_autograd(_backward_of_rows, setup_context=_setup_rows)
-
-
-def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    chunk_size: int | None = None,
-) -> Tensor:
-    """cross_entropy(F.linear(input, linear_weight), target) without the (N, V) logits: () or (N,), fp32.
-
-    input (N, C), linear_weight (V, C), target (N,) int64; `chunk_size` is a number of rows, by default as
-    many as 2 GiB of logits hold, or 2% of the GPU's memory where that is less. Under autocast the products
-    are computed in the autocast dtype, whatever the dtypes of input and weight; without it the two must have
-    one dtype. Gradients come back in the dtype of their tensor, so that a fp32 master weight receives what
-    was accumulated in fp32. Gradients that nobody wants (a frozen tensor, no_grad) are not computed. torch's
-    linear_bias, weight, label_smoothing and options are not accepted. Targets out of range are answered as in
-    cross_entropy. Raises ValueError for what it cannot do.
-    """
-    check_tensors("linear_cross_entropy", input=input, linear_weight=linear_weight)
-    if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1:] != linear_weight.shape[1:]:
-        raise ValueError(
-            f"linear_cross_entropy: input {tuple(input.shape)} and linear_weight "
-            f"{tuple(linear_weight.shape)} must be (N, C) and (V, C)"
-        )
-    if linear_weight.numel() == 0:
-        raise ValueError(
-            f"linear_cross_entropy: linear_weight {tuple(linear_weight.shape)} has no classes or no features"
-        )
-    check_targets("linear_cross_entropy", input, target, reduction)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"linear_cross_entropy: chunk_size={chunk_size} must be at least 1 row")
-    dtype = autocast_dtype(input)
-    if not torch.is_autocast_enabled(input.device.type) and input.dtype != linear_weight.dtype:
-        raise ValueError(
-            f"linear_cross_entropy: input is {input.dtype} and linear_weight {linear_weight.dtype}; "
-            "without autocast they must be the same"
-        )
-    needs_gradient = [torch.is_grad_enabled() and t.requires_grad for t in (input, linear_weight)]
-    op = _rows_op if reduction == "none" else _sum_op
-    loss, *_ = op(input, linear_weight, target, ignore_index, chunk_size, dtype, *needs_gradient)
-    return loss if reduction == "none" else reduce(loss, target, ignore_index, reduction)
 
 
 def _inputs(
