@@ -185,8 +185,8 @@ def _load(path: Path) -> Any:
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
             raise ValueError(
-                f"{path} holds more than plain values and tensors; it could run code, so it is refused "
-                f"({reason})"
+                f"{path} cannot be read as plain values and tensors: it is damaged, or holds objects, which "
+                f"could run code ({reason})"
             ) from None
         raise ValueError(f"{path} ({size:,} bytes) is truncated or no checkpoint: {reason}") from None
 

@@ -4,7 +4,6 @@ A config file is Python that sets the names of the flags, as nanoGPT's are. It i
 so a value from a file meets the same checks and the same messages as one from the shell.
 """
 
-import ast
 import difflib
 import importlib
 import inspect
@@ -14,8 +13,8 @@ import re
 import shutil
 import sys
 import textwrap
+import threading
 import traceback
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
@@ -346,47 +345,59 @@ def _flags_of_file(path: Path, described: Mapping[str, Flag], scope: dict[str, A
     It can be an assignment, an import, exec or globals(). The file sees what was set before it, as nanoGPT's
     do. Names that are not flags are ignored, with a hint where one looks like a flag.
     """
-    lines: dict[str, int] = {}  # of the statement that set a name last
+    names = _Names(scope | {"__file__": str(path)}, str(path))
+    slow = threading.Timer(
+        5, print, [f"{path} is still being executed; Ctrl-C stops it"], {"file": sys.stderr}
+    )
+    slow.daemon = True
+    slow.start()
     try:
         # Python itself finds the encoding of bytes, but for UTF-16 and UTF-32.
         content = path.read_bytes()
-        tree = ast.parse(read_text(path) if text_encoding(content) != "utf-8-sig" else content, str(path))
-        scope["__file__"] = str(path)
+        source = content if text_encoding(content) == "utf-8-sig" else read_text(path)
+        code = compile(source, str(path), "exec")
         with _importing_from(path.resolve().parent):
-            # One statement at a time, to know the line where the statement only calls what sets a name.
-            for statement in tree.body:
-                before, namespace = dict(scope), _Namespace(scope)
-                exec(compile(ast.Module([statement], []), str(path), "exec"), scope, namespace)
-                written = {name for name in scope if scope[name] is not before.get(name, MISSING)}
-                lines |= dict.fromkeys(written | namespace.written, statement.lineno)
-    except (Exception, SystemExit) as error:  # whatever the file does
+            exec(code, names)
+    except BaseException as error:  # whatever the file does
         where, line = _position(error, path)
-        raise ValueError(f"{where}, line {line}: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{where}, line {line}: {type(error).__name__}: {error}".rstrip(": ")) from None
+    finally:
+        slow.cancel()
+    # `global` in a function and globals().update are not seen by _Names.
+    changed = (name for name in names if names[name] is not scope.get(name, MISSING))
+    lines = dict.fromkeys(changed) | names.lines
+    scope.update(names)
     flags = []
     for name, line in lines.items():
-        if name in described and name in scope:
+        if name in described and name in names:
             try:
-                flags.append(f"--{name}={read_value(described[name], scope[name])}")
+                flags.append(f"--{name}={read_value(described[name], names[name])}")
             except ValueError as error:
-                raise ValueError(f"{path}, line {line}: {error}") from None
+                raise ValueError(f"{path}{f', line {line}' if line else ''}: {error}") from None
         # Modules and functions that the file imports or defines are not settings.
-        plain = isinstance(scope.get(name), (bool, int, float, str)) and not name.startswith("_")
+        plain = isinstance(names.get(name), (bool, int, float, str)) and not name.startswith("_")
         close = difflib.get_close_matches(name, described, n=1, cutoff=0.8)
         if plain and close and name not in described:
-            print(f"{path}: {name!r} is no flag and is ignored; did you mean {close[0]!r}?", file=sys.stderr)
+            print(
+                f"{path}: {name!r} is not a flag and is ignored; did you mean {close[0]!r}?", file=sys.stderr
+            )
     return flags
 
 
-class _Namespace(ChainMap[str, Any]):
-    """The names of a config file; knows which were written, also where the value is the one from before."""
+class _Names(dict[str, Any]):
+    """The names of the config file `path`, and the line of it that wrote each one last."""
 
-    def __init__(self, names: dict[str, Any]):
+    def __init__(self, names: dict[str, Any], path: str):
         super().__init__(names)
-        self.written: set[str] = set()
+        self.path = path
+        self.lines: dict[str, int | None] = {}
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, value)
-        self.written.add(name)
+        frame = inspect.currentframe()
+        while frame and frame.f_code.co_filename != self.path:
+            frame = frame.f_back
+        self.lines[name] = frame and frame.f_lineno
 
 
 @contextmanager

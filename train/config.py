@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import kernels
-from gpt import cli
-from gpt.atomic import replacing
+from gpt import atomic, cli
 from gpt.cli import UserPath
 from gpt.device import DTYPES, resolve_compile, resolve_dtype
 from gpt.model import RUN_OPTIONS, GPTConfig
@@ -201,8 +200,7 @@ def config_file(config: TrainConfig, given: Mapping[str, Sequence[str]] | None =
 
 def save_config(config: TrainConfig, folder: Path) -> None:
     """Writes `config_file` as config.py. Raises OSError."""
-    with replacing(folder / "config.py") as temporary:
-        temporary.write_text(config_file(config), "utf-8")
+    atomic.write(folder / "config.py", config_file(config))
 
 
 def _multiple(config: TrainConfig, ranks: Ranks) -> int:

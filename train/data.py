@@ -162,6 +162,12 @@ def preflight(files: Mapping[str, Split], before: dict[str, dict[str, Any]]) -> 
             digest.update(ids.astype("<u4").data)
             largest = max(largest, int(ids.max(initial=0)))
         file.check_ids(largest)
+        # Of a vocabulary that the model pads, no token has the last ids.
+        if meta and largest >= meta["vocab_size"]:
+            raise ValueError(
+                f"{file.path} holds the token id {largest:,}, and meta.json beside it says a vocabulary of "
+                f"{meta['vocab_size']:,}: it is damaged; prepare the data again"
+            )
         data[split] = {"tokens": len(file), "sha256_of_pieces": digest.hexdigest()}
         if before.get(split, data[split]) != data[split]:
             raise ValueError(

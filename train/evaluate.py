@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt import cli, pretrained, tokenizer
+from gpt import atomic, cli, pretrained, tokenizer
 from gpt.cli import UserPath
 from gpt.device import autocast, resolve_dtype
 from gpt.model import GPT
@@ -82,7 +82,7 @@ def main() -> None:
         text = to_json(result, indent=1)
         print(text)
         if config.result:
-            Path(config.result).write_text(text + "\n", "utf-8")
+            atomic.write(Path(config.result), text + "\n")
         figures = (result.get("tokens", {}).get("loss", 0), result.get("hellaswag", {}).get("acc", 0))
         if not all(map(math.isfinite, figures)):
             raise ValueError(

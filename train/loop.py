@@ -111,7 +111,7 @@ def train(
 
     # Logging. A run compiles before its first step, so that no step's time includes the compiler.
     metrics = Metrics(config, ranks, model, view or Lines(), progress, before.config)
-    del before  # its tensors are the old file, mapped into memory
+    del before, start  # their tensors are the old file, mapped into memory
     metrics.start(len(train_file), len(eval_files["val"]))
     if fitted:
         metrics.print(fitted)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from gpt import tokenizer
+from gpt import atomic, tokenizer
 from train import shards
 from train.prepare import documents
 from train.prepare.documents import Corpus, Pieces
@@ -217,9 +217,9 @@ def _finish(folder: Path, described: dict[str, Any], meta: dict[str, Any]) -> No
     (folder / "meta.pkl").unlink(missing_ok=True)
     (folder / "tokenizer.json").unlink(missing_ok=True)
     if described["kind"] == "json":
-        (folder / "tokenizer.json").write_text(described["json"], "utf-8")
+        atomic.write(folder / "tokenizer.json", described["json"])
     if described["kind"] == "char":
         tokenizer.write_meta(folder / "meta.pkl", described["symbols"])
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
+    atomic.write(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     for name in ("val", "train"):
         (folder / f"{name}.bin.partial").replace(folder / f"{name}.bin")
