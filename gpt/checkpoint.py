@@ -166,9 +166,16 @@ def _check_sizes(config: GPTConfig, weights: dict[str, Tensor], path: Path) -> N
             )
 
 
+def missing(path: Path) -> FileNotFoundError:
+    """Says that there is no checkpoint, and which there are."""
+    runs = sorted(str(checkpoint.parent) for checkpoint in Path().glob("*/ckpt.pt"))
+    others = f"the runs here are {', '.join(runs)}" if runs else "make quickstart makes a first run"
+    return FileNotFoundError(f"there is no checkpoint {path}; {others}")
+
+
 def _load(path: Path) -> Any:
     if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise missing(path)
     size = regular(path).stat().st_size
     try:
         # torch.load maps the file and looks at none of this.

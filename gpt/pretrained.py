@@ -49,6 +49,11 @@ def best_or_latest(out_dir: Path) -> Path:
     return best if wants_best else latest
 
 
+def source_of(init_from: str, out_dir: str) -> str:
+    """What sampling and evaluation load: "resume" is the checkpoint in `out_dir`."""
+    return str(best_or_latest(Path(out_dir))) if init_from == "resume" else init_from
+
+
 def checkpoint_in(source: str) -> str:
     """The path of the checkpoint where `source` is the folder of a run; else `source`.
 

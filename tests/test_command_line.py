@@ -238,7 +238,7 @@ def test_the_config_file_beside_the_checkpoint_gives_the_same_run(workplace, opt
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        (["--n_layers=3"], 2, ["--n_layers=3", "Perhaps you meant", "--n_layer"]),
+        (["--n_layers=3"], 2, ["there is no flag --n_layers (did you mean --n_layer?)"]),
         (["--n_layer=three"], 2, ["--n_layer", "three"]),
         (["--dropout=x"], 2, ["--dropout", "x"]),
         (["--compile=maybe"], 2, ["--compile", "maybe", "True", "False"]),

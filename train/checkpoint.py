@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gpt import tokenizer
 from gpt.atomic import flush, replacing
-from gpt.checkpoint import Checkpoint, model_args, read, write
+from gpt.checkpoint import Checkpoint, missing, model_args, read, write
 from gpt.model import GPT, RUN_OPTIONS
 from gpt.pretrained import (
     GPT2_NAMES,
@@ -201,7 +201,7 @@ def newest_whole(latest: Path) -> tuple[Path, Checkpoint]:
             problems.append(error)
             print(f"{path} is damaged ({error}): looking for the one before", flush=True)
     if not problems:
-        raise FileNotFoundError(f"there is no checkpoint {latest}")
+        raise missing(latest)
     raise ValueError(
         f"{problems[0]}; no checkpoint beside it is whole either: put a copy of one in its place, or start a "
         "new run in another --out_dir"
