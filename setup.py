@@ -49,7 +49,6 @@ setup(
         "triton>=3.6,<3.10; platform_system == 'Linux'",
         "numpy",
         "tiktoken",
-        "tyro",
         "rich",
         "matplotlib",
     ],

@@ -31,6 +31,7 @@ def convert(source: str, target: Path, vocab_size: int | None = None) -> None:
     """Prints what was written, and what differs. Raises ValueError, OSError; never writes over anything."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} is there already; remove it, or choose another name")
+    print(f"reading {source}", file=sys.stderr)
     model, described = load(source)
     symbols = tokenizer.vocab_size(described)
     had = model.config.vocab_size
@@ -48,6 +49,7 @@ def convert(source: str, target: Path, vocab_size: int | None = None) -> None:
         print(f"vocabulary: {had} rows for {symbols} symbols; --vocab_size={symbols} leaves the padding out")
     elif had != symbols:
         print(f"vocabulary: {had} rows for the {symbols} symbols of the tokenizer; all rows are kept")
+    print(f"writing {target}", file=sys.stderr)
     if target.suffix == ".pt":
         save_checkpoint(model, described, target)
         if model.config.activation != "gelu":

@@ -94,7 +94,7 @@ def load(folders: list[Path]) -> list[Run]:
 def draw(runs: list[Run], x: str = "step") -> Any:
     """A matplotlib Figure. The `gid` of a line is the field of metrics.jsonl it shows, or "smoothed"."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=(2, 1))
@@ -113,10 +113,12 @@ def draw(runs: list[Run], x: str = "step") -> Any:
         loss = column(run.steps, "loss")
         alone, smooth = len(runs) == 1, len(loss) >= SMOOTHED
         faint = (0.25 if alone else 0.12) if smooth else 0.5
-        top.plot(at, loss, color=colour, lw=0.7, alpha=faint, gid="loss")
+        named = "training loss" if alone else None
+        top.plot(at, loss, color=colour, lw=0.7, alpha=faint, gid="loss", label=None if smooth else named)
         if smooth:
+            line = smoothed(loss, len(loss) // 50)
             clear = 0.8 if alone else 0.4
-            top.plot(at, smoothed(loss, len(loss) // 50), color=colour, lw=1.2, alpha=clear, gid="smoothed")
+            top.plot(at, line, color=colour, lw=1.2, alpha=clear, gid="smoothed", label=named)
         if alone:
             top.plot(
                 evaluated, column(run.evaluations, "train/loss"), "s", color=colour, mfc="white", ms=5,
@@ -142,6 +144,7 @@ def draw(runs: list[Run], x: str = "step") -> Any:
     for axes in figure.axes:
         axes.set_xlabel(f"time of the steps, {unit}" if x == "time" else unit)
         axes.xaxis.set_major_formatter("{x:,g}")
+        axes.xaxis.set_major_locator(MaxNLocator(10 if axes is top else 4))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return figure

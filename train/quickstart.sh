@@ -9,6 +9,7 @@ if "$PYTHON" -m train.prepare "$DATA"; then :; else
     "$PYTHON" -m train.prepare "$DATA"
 fi
 out="out-quickstart-$DATA"
+echo "Training into $out. Ctrl-C saves and stops; make quickstart goes on from there."
 "$PYTHON" -m train quickstart --dataset="$DATA" --out_dir="$out"
 "$PYTHON" -m train.plot "$out"
 echo
@@ -24,10 +25,11 @@ print(f"final validation loss: {last['val/loss']:.3f} nats a character, after {l
 END
 cat <<END
 
-The run is in $out: ckpt.pt, metrics.jsonl, loss.png. What to try next, with .venv/bin/python:
-  more samples         -m gpt.sample --out_dir=$out --temperature=0.5
-  a text of your own   -m train.prepare text --input=FILE --tokenizer=char --name=mine
-                       -m train quickstart --dataset=mine --out_dir=out-mine
-  a larger model       -m train train_shakespeare_char --dataset=$DATA     (minutes on a GPU)
-  every setting        -m train --help
+The run is in $out: ckpt.pt, metrics.jsonl, loss.png. What to try next:
+  source .venv/bin/activate                                                        # once in a shell
+  python -m gpt.sample $out --temperature=0.5                                      # more samples
+  python -m train.prepare text --input=FILE --tokenizer=char --name=mine           # a text of your own, then
+  python -m train quickstart --dataset=mine --out_dir=out-mine                     # a model of it
+  python -m train train_shakespeare_char --dataset=$DATA --out_dir=out-larger      # larger: minutes on a GPU
+  python -m train --help                                                           # every setting
 END

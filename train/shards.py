@@ -49,7 +49,7 @@ def find(path: Path) -> list[Path]:
     if not shards:
         raise FileNotFoundError(
             f"there is no {path}, and no shard with the word {path.stem} in its name (such as "
-            f"web_{path.stem}_000001.bin) in its place: prepare the data first, see python -m train.prepare"
+            f"web_{path.stem}_000001.bin) in its place"
         )
     return shards
 

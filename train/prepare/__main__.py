@@ -71,11 +71,11 @@ def main() -> None:
             raise ValueError(f"inspect takes the name of one data set, as in: {prog} plays_char")
         inspect(Path("data", args[0]))
     elif name == "tokenizer":
-        train = cli.parse(TokenizerConfig, args, prog)
+        train = cli.parse(TokenizerConfig, args, prog, path_flag="input")
         corpus = documents.files(train.input, train.field)
         train_tokenizer(corpus, train.vocab_size, Path(train.output))
     elif name == "text":
-        config = cli.parse(PrepareConfig, args, prog)
+        config = cli.parse(PrepareConfig, args, prog, path_flag="input")
         folder = Path("data", config.name)
         if folder == Path("data"):
             raise ValueError(f"name={config.name!r} names no data set: give one, such as --name=mine")
