@@ -323,8 +323,8 @@ def _norm_backward_kernel(
         for i in tl.static_range(tiles):
             dys = dys + (_load(DY, row, dy_stride, rows, i, C, COLUMNS),)
             x = _load(X, row, x_stride, rows, i, C, COLUMNS)
-            # Without MEAN, xhat = y / weight. That requires bias = 0: if we had to subtract a bias from y, the
-            # digits of a small xhat would cancel. Beyond column C xhat may not be 0, but dy is 0.
+            # Without MEAN, xhat = y / weight. There must be no bias: to subtract one from y would cancel the
+            # digits of a small xhat. Beyond column C xhat may not be 0, but dy is 0.
             xhats = xhats + (x * inverse_ws[i] if MEAN is None else (x - mean[:, None]) * rstd[:, None],)
         sum_g = tl.zeros((ROWS, COLUMNS), tl.float32)
         sum_g_xhat = tl.zeros((ROWS, COLUMNS), tl.float32)
