@@ -188,8 +188,9 @@ def _launch_sum(
     d_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> the sum of the losses () fp32, dinput, dweight in fp32. A gradient that is not needed is empty."""
-    # The gradients here are those of the *sum* of the losses. `_backward_of_sum` multiplies them in fp32 by the
-    # upstream gradient, which includes the 1 / N of a mean. Multiplying G by 1 / N would underflow in fp16.
+    # The gradients here are those of the *sum* of the losses. `_backward_of_sum` multiplies them in fp32 by
+    # the upstream gradient, which includes the 1 / N of a mean. Multiplying G by 1 / N would underflow in
+    # fp16.
     losses = input.new_empty(input.shape[0], dtype=torch.float32)
     chunks = _Chunks(input, weight, chunk_size, dtype, d_input, d_weight)
     for chunk, logits in chunks:
