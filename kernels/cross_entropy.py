@@ -141,10 +141,9 @@ def _lse2(X, lead, end, BLOCK: tl.constexpr, ALIGN: tl.constexpr, FRINGE: tl.con
     if FRINGE:
         start, stop = _interior(lead, end, ALIGN)
         fringe, mask = _fringe(lead, end, ALIGN)
-        x = tl.load(X + fringe, mask=mask, other=-float("inf"))
-        fringe_m, fringe_l = _accumulate(
-            x, tl.full((1,), -float("inf"), tl.float32), tl.zeros((1,), tl.float32)
-        )
+        x_fringe = tl.load(X + fringe, mask=mask, other=-float("inf"))
+        fringe_m = tl.full((1,), -float("inf"), tl.float32)
+        fringe_m, fringe_l = _accumulate(x_fringe, fringe_m, tl.zeros((1,), tl.float32))
         # Add the fringe to row 0. The other rows may have a maximum that is too large.
         m_i = tl.maximum(m_i, tl.max(fringe_m, 0))
         l_i = tl.where(tl.arange(0, BLOCK // ALIGN) == 0, tl.sum(fringe_l, 0), l_i)

@@ -375,8 +375,9 @@ def _norm_sum_kernel(
     total = tl.zeros((PROGRAMS, COLUMNS), tl.float32)
     for first in range(0, programs, PROGRAMS):
         program = first + tl.arange(0, PROGRAMS)
-        pointers = PARTIAL_SUMS + (which * programs + program[:, None]) * C + col[None, :]
-        total += tl.load(pointers, mask=(program < programs)[:, None] & (col < C)[None, :], other=0)
+        offsets = (which * programs + program[:, None]) * C + col[None, :]
+        mask = (program < programs)[:, None] & (col < C)[None, :]
+        total += tl.load(PARTIAL_SUMS + offsets, mask=mask, other=0)
     gradient = tl.sum(total, 0)
     # Branches, because the interpreter of Triton 3.9 turns a scalar condition in a mask into an int32.
     if DW is not None:
