@@ -422,12 +422,12 @@ def _settings_of_file(path: Path, described: Mapping[str, Flag], scope: dict[str
     lines = dict.fromkeys(changed) | names.lines
     scope.update(names)
     settings = {}
-    for name, line in lines.items():
+    for name, number in lines.items():
         if name in described and name in names:
             try:
                 settings[name] = read_value(described[name], names[name])
             except ValueError as error:
-                raise ValueError(f"{path}{f', line {line}' if line else ''}: {error}") from None
+                raise ValueError(f"{path}{f', line {number}' if number else ''}: {error}") from None
         # Modules and functions that the file imports or defines are not settings.
         plain = isinstance(names.get(name), (bool, int, float, str)) and not name.startswith("_")
         close = difflib.get_close_matches(name, described, n=1, cutoff=0.8)

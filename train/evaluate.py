@@ -81,7 +81,7 @@ def main() -> None:
             raise
         raise ValueError(f"out of memory: try a smaller batch_size than {config.batch_size}") from error
     if ranks.is_main:
-        print(to_json(_rounded(result), indent=1))
+        print(to_json(_rounded(result) if sys.stdout.isatty() else result, indent=1))
         if config.result:
             atomic.write(Path(config.result), to_json(result, indent=1) + "\n")
         figures = (result.get("tokens", {}).get("loss", 0), result.get("hellaswag", {}).get("acc", 0))
@@ -120,7 +120,7 @@ def _own_data(source: str) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits of each number; the file of `result` has all."""
+    """Five digits of each number, for a reader; programs get all."""
     if isinstance(value, dict):
         return {key: _rounded(part) for key, part in value.items()}
     return float(f"{value:.5g}") if isinstance(value, float) else value
