@@ -98,7 +98,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
     source = pretrained.source_of(config.init_from, config.out_dir)
     torch.backends.cuda.matmul.allow_tf32 = True
     dtype = resolve_dtype(config.dtype, ranks.device)
-    model, described = pretrained.load(source, ranks.device, dtype, dropout=0.0, kernels=config.kernels)
+    with cli.IfSlow(f"reading {source}", ranks.is_main):
+        model, described = pretrained.load(source, ranks.device, dtype, dropout=0.0, kernels=config.kernels)
     model.eval()
     result: dict[str, Any] = {"model": source, "dtype": dtype}
     with torch.no_grad(), autocast(ranks.device, dtype):
