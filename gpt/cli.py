@@ -377,6 +377,21 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+class IfSlow(threading.Timer):
+    """Prints a line on stderr where the code inside takes longer than five seconds."""
+
+    def __init__(self, text: str, enabled: bool = True):
+        super().__init__(5, print, [text], {"file": sys.stderr, "flush": True})
+        self.daemon, self.enabled = True, enabled
+
+    def __enter__(self) -> None:
+        if self.enabled:
+            self.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.cancel()
+
+
 def command(module: str, *words: object) -> str:
     """A command of this project that can be pasted where this one was typed."""
     python = sys.executable
@@ -410,34 +425,27 @@ def _settings_of_file(path: Path, described: Mapping[str, Flag], scope: dict[str
     do. Names that are not flags are ignored, with a hint where one looks like a flag.
     """
     names = _Names(scope | {"__file__": str(path)}, str(path))
-    slow = threading.Timer(
-        5, print, [f"{path} is still being executed; Ctrl-C stops it"], {"file": sys.stderr}
-    )
-    slow.daemon = True
-    slow.start()
     try:
         # Python itself finds the encoding of bytes, but for UTF-16 and UTF-32.
         content = path.read_bytes()
         source = content if text_encoding(content) == "utf-8-sig" else read_text(path)
         code = compile(source, str(path), "exec")
-        with _importing_from(path.resolve().parent):
+        with _importing_from(path.resolve().parent), IfSlow(f"executing {path}; Ctrl-C stops it"):
             exec(code, names)
     except BaseException as error:  # whatever the file does
         where, line = _position(error, path)
         raise ValueError(f"{where}, line {line}: {type(error).__name__}: {error}".rstrip(": ")) from None
-    finally:
-        slow.cancel()
     # `global` in a function and globals().update are not seen by _Names.
     changed = (name for name in names if names[name] is not scope.get(name, MISSING))
     lines = dict.fromkeys(changed) | names.lines
     scope.update(names)
     settings = {}
-    for name, line in lines.items():
+    for name, number in lines.items():
         if name in described and name in names:
             try:
                 settings[name] = read_value(described[name], names[name])
             except ValueError as error:
-                raise ValueError(f"{path}{f', line {line}' if line else ''}: {error}") from None
+                raise ValueError(f"{path}{f', line {number}' if number else ''}: {error}") from None
         # Modules and functions that the file imports or defines are not settings.
         plain = isinstance(names.get(name), (bool, int, float, str)) and not name.startswith("_")
         close = difflib.get_close_matches(name, described, n=1, cutoff=0.8)

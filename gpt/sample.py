@@ -63,7 +63,8 @@ def load(config: SampleConfig, device: str) -> tuple[GPT, tokenizer.Tokenizer]:
     """The model in eval mode on `device`, and the tokenizer it was trained with."""
     source = pretrained.source_of(config.init_from, config.out_dir)
     dtype = resolve_dtype(config.dtype, device)
-    model, described = pretrained.load(source, device, dtype, dropout=0.0, kernels=config.kernels)
+    with cli.IfSlow(f"reading {source}"):
+        model, described = pretrained.load(source, device, dtype, dropout=0.0, kernels=config.kernels)
     return model.eval(), tokenizer.from_dict(described)
 
 

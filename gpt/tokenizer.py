@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import sys
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -489,6 +490,8 @@ def _gpt2_bpe() -> Any:
     if cache.startswith("~"):
         raise ValueError("GPT-2's tokenizer needs a folder for its files: set HOME or TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = cache
+    if not all(Path(cache, sha1).exists() for sha1 in TIKTOKEN_FILES.values()):
+        print("downloading GPT-2's vocabulary, once", file=sys.stderr)
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError:  # as requests' errors are

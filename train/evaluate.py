@@ -81,7 +81,7 @@ def main() -> None:
             raise
         raise ValueError(f"out of memory: try a smaller batch_size than {config.batch_size}") from error
     if ranks.is_main:
-        print(to_json(_rounded(result), indent=1))
+        print(to_json(_rounded(result) if sys.stdout.isatty() else result, indent=1))
         if config.result:
             atomic.write(Path(config.result), to_json(result, indent=1) + "\n")
         figures = (result.get("tokens", {}).get("loss", 0), result.get("hellaswag", {}).get("acc", 0))
@@ -98,7 +98,8 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
     source = pretrained.source_of(config.init_from, config.out_dir)
     torch.backends.cuda.matmul.allow_tf32 = True
     dtype = resolve_dtype(config.dtype, ranks.device)
-    model, described = pretrained.load(source, ranks.device, dtype, dropout=0.0, kernels=config.kernels)
+    with cli.IfSlow(f"reading {source}", ranks.is_main):
+        model, described = pretrained.load(source, ranks.device, dtype, dropout=0.0, kernels=config.kernels)
     model.eval()
     result: dict[str, Any] = {"model": source, "dtype": dtype}
     with torch.no_grad(), autocast(ranks.device, dtype):
@@ -120,7 +121,7 @@ def _own_data(source: str) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits of each number; the file of `result` has all."""
+    """Five digits of each number, for a reader; programs get all."""
     if isinstance(value, dict):
         return {key: _rounded(part) for key, part in value.items()}
     return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpt import cli
 from gpt.checkpoint import Checkpoint
 from gpt.device import autocast
 from gpt.model import GPT
@@ -68,14 +69,16 @@ def train(
     # The beginning: new weights, the run's own checkpoint, or weights from elsewhere. Settings that this
     # machine cannot meet are refused before anything is written.
     config = resolve(config, ranks)
-    start = checkpoint.find_start(config, given, ranks)
+    with cli.IfSlow("checking the checkpoint", ranks.is_main):
+        start = checkpoint.find_start(config, given, ranks)
     if ranks.is_main:
         checkpoint.make_folder(out_dir)
     config = replace(config, dataset=start.dataset)
     data_dir = Path("data", config.dataset)
     tokenizer = describe(data_dir)
     resumes = start.source == "resume"
-    model, before = checkpoint.initial_model(config, given, tokenizer, ranks, start)
+    with cli.IfSlow("making the model", ranks.is_main):
+        model, before = checkpoint.initial_model(config, given, tokenizer, ranks, start)
     config = replace(config, model=model.config)
     tokenizer = known_tokenizer(tokenizer, before.tokenizer or tokenizer, model, data_dir)
     if ranks.differ(before.iter_num):
@@ -105,7 +108,8 @@ def train(
         for split in ("train", "val")
     }
     same_data = before.config.get("dataset") == config.dataset
-    data = preflight(eval_files, before.data if same_data else {})
+    with cli.IfSlow("checking the data", ranks.is_main):
+        data = preflight(eval_files, before.data if same_data else {})
     micro_batches = read_ahead(train_file, progress.position, config.micro_batch, ranks)
     # gradient_accumulation_steps counts over all ranks, so that the step is the same on one GPU and on eight.
     accumulation = config.gradient_accumulation_steps // ranks.world_size
@@ -183,7 +187,8 @@ def train(
             saver.save(progress, best=False)
             break
 
-    saver.wait()
+    with metrics.paused("saving"):
+        saver.wait()
     profile.finish(progress.iter_num)
     if not last:
         metrics.stop(progress.iter_num, stop.received if stop else None)

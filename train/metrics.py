@@ -22,7 +22,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from io import TextIOWrapper
@@ -182,7 +182,8 @@ class Metrics:
         if self.ranks.is_main and latest.exists():
             self.view.close()
             self.print(
-                f"the run is done: {latest} has made {step:,} steps, lowest validation loss {best_val_loss:.4f}\n"
+                f"the run is done: {latest} has made {step:,} steps, "
+                f"lowest validation loss {best_val_loss:.4f}\n"
                 f"  sample from it  {cli.command('gpt.sample', self.config.out_dir)}\n"
                 f"  train further   {resume_command(self.config, self.ranks, **twice_as_long(self.config))}"
             )
@@ -192,7 +193,7 @@ class Metrics:
         """What runs inside is not counted into the time of a step."""
         self._synchronize()
         paused = time.perf_counter()
-        with self.view.busy(doing):
+        with self.view.busy(doing) if self.ranks.is_main else nullcontext():
             yield
         self._synchronize()
         seconds = time.perf_counter() - paused

@@ -105,7 +105,7 @@ def draw(runs: list[Run], x: str = "step") -> Any:
         "tokens_per_s": figure.add_subplot(grid[1, 2], sharex=top, title="tokens/s"),
     }
     farthest = max(run.behind(x)(column(run.steps + run.evaluations, "iter")).max() for run in runs)
-    scale, unit = [u for u in UNITS[x] if u[0] <= max(farthest / 2, 1)][-1]
+    scale, unit = [u for u in UNITS[x] if u[0] <= max(farthest, 1)][-1]
     for i, run in enumerate(runs):
         colour, dashes = COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--"
         at = run.behind(x)(column(run.steps, "iter")) / scale
@@ -140,11 +140,11 @@ def draw(runs: list[Run], x: str = "step") -> Any:
     panels["grad_norm"].yaxis.set_minor_formatter("")
     panels["tokens_per_s"].set_ylim(bottom=0)
     panels["tokens_per_s"].yaxis.set_major_formatter("{x:,.0f}")
+    top.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))  # the small panels share it
     top.legend(loc="upper right")
     for axes in figure.axes:
         axes.set_xlabel(f"time of the steps, {unit}" if x == "time" else unit)
         axes.xaxis.set_major_formatter("{x:,g}")
-        axes.xaxis.set_major_locator(MaxNLocator(10 if axes is top else 4))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from gpt import cli
+
 Item = TypeVar("Item")
 
 # Under these names nanoGPT prints what is told at the start.
@@ -22,6 +24,7 @@ class Lines:
 
     estimated = False  # how long the run will take
     doing = "starting"
+    says_if_slow = True
     last_print = math.inf
 
     def print(self, text: str) -> None:
@@ -41,7 +44,8 @@ class Lines:
     def busy(self, doing: str) -> Iterator[None]:
         """Shown while something other than training runs."""
         before, self.doing = self.doing, doing
-        yield
+        with cli.IfSlow(doing, self.says_if_slow):
+            yield
         self.doing = before
 
     def part(self, done: int, total: int) -> None:
@@ -76,6 +80,7 @@ class Lines:
 class LiveView(Lines):
     """The figures of the last logged step, redrawn in place; everything else scrolls by above them."""
 
+    says_if_slow = False
     CELL = 18  # columns of a label and its figure
     GAP = 2
 

@@ -69,7 +69,8 @@ def main() -> None:
     elif name == "inspect":
         if len(args) != 1:
             raise ValueError(f"inspect takes the name of one data set, as in: {prog} plays_char")
-        inspect(Path("data", args[0]))
+        with cli.IfSlow("reading all of it"):
+            inspect(Path("data", args[0]))
     elif name == "tokenizer":
         train = cli.parse(TokenizerConfig, args, prog, path_flag="input")
         corpus = documents.files(train.input, train.field)
