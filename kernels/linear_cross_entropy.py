@@ -134,7 +134,7 @@ class _Chunks:
         self.dweight = allocate(weight.shape if d_weight else 0, dtype=torch.float32)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yields (chunk, its logits). The logits of all chunks share memory, and callers may overwrite them."""
+        """Yields (chunk, its logits). All chunks share the logits' memory, and callers may overwrite it."""
         for start in range(0, self.input.shape[0], max(1, self.rows)):
             chunk = slice(start, start + self.rows)
             x = self.input[chunk].to(self.logits.dtype)
