@@ -396,6 +396,8 @@ def _find(name: str, presets: Path | None) -> Path:
     path = Path(read_path(name))
     if path.is_file():
         return path
+    if (path / "config.py").is_file():  # of a run
+        return path / "config.py"
     known = {p.stem: p for p in sorted(presets.glob("*.py"))} if presets else {}
     if path.stem in known and path.parent == Path():
         return known[path.stem]
