@@ -385,7 +385,7 @@ class IfSlow(threading.Timer):
 def command(module: str, *words: object) -> str:
     """A command of this project that can be pasted where this one was typed."""
     python = sys.executable
-    if shutil.which("python") == python:
+    if Path(shutil.which("python") or "").parent == Path(python).parent:  # torchrun's is python3
         python = "python"
     elif Path(python).is_relative_to(Path.cwd()):
         python = str(Path(python).relative_to(Path.cwd()))
