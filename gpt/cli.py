@@ -104,7 +104,7 @@ def _setting(word: str, value: str | None, described: Mapping[str, Flag]) -> dic
         hint = f" (did you mean --{close[0]}?)" if close else ""
         raise ValueError(f"there is no flag {word}{hint}; --help lists them")
     if value is None:
-        raise ValueError(f"--{name} needs a value, as in --{name}={described[name].default}")
+        raise ValueError(f"--{name} needs a value: {described[name].help}")
     try:
         if described[name].type is not UserPath:  # names of files stay as the system gave them
             value = typed_text(value, sys.getfilesystemencoding())
