@@ -367,6 +367,11 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def install(extra: str) -> str:
+    """The command that installs the packages of one of setup.py's extras."""
+    return command("pip", "install", "-e", f".[{extra}]")
+
+
 class IfSlow(threading.Timer):
     """Prints a line on a terminal where the code inside takes longer than five seconds."""
 
