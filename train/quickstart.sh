@@ -23,13 +23,12 @@ from train.metrics import read
 last = [r for r in read(Path(sys.argv[1], "metrics.jsonl")) if "val/loss" in r][-1]
 print(f"final validation loss: {last['val/loss']:.3f} nats a character, after {last['iter']} steps")
 END
-cat <<END
-
-The run is in $out: ckpt.pt, metrics.jsonl, loss.png. What to try next:
-  source .venv/bin/activate                                                        # once in a shell
-  python -m gpt.sample $out --temperature=0.5                                      # more samples
-  python -m train.prepare text --input=FILE --tokenizer=char --name=mine           # a text of your own, then
-  python -m train quickstart --dataset=mine --out_dir=out-mine                     # a model of it
-  python -m train train_shakespeare_char --dataset=$DATA --out_dir=out-larger      # larger: minutes on a GPU
-  python -m train --help                                                           # every setting
-END
+hint() { printf '  %-76s # %s\n' "$1" "$2"; }
+echo
+echo "The run is in $out: ckpt.pt, metrics.jsonl, loss.png. What to try next:"
+hint "source .venv/bin/activate" "once in a shell"
+hint "python -m gpt.sample $out --temperature=0.5" "more samples"
+hint "python -m train.prepare text --input=FILE --tokenizer=char --name=mine" "a text of your own"
+hint "python -m train quickstart --dataset=mine --out_dir=out-mine" "a model of it"
+hint "python -m train train_shakespeare_char --dataset=$DATA --out_dir=out-larger" "minutes on a GPU"
+hint "python -m train --help" "every setting"
