@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt import atomic
+from gpt.cli import install
 from gpt.reading import parse_json, read_json, read_text, regular
 
 GPT2_VOCAB_SIZE = 50257
@@ -109,7 +110,7 @@ class JsonTokenizer:
             from tokenizers import Tokenizer as Bpe
         except ImportError:
             raise ValueError(
-                "a tokenizer.json is read by the package tokenizers: pip install -e '.[data]'"
+                f"a tokenizer.json is read by the package tokenizers: {install('data')}"
             ) from None
         self.description = description
         self.vocab_size = _json_vocab_size(description, "the tokenizer.json")

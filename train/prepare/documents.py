@@ -309,7 +309,7 @@ def _load(what: str, path: str, part: str | None = None, **options: Any) -> Any:
     except ImportError:
         raise ValueError(
             ".jsonl, .parquet and the Hugging Face hub are read by the package datasets: "
-            "pip install -e '.[data]'"
+            f"{cli.install('data')}"
         ) from None
     try:
         return load_dataset(path, part, split="train", **options)
