@@ -749,7 +749,9 @@ def test_another_package_called_kernels_is_told(tmp_path, file, content):
     program = f"import sys, runpy; sys.path[:0] = [{str(tmp_path)!r}]\n"
     if file == "readme.txt":  # as an editable install is looked for last, a folder without __init__.py wins
         program += "import types; sys.modules['kernels'] = kernels = types.ModuleType('kernels')\n"
-        program += f"kernels.__path__ = [{str(tmp_path / 'kernels')!r}]\n"
+        program += "from importlib.machinery import ModuleSpec\n"
+        program += "kernels.__spec__ = ModuleSpec('kernels', None, is_package=True)\n"
+        program += f"kernels.__spec__.submodule_search_locations = [{str(tmp_path / 'kernels')!r}]\n"
     program += "runpy.run_module('train', run_name='__main__')"
     code, err = started(tmp_path, "-c", program)
     assert code == 1 and err.count("\n") == 1
