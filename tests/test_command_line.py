@@ -250,8 +250,8 @@ def test_the_config_file_beside_the_checkpoint_gives_the_same_run(workplace, opt
         (["--n_embd=33"], 1, ["n_embd=33 is not divisible by n_head=2"]),
         (["--kernels=tritn"], 1, ["no implementation of layer_norm is called 'tritn'"]),
         (["--kernels=torch,atention=torch"], 1, ["did you mean 'attention'?"]),
-        (["--device=gpu"], 1, ["device='gpu' is none of auto, cpu, mps, cuda"]),
-        (["--dtype=int8"], 1, ["dtype='int8' is none of auto, float32, bfloat16, float16"]),
+        (["--device=gpu"], 1, ["device='gpu' must be auto, cpu, mps, cuda"]),
+        (["--dtype=int8"], 1, ["dtype='int8' must be auto, float32, bfloat16, float16"]),
         (["--batch_size=0"], 1, ["batch_size=0 must be at least 1"]),
         (["--dropout=1.0"], 1, ["dropout=1.0 must be at least 0 and below 1"]),
         (["--vocab_size=-5"], 1, ["vocab_size=-5 must be at least 1"]),
@@ -282,7 +282,7 @@ def test_a_mistake_is_one_clear_message(workplace, monkeypatch, capsys, flags, c
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_told(workplace, monkeypatch, capsys):
     _, _, err = command(training.main, monkeypatch, capsys, *TINY, "--device=cuda")
-    assert err == "error: device='cuda' was asked for, but this PyTorch sees no GPU; try --device=auto\n"
+    assert err == "error: device='cuda' is not available: PyTorch sees no GPU; try --device=auto\n"
 
 
 def test_accumulation_that_does_not_divide_and_nccl_without_gpus():
