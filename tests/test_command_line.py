@@ -720,7 +720,7 @@ def test_a_rank_without_the_rest_of_torchrun_is_told(workplace):
     code, err = started(workplace, "-m", "train", *TINY, RANK="0", WORLD_SIZE="1", MASTER_ADDR=None)
     assert (code, err) == (
         1,
-        "error: RANK=0 is set, as for a rank of torchrun, and MASTER_ADDR, MASTER_PORT not: "
+        "error: RANK=0 is set, but MASTER_ADDR, MASTER_PORT of torchrun not: "
         "start it with torchrun, or unset RANK for a run in one process\n",
     )
 

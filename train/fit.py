@@ -12,7 +12,7 @@ import torch
 
 from gpt.model import GPT
 from train.config import TrainConfig
-from train.distributed import Ranks, random_numbers_kept
+from train.distributed import Ranks, same_random_numbers
 
 MARGIN = 0.07  # of the memory: for NCCL, for fragments, for whoever else uses the GPU
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
@@ -36,7 +36,7 @@ def micro_batch(
     share = size = sequences // ranks.world_size
     model.cpu()
     release(ranks.device)
-    with random_numbers_kept(ranks):
+    with same_random_numbers(ranks):
         # The smallest GPU decides.
         while ranks.any((peak := peak_bytes(trial, size, model, ranks)) > (1 - MARGIN) * total):
             if size == 1:
