@@ -4,9 +4,14 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-if find_spec("torch") is None:
+from gpt.cli import IfSlow
+
+try:
+    with IfSlow("loading PyTorch"):
+        import torch  # noqa: F401
+except ModuleNotFoundError as error:
     sys.exit(
-        f"error: PyTorch is not installed for {sys.executable}: run make install once, and then "
+        f"error: {error.name} is not installed for {sys.executable}: run make install once, and then "
         "source .venv/bin/activate in each shell"
     )
 

@@ -115,10 +115,13 @@ def read(path: Path) -> Checkpoint:
 
 
 def missing(path: Path) -> FileNotFoundError:
-    """The error for a checkpoint that does not exist. It lists those that do."""
+    return FileNotFoundError(f"there is no checkpoint {path}; {runs_here()}")
+
+
+def runs_here() -> str:
+    """A hint for a run that does not exist: the runs that do."""
     runs = sorted(str(checkpoint.parent) for checkpoint in Path().glob("*/ckpt.pt"))
-    others = f"the runs here are {', '.join(runs)}" if runs else "make quickstart makes a first run"
-    return FileNotFoundError(f"there is no checkpoint {path}; {others}")
+    return f"the runs here are {', '.join(runs)}" if runs else "make quickstart makes a first run"
 
 
 def _checkpoint_from(values: Any) -> Checkpoint:

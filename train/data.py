@@ -45,12 +45,8 @@ def _how_to_prepare(folder: Path) -> str:
             f"{cli.command('train.prepare', 'text', '--input=FILE', f'--name={name}')} makes it of a text"
         )
     names = sorted(path.parent.name for path in folder.parent.glob("*/train.bin"))
-    others = (
-        f"; --dataset={names[0]} is there"
-        if names
-        else "; make quickstart prepares a small one and trains on it"
-    )
-    return command + others
+    others = f"; --dataset={names[0]} is there" if names else ""
+    return f"{command}{others}; make quickstart begins with a small one"
 
 
 class Split:

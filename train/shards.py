@@ -31,6 +31,8 @@ def find(path: Path) -> list[Path]:
     """
     if path.exists():
         return [regular(path)]
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no {path}")
     own = WORDS.get(path.stem, {path.stem})
     other = set().union(*(words for split, words in WORDS.items() if split != path.stem))
     shards = []
