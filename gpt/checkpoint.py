@@ -44,21 +44,15 @@ class Checkpoint:
     """
 
     # nanoGPT's keys
-
-    # the weights, by their name in GPT.state_dict()
-    model: dict[str, Tensor]
-    # seven fields of GPTConfig, used if gpt_config is missing
-    model_args: dict[str, Any]
-    # train.checkpoint.restore reads the moments and step counts; learning rate and decay come from the flags
+    model: dict[str, Tensor]  # the weights, by their name in GPT.state_dict()
+    model_args: dict[str, Any]  # seven fields of GPTConfig, used if gpt_config is missing
+    # train.checkpoint.restore reads moments and step counts; learning rate and decay come from the flags
     optimizer: Moments | None = None
-    # number of steps made
-    iter_num: int = 0
+    iter_num: int = 0  # steps made
     best_val_loss: float = math.inf
-    # all flags of the run; a resumed run compares its own with them
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)  # all flags of the run, to compare when it resumes
 
     # our keys
-
     # all fields of GPTConfig; each run chooses those in gpt.model.RUN_OPTIONS itself
     gpt_config: dict[str, Any] = field(default_factory=dict)
     # Tokenizer.to_dict(), for sampling, evaluation and conversion
@@ -67,9 +61,9 @@ class Checkpoint:
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
     # state of float16's loss scaling; empty for other dtypes
     scaler: dict[str, Any] = field(default_factory=dict)
-    # states of the random number generators by rank: {"cpu": state, device type: state}
+    # by rank, the states of its random number generators: {"cpu": state, device type: state}
     rng: list[dict[str, Tensor]] = field(default_factory=list)
-    # more fields of train.checkpoint.Progress
+    # the other fields of train.checkpoint.Progress
     position: int | None = None
     skipped: int = 0
     evaluated: bool = False

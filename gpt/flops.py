@@ -1,4 +1,4 @@
-"""The two numbers behind MFU (model FLOPs utilisation): the FLOPs of a token, and the peak of a GPU."""
+"""The peak FLOP/s of GPUs, by which MFU (model FLOPs utilisation) is measured."""
 
 # Dense 16-bit tensor-core peak with fp32 accumulation, in TFLOP/s, as the vendor publishes it; halved if the
 # vendor counts sparsity. For GeForce cards it is twice the fp32 rate. A100, H100 and H200 were compared with
@@ -18,18 +18,6 @@ PEAK_TFLOPS = {
     "RTX 5070": 61.7, "RTX 5070 Ti": 87.9, "RTX 5080": 112.6, "RTX 5090": 209.5,
 }  # fmt: skip
 BEFORE_TF32 = {"V100", "V100 PCIE", "T4"}
-
-
-def flops_per_token(n_params: int, n_layer: int, n_embd: int, block_size: int) -> int:
-    """Floating-point operations of forward and backward for one token of a full context.
-
-    `n_params` excludes the position embeddings. As in nanoGPT and in PaLM, appendix B,
-    https://arxiv.org/abs/2204.02311.
-    """
-    # Each parameter takes one multiply-add in forward (2 FLOPs) and two in backward: 6. In attention, each
-    # position of the context takes 2 n_embd multiply-adds per layer, for its score and its value, and again
-    # twice as many in backward: 12 n_embd. The full T x T matrix counts, although half of it is masked.
-    return 6 * n_params + 12 * n_layer * n_embd * block_size
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from gpt import hugging_face
 from gpt.device import DTYPES
-from gpt.flops import flops_per_token, peak_flops
+from gpt.flops import peak_flops
 from gpt.sampling import Sampling, check_drawn, choose
 from kernels.op import autocast_dtype
 
@@ -234,10 +234,7 @@ class GPT(nn.Module):
         if config.vocab_size is None:
             raise ValueError("vocab_size is not set: give the number of symbols, such as 50304")
         if config.n_embd % config.n_head:
-            raise ValueError(
-                f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}: "
-                f"{config.n_embd % config.n_head} of the width would be left over"
-            )
+            raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
         if config.activation not in ACTIVATIONS:
             raise ValueError(f"activation={config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         # Refuses a head size that the chosen attention cannot compute: now, not in the first step.
@@ -357,9 +354,15 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     def flops_per_token(self) -> int:
-        """FLOPs of forward and backward for one token, by nanoGPT's formula."""
+        """FLOPs of forward and backward for one token, as nanoGPT and PaLM count them.
+
+        See appendix B of https://arxiv.org/abs/2204.02311.
+        """
+        # A parameter takes one multiply-add in forward (2 FLOPs) and two in backward: 6. In attention, each
+        # of T positions takes 2 C multiply-adds per layer, for its score and its value: 12 C with backward.
+        # The full T x T matrix counts, although half of it is masked.
         c = self.config
-        return flops_per_token(self.get_num_params(), c.n_layer, c.n_embd, c.block_size)
+        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter: int, dt: float, dtype: str = "bfloat16") -> float | None:
         """Model FLOPs utilisation: the model's FLOPs per second as a share of the GPU's peak in `dtype`.

@@ -282,7 +282,7 @@ def test_a_mistake_is_one_clear_message(workplace, monkeypatch, capsys, flags, c
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_told(workplace, monkeypatch, capsys):
     _, _, err = command(training.main, monkeypatch, capsys, *TINY, "--device=cuda")
-    assert err == "error: device='cuda' is not available: PyTorch sees no GPU; try --device=auto\n"
+    assert err == "error: device='cuda' is not available: PyTorch sees no such GPU; try --device=auto\n"
 
 
 def test_accumulation_that_does_not_divide_and_nccl_without_gpus():

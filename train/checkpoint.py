@@ -39,17 +39,12 @@ from train.optim import Optimizer
 class Progress:
     """How far a run is. These fields are saved as keys of `Checkpoint`, beside weights and optimizer."""
 
-    # number of steps made, which is also the number of the next step
-    iter_num: int = 0
-    # number of windows of the training data read so far
-    position: int = 0
+    iter_num: int = 0  # steps made, and so the number of the next step
+    position: int = 0  # windows of the training data read so far
     best_val_loss: float = math.inf
-    # number of steps skipped because their gradient was not finite
-    skipped: int = 0
-    # whether the evaluation at iter_num is done
-    evaluated: bool = False
-    # init_from of the process that began the run, for config.py
-    began: str = "scratch"
+    skipped: int = 0  # steps whose gradient was not finite
+    evaluated: bool = False  # whether the evaluation at iter_num is done
+    began: str = "scratch"  # init_from of the process that began the run, for config.py
 
     @classmethod
     def after(cls, saved: Checkpoint, config: TrainConfig) -> "Progress":
@@ -66,14 +61,10 @@ class Progress:
 class Start(NamedTuple):
     """What a run starts from."""
 
-    # scratch, resume, or another value of init_from
-    source: str
-    # the checkpoint to resume
-    latest: Path
-    # the data to train on
-    dataset: str
-    # the content of `latest`, on rank 0
-    saved: Checkpoint | None = None
+    source: str  # scratch, resume, or another value of init_from
+    latest: Path  # the checkpoint to resume
+    dataset: str  # the data to train on
+    saved: Checkpoint | None = None  # the content of `latest`, on rank 0
 
 
 def find_start(config: TrainConfig, given: Container[str], ranks: Ranks) -> Start:
