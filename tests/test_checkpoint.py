@@ -297,7 +297,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(workplace):
 def test_what_is_no_checkpoint_is_told(workplace):
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint out/ckpt.pt"):
         run("--init_from=resume")
-    with pytest.raises(ValueError, match="init_from='scrath' is none of scratch, resume"):
+    with pytest.raises(ValueError, match="init_from='scrath' must be scratch, resume"):
         run("--init_from=scrath")
     torch.save({"weights": 1}, "other.pt")
     with pytest.raises(ValueError, match="it lacks model, model_args"):

@@ -250,8 +250,8 @@ def test_the_config_file_beside_the_checkpoint_gives_the_same_run(workplace, opt
         (["--n_embd=33"], 1, ["n_embd=33 is not divisible by n_head=2"]),
         (["--kernels=tritn"], 1, ["no implementation of layer_norm is called 'tritn'"]),
         (["--kernels=torch,atention=torch"], 1, ["did you mean 'attention'?"]),
-        (["--device=gpu"], 1, ["device='gpu' is none of auto, cpu, mps, cuda"]),
-        (["--dtype=int8"], 1, ["dtype='int8' is none of auto, float32, bfloat16, float16"]),
+        (["--device=gpu"], 1, ["device='gpu' must be auto, cpu, mps, cuda"]),
+        (["--dtype=int8"], 1, ["dtype='int8' must be auto, float32, bfloat16, float16"]),
         (["--batch_size=0"], 1, ["batch_size=0 must be at least 1"]),
         (["--dropout=1.0"], 1, ["dropout=1.0 must be at least 0 and below 1"]),
         (["--vocab_size=-5"], 1, ["vocab_size=-5 must be at least 1"]),
@@ -282,7 +282,7 @@ def test_a_mistake_is_one_clear_message(workplace, monkeypatch, capsys, flags, c
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_told(workplace, monkeypatch, capsys):
     _, _, err = command(training.main, monkeypatch, capsys, *TINY, "--device=cuda")
-    assert err == "error: device='cuda' was asked for, but this PyTorch sees no GPU; try --device=auto\n"
+    assert err == "error: device='cuda' is not available: PyTorch sees no such GPU; try --device=auto\n"
 
 
 def test_accumulation_that_does_not_divide_and_nccl_without_gpus():
@@ -720,7 +720,7 @@ def test_a_rank_without_the_rest_of_torchrun_is_told(workplace):
     code, err = started(workplace, "-m", "train", *TINY, RANK="0", WORLD_SIZE="1", MASTER_ADDR=None)
     assert (code, err) == (
         1,
-        "error: RANK=0 is set, as for a rank of torchrun, and MASTER_ADDR, MASTER_PORT not: "
+        "error: RANK=0 is set, but MASTER_ADDR, MASTER_PORT of torchrun not: "
         "start it with torchrun, or unset RANK for a run in one process\n",
     )
 
@@ -749,7 +749,9 @@ def test_another_package_called_kernels_is_told(tmp_path, file, content):
     program = f"import sys, runpy; sys.path[:0] = [{str(tmp_path)!r}]\n"
     if file == "readme.txt":  # as an editable install is looked for last, a folder without __init__.py wins
         program += "import types; sys.modules['kernels'] = kernels = types.ModuleType('kernels')\n"
-        program += f"kernels.__path__ = [{str(tmp_path / 'kernels')!r}]\n"
+        program += "from importlib.machinery import ModuleSpec\n"
+        program += "kernels.__spec__ = ModuleSpec('kernels', None, is_package=True)\n"
+        program += f"kernels.__spec__.submodule_search_locations = [{str(tmp_path / 'kernels')!r}]\n"
     program += "runpy.run_module('train', run_name='__main__')"
     code, err = started(tmp_path, "-c", program)
     assert code == 1 and err.count("\n") == 1

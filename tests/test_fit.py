@@ -64,7 +64,7 @@ def test_auto_equals_the_micro_batch_it_finds_written_out_bit_for_bit(workplace,
     assert_same_run("written", "fitted")
     assert sizes == [24, 12, 6] and (fitted["config"]["batch_size"], fitted["position"]) == (6, 8 * 24)
     assert (
-        "batch_size=auto: 6 x 4 accumulation steps = 24 sequences a step (6 x 4 was asked); "
+        "batch_size=auto: 6 x 4 accumulation steps = 24 sequences a step (set to 6 x 4); "
         "peak 3.0 of 8.0 GiB\n"
     ) in capsys.readouterr().out
 
@@ -85,11 +85,11 @@ def test_all_ranks_take_what_fits_on_the_smallest_and_what_is_left_free_counts(m
 
 def test_where_auto_cannot_be_it_says_what_to_do(workplace, memory_for, monkeypatch, capsys):
     code, _, err = command(main, monkeypatch, capsys, *TINY, "--batch_size=auto")
-    assert code == 1 and "cpu cannot be asked: give a number, such as --batch_size=12" in err
+    assert code == 1 and "this run is on cpu: give a number, such as --batch_size=12" in err
     memory_for(0)
     code, _, err = command(main, monkeypatch, capsys, *TINY, "--batch_size=auto")
     assert code == 1 and err.count("\n") == 1
-    assert "not one sequence of block_size=16 can be trained on in the 8.0 GiB of cpu; try" in err
+    assert "one sequence of block_size=16 does not fit into the 8.0 GiB of cpu; try" in err
     with pytest.raises(ValueError, match="which strategy=fsdp cannot: give a number"):
         fit.micro_batch(TrainConfig(strategy="fsdp"), None, Ranks(0, 2, "cpu", "gloo"), None)
 
@@ -109,7 +109,7 @@ def test_where_auto_cannot_be_it_says_what_to_do(workplace, memory_for, monkeypa
 def test_what_counts_as_out_of_memory(error, told):
     assert fit.out_of_memory(error) == (told is not ...)
     if told is not ...:
-        assert (f"({told} more were wanted)" in fit.explain(error, TrainConfig())) == (told is not None)
+        assert (f"({told} more were needed)" in fit.explain(error, TrainConfig())) == (told is not None)
 
 
 @pytest.mark.parametrize("when", ["creation", "training", "evaluation"])
@@ -136,7 +136,7 @@ def test_out_of_memory_at_any_time_is_a_sentence(workplace, monkeypatch, capsys,
     code, _, err = command(main, monkeypatch, capsys, *TINY, *flags)
     assert code == 1 and err.startswith("error: out of memory (") and err.count("\n") == 1
     assert (
-        "bytes more were wanted): try a smaller batch_size than 4, with gradient_accumulation_steps=2" in err
+        "bytes more were needed): try a smaller batch_size than 4, with gradient_accumulation_steps=2" in err
     )
     assert err.endswith(f"; {saved}\n")
 

@@ -334,10 +334,10 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"model_type": "gpt_neo"}, "could not be loaded: it is a gpt_neo, and only GPT-2 is known here"),
+        ({"model_type": "gpt_neo"}, "could not be loaded: it is a gpt_neo; only GPT-2 is supported"),
         ({"scale_attn_by_inverse_layer_idx": True}, "has scale_attn_by_inverse_layer_idx=True; only False"),
-        ({"layer_norm_epsilon": 1e-6}, "has layer_norm_epsilon=1e-06; only 1e-05 is known here"),
-        ({"activation_function": "relu"}, "has the activation 'relu'; known: gelu, gelu_new"),
+        ({"layer_norm_epsilon": 1e-6}, "has layer_norm_epsilon=1e-06; only 1e-05 is supported"),
+        ({"activation_function": "relu"}, "has the activation 'relu'; supported: gelu, gelu_new"),
         (
             {"n_layer": 3},
             "could not be loaded: it lacks 12 weights, transformer.h.2.attn.c_attn.bias the first",
@@ -359,7 +359,7 @@ def test_a_head_of_its_own_is_refused(folder):
     hf = GPT2LMHeadModel.from_pretrained("hf", tie_word_embeddings=False)
     hf.lm_head.weight = torch.nn.Parameter(hf.lm_head.weight + 1)
     hf.save_pretrained("untied")
-    with pytest.raises(ValueError, match="'untied' has an lm_head of its own"):
+    with pytest.raises(ValueError, match="'untied' has an untied lm_head"):
         GPT.from_pretrained("untied", {})
 
 
