@@ -167,10 +167,13 @@ def _check_sizes(config: GPTConfig, weights: dict[str, Tensor], path: Path) -> N
 
 
 def missing(path: Path) -> FileNotFoundError:
-    """Says that there is no checkpoint, and which there are."""
+    return FileNotFoundError(f"there is no checkpoint {path}; {runs_here()}")
+
+
+def runs_here() -> str:
+    """A hint for somebody who names a run that is not there."""
     runs = sorted(str(checkpoint.parent) for checkpoint in Path().glob("*/ckpt.pt"))
-    others = f"the runs here are {', '.join(runs)}" if runs else "make quickstart makes a first run"
-    return FileNotFoundError(f"there is no checkpoint {path}; {others}")
+    return f"the runs here are {', '.join(runs)}" if runs else "make quickstart makes a first run"
 
 
 def _load(path: Path) -> Any:

@@ -71,7 +71,7 @@ def parse_given(
 ) -> tuple[Config, dict[str, list[str]]]:
     """`parse`, and of each flag that was set, by a file or on the command line, its values in order."""
     if {"-h", "--help"}.intersection(args):
-        print(help_text(config_class, prog, presets))
+        print(help_text(config_class, prog, presets, path_flag))
         sys.exit(0)
     described = {flag.name: flag for flag in describe(config_class)}
     values = {name: flag.default for name, flag in described.items() if flag.default is not MISSING}
@@ -302,10 +302,10 @@ def describe(config_class: type, group: str = "flags") -> list[Flag]:
     return found
 
 
-def help_text(config_class: type, prog: str, presets: Path | None = None) -> str:
+def help_text(config_class: type, prog: str, presets: Path | None = None, path_flag: str = "") -> str:
     """What --help prints, as wide as the terminal, from 60 to 120 columns."""
     width = min(max(shutil.get_terminal_size().columns, 60), 120)
-    files = " [PRESET or FILE.py ...]" if presets else ""
+    files = " [PRESET or FILE.py ...]" if presets else f" [{path_flag.upper()}]" if path_flag else ""
     lines = [f"usage: {prog}{files} [--flag=value ...]", ""]
     for paragraph in inspect.cleandoc(config_class.__doc__ or "").split("\n\n"):
         lines += [*textwrap.wrap(paragraph, width), ""]
@@ -378,14 +378,14 @@ def run(main: Callable[[], None]) -> None:
 
 
 class IfSlow(threading.Timer):
-    """Prints a line on stderr where the code inside takes longer than five seconds."""
+    """Prints a line on a terminal where the code inside takes longer than five seconds."""
 
     def __init__(self, text: str, enabled: bool = True):
         super().__init__(5, print, [text], {"file": sys.stderr, "flush": True})
         self.daemon, self.enabled = True, enabled
 
     def __enter__(self) -> None:
-        if self.enabled:
+        if self.enabled and sys.stderr.isatty():
             self.start()
 
     def __exit__(self, *exception: object) -> None:
@@ -406,6 +406,8 @@ def _find(name: str, presets: Path | None) -> Path:
     path = Path(read_path(name))
     if path.is_file():
         return path
+    if (path / "config.py").is_file():  # of a run
+        return path / "config.py"
     known = {p.stem: p for p in sorted(presets.glob("*.py"))} if presets else {}
     if path.stem in known and path.parent == Path():
         return known[path.stem]

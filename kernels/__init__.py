@@ -15,7 +15,7 @@ A model calls `load(spec)` once and uses the operations that it returns:
                                  activation, cross_entropy, embedding
     "triton,attention=flash_attn"    attention of the flash-attn package
 
-`load` never replaces an explicit choice: if it cannot run, `load` raises ValueError.
+`load` never replaces an explicit choice. It raises ValueError if the chosen implementation cannot run.
 
 Autocast does not cast the arguments of custom operations. So the public functions cast them, also under
 torch.compile. Attention and the products of linear_cross_entropy run in the autocast dtype. The normalised

@@ -109,8 +109,7 @@ def _program_position(blocks, H, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
     """(batch, head, first row of the block) of this program."""
     # The heads of a batch element run side by side, so its keys and values stay in the L2 cache. Late queries
     # see more keys than early ones, so their blocks take longer. Those blocks start first, and short ones
-    # fill the gaps at the end. For blocks of keys the order is reversed, because more queries see an early
-    # key.
+    # fill the gaps at the end. Blocks of keys have the opposite order, because more queries see early keys.
     program = tl.program_id(0)
     batch = program // (blocks * H)
     block = program % (blocks * H) // H
@@ -121,7 +120,7 @@ def _program_position(blocks, H, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 @jit
 def _load(X, row, d, stride, T, D: tl.constexpr, MASK: tl.constexpr):
-    """X[row, d], and 0 from row T or column D on, which is not read. Without MASK, all rows are below T."""
+    """X[row, d], masked to 0 from row T and column D on. Without MASK, every row must be below T."""
     pointers = X + row[:, None] * stride + d[None, :]
     if d.shape[0] != D:
         x = tl.load(pointers, mask=(row < T)[:, None] & (d < D)[None, :], other=0)
@@ -143,7 +142,7 @@ def _dropout_factor(seed, m, n, head, dropout_p):
     """0 with probability dropout_p, else 1 / (1 - dropout_p), for the weight of query m on key n."""
     # Philox is counter-based: the random number depends on (seed, m, n, head) alone. So backward draws the
     # same mask with other tiles in another order, and no T x T mask is stored.
-    zero = (m + n) * 0
+    zero = (m + n) * 0  # gives every argument the shape of the tile
     random, _, _, _ = tl.philox(seed, m + zero, n + zero, head + zero, zero, n_rounds=7)
     return tl.where(tl.uint_to_uniform_float(random) >= dropout_p, 1 / (1 - dropout_p), 0.0)
 
@@ -181,14 +180,14 @@ def _forward_step(
     """Adds one block of keys and values to acc, l_i and m_i."""
     k = _tile(K, ROWS, batch, 1, head, start_n, n, d, stride, T, D, DIAGONAL)
     s = dot(q, tl.trans(k))
-    # Online softmax. Over the keys so far, with scores in base 2, each query has
+    # Online softmax. With s = q k^T * scale2, each query has, over the keys so far,
     #     m_i = max(s)        l_i = sum(2^(s - m_i))        acc = sum(2^(s - m_i) v)
     # and at the end o = acc / l_i. No exponent is above 0, so nothing overflows. This block may raise the
     # maximum from m_i to m_ij. Since 2^(s - m_ij) = 2^(s - m_i) 2^(m_i - m_ij), multiplying both sums by
     # alpha = 2^(m_i - m_ij) is the same as having subtracted m_ij from the start.
     #
-    # The scale is positive, so the maximum can come before it: one multiply-add then scales s and subtracts
-    # m_ij.
+    # The scale is positive, so we can take the maximum before we scale. One multiply-add then computes the
+    # exponent s * scale2 - m_ij.
     if DIAGONAL:
         mask = m[:, None] >= start_n + n[None, :]
         m_ij = tl.maximum(m_i, tl.max(tl.where(mask, s, -float("inf")), 1) * scale2)
@@ -243,7 +242,7 @@ def _attention_forward_kernel(
     # A descriptor takes 32-bit indices.
     batch32 = batch.to(tl.int32)
     flat_head = batch32 * H + head
-    scale2 = scale * LOG2E
+    scale2 = scale * LOG2E  # exp(s * scale) = 2^(s * scale2)
 
     rows = tl.arange(0, BLOCK_M)
     q = _tile(Q, ROWS, batch32, 0, head, start_m, rows, d, stride, T, D, True)
@@ -285,9 +284,10 @@ def _dq_step(
 
 
 # Backward is two kernels: dq is a sum over keys, but dk and dv are sums over queries. A single kernel could
-# own only one of the two and would add to the other with atomics, in a different order every run. So this
-# kernel owns a block of queries and the next one owns a block of keys, and the bits are the same every run.
-# The price is 7 matrix products instead of 5, because both kernels compute q k^T and do v^T.
+# keep only one of these sums in its programs. It would add to the other with atomics, in a different order
+# every run. So a program of this kernel owns a block of queries, a program of the next kernel owns a block of
+# keys, and the bits are the same every run. The price is 7 matrix products instead of 5, because both kernels
+# compute q k^T and do v^T.
 @jit(do_not_specialize=("blocks",))
 def _attention_dq_kernel(
     QKV,  # (B, T, 3, H, D) in
@@ -362,14 +362,14 @@ def _dkdv_step(
     rows_left = T - start_m
     q = _load(Q + tl.cast(start_m, tl.int64) * stride, m, d, stride, rows_left, D, MASK)
     do = _load(DO + tl.cast(start_m, tl.int64) * dout_stride, m, d, dout_stride, rows_left, D, MASK)
-    # From row T on q, do, lse and delta are 0. There p is 1, and it adds p do = 0 and ds q = 0.
+    # From row T on, q, do, lse and delta are 0. There p is 1, but p do and ds q are 0.
     if MASK:
         lse = tl.load(LSE + start_m + m, mask=m < rows_left, other=0)
         delta = tl.load(DELTA + start_m + m, mask=m < rows_left, other=0)
     else:
         lse = tl.load(LSE + start_m + m)
         delta = tl.load(DELTA + start_m + m)
-    # s, p and ds are transposed, (keys, queries): dv = p do and dk = ds q need no transpose of p and ds.
+    # Here s, p and ds are transposed, (keys, queries), so dv = p do and dk = ds q need no transpose.
     p = tl.exp2(dot(k, tl.trans(q)) * scale2 - lse[None, :])
     if DIAGONAL:
         p = tl.where(start_m + m[None, :] >= n[:, None], p, 0.0)
@@ -457,8 +457,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# architecture -> D up to 64, or up to 128 -> tiles of (forward, dq, dk and dv) in half precision. Only those
-# that say so were tuned on a GPU. The others were chosen by the registers and spills that bench.aot reports.
+# architecture -> D up to 64, or up to 128 -> tiles of (forward, dq, dk and dv) in half precision. Tiles that
+# are not tuned were chosen by the registers and spills that bench.aot reports.
 _SMALL = (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))
 TILES = {
     INTERPRETER: {64: _SMALL, 128: _SMALL},
@@ -617,7 +617,7 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 def _inputs(
     dtype: torch.dtype, device: str, B: int, T: int, H: int, D: int, expanded: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """With `expanded`, the batch is one sequence, expanded with a stride of 0. It is read by pointers."""
+    """With `expanded`, the batch has a stride of 0. Then qkv must be read by pointers."""
     qkv = torch.randn(1 if expanded else B, T, 3, H, D, device=device).to(dtype)
     return {"qkv": qkv.expand(B, T, 3, H, D), **options}
 
@@ -640,15 +640,14 @@ def _slots(qkv: Tensor, dropout_p: float = 0.0) -> Iterator[Slot]:
         return
     arch, width = architecture(qkv), head_width(qkv.shape[-1])
     by_descriptor = descriptor(qkv, None) is not None
-    if by_descriptor:  # which loads q, k and v in blocks of one size
+    if by_descriptor:  # q, k and v have one block size
         tiles = tuple(Tile(m, m, *rest) for m, *rest in product((32, 64, 128), (4, 8), (2, 3, 4)))
         yield Slot("forward by descriptor (m, n, warps, stages)", DESCRIPTOR_TILES, arch, tiles)
     for index, name in enumerate(("forward", "dq", "dk and dv")):
         if by_descriptor and name == "forward":
             continue
         sizes = product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
-        # A program owns a block of keys for dk and dv, else of queries: a multiple of the block it walks
-        # over.
+        # The block that a program owns, of keys for dk and dv, else of queries, is a multiple of the other.
         valid = (t for t in sizes if (t[1] % t[0] if name == "dk and dv" else t[0] % t[1]) == 0)
         tiles = tuple(Tile(*t) for t in valid)
         yield Slot(f"{name} (m, n, warps, stages)", TILES[arch], width, tiles, index)

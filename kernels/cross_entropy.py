@@ -68,13 +68,12 @@ def cross_entropy(
 def cross_entropy_reference(
     input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
-    """PyTorch's `F.cross_entropy`, which has further arguments."""
+    """PyTorch's `F.cross_entropy`."""
     return F.cross_entropy(input, target, ignore_index=ignore_index, reduction=reduction)
 
 
 def reduce(total: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """`total` or, for "mean", total / the number of targets that are not ignored. The number stays on the
-    GPU."""
+    """`total`, or the mean over the targets that are not ignored. Their count stays on the GPU."""
     return total / (target != ignore_index).sum() if reduction == "mean" else total
 
 
@@ -95,7 +94,8 @@ def check_targets(name: str, input: Tensor, target: Tensor, reduction: str) -> N
 # precision may start at any multiple of 2 bytes. So X points to the boundary at or before the row, and the
 # row has the columns from `lead` to `end` - 1. Its interior, from the first to the last boundary inside the
 # row, is read in tiles of BLOCK columns. Its fringe, up to 14 bytes at either end, is read separately. ALIGN
-# is 16 bytes in elements. Rows that all start and end on a boundary have lead = 0 and FRINGE = False.
+# is the number of elements in 16 bytes. Rows that all start and end on a boundary have lead = 0 and FRINGE =
+# False.
 @jit
 def _columns(BLOCK: tl.constexpr, ALIGN: tl.constexpr):
     """0 to BLOCK - 1 as (BLOCK // ALIGN, ALIGN): a thread loads one or more rows of the tile."""
@@ -362,15 +362,15 @@ def write_gradient(
             logits, target, lse, dlosses, out,
             *logits.shape, logits.stride(0), out.stride(0), target.stride(0), dlosses.stride(0),
             ignore_index, SAME_STRIDE=logits.stride(0) == out.stride(0),
-            # If out is logits, the logits were just computed, their last rows last. Otherwise the loss kernel
-            # was the last to read them, their first rows last. Start with the rows that are still in the L2
-            # cache.
+            # Start with the rows that are still in the L2 cache. If out is logits, a product has just written
+            # the logits, the last row last. Otherwise the loss kernel has just read them, the first row last.
             LAST_FIRST=out is logits, **constants,
         )  # fmt: skip
 
 
 def _check_range(target: Tensor, V: int, ignore_index: int) -> None:
-    """Raises ValueError for a target out of range, on a CPU only: on a GPU this would synchronise."""
+    """Raises ValueError for a target out of range, but only on a CPU: on a GPU the check would
+    synchronise."""
     if target.device.type == "cpu":
         invalid = target[(target != ignore_index) & ((target < 0) | (target >= V))]
         if invalid.numel():

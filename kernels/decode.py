@@ -64,7 +64,7 @@ def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tenso
 def decode_attention_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None = None
 ) -> Tensor:
-    """`decode_attention` by PyTorch's `F.scaled_dot_product_attention`. The whole cache must be finite."""
+    """`decode_attention` by PyTorch's `F.scaled_dot_product_attention`. Unused keys must be finite too."""
     mask = None
     if lengths is not None:
         mask = (torch.arange(k_cache.size(2), device=q.device) < lengths[:, None])[:, None, None]
@@ -114,7 +114,7 @@ def _check(name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tens
 
 @jit
 def _load(X, row, d, stride, end, D: tl.constexpr):
-    """X[row, d] in fp32, and 0 from row `end` or column D on, which is not read."""
+    """X[row, d] in fp32, masked to 0 from row `end` and column D on."""
     mask = (row < end)[:, None]
     if d.shape[0] != D:
         mask = mask & (d < D)[None, :]
@@ -169,8 +169,8 @@ def _split_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     l_i = tl.zeros((BLOCK_N,), tl.float32)
     m_i = tl.full((BLOCK_N,), LOWEST, tl.float32)
-    # Every row of the tile has a separate online softmax, over one key per iteration, as attention.py
-    # explains. So the loop has no reduction across warps. The rows are merged after it.
+    # The online softmax of attention.py, separately for each row of the tile, so that the loop has no
+    # reduction across warps. The rows are merged after the loop.
     for start_n in tl.range(split * keys_per_split, end, BLOCK_N, num_stages=STAGES):
         k = _load(K, start_n + n, d, k_stride, end, D)
         v = _load(V, start_n + n, d, v_stride, end, D)
@@ -185,8 +185,7 @@ def _split_kernel(
     m = tl.max(m_i, 0)
     alpha = tl.exp2(m_i - m)
     denominator = tl.sum(l_i * alpha, 0)
-    # A split may have no keys. Then out is 0 and lse is LOWEST, so the split has weight 0 in
-    # `_combine_kernel`.
+    # A split may have no keys. Then out is 0 and lse is LOWEST, so `_combine_kernel` gives it weight 0.
     denominator = tl.where(denominator == 0, 1.0, denominator)
     out = tl.sum(acc * alpha[:, None], 0) / denominator
     tl.store(OUT + program.to(tl.int64) * D + d, round_to(out, OUT.dtype.element_ty), mask=d < D)
@@ -223,11 +222,11 @@ class Tile(NamedTuple):
 
 # architecture -> D up to 64, or up to 128 -> tile
 #
-# The tiles of sm_90 are predicted, not tuned. On an H200, for B, H, T, D = 32, 12, 1024, 64, Tile(32, 4, 3,
-# 4) took 0.033 ms and PyTorch's SDPA 0.029 ms. That tile split each of the 384 heads in two, so
-# `_combine_kernel` ran too, for about 0.003 ms (predicted). With 2 programs per multiprocessor the heads stay
-# whole. Then each program must have more loads in flight: two tiles of 16 KiB make 64 KiB per multiprocessor,
-# and bandwidth times latency is 23 KiB.
+# The tiles of sm_90 are predicted, not tuned. On an H200, with B=32, H=12, T=1024 and D=64, the tile (32, 4,
+# 3, 4) took 0.033 ms, and PyTorch's attention took 0.029 ms. That tile split each of the 384 heads in two,
+# and `_combine_kernel` costs about 0.003 ms (predicted). With 2 programs per multiprocessor the heads stay
+# whole. But fewer programs must each have more loads in flight: two tiles of 16 KiB, which is 64 KiB per
+# multiprocessor. Bandwidth times latency is 23 KiB.
 TILES = {
     INTERPRETER: {64: Tile(16, 4, 1, 4), 128: Tile(16, 4, 1, 4)},
     UNTUNED: {64: Tile(32, 4, 3, 4), 128: Tile(16, 4, 3, 4)},

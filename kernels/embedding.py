@@ -97,6 +97,7 @@ def _embedding_sum_kernel(
             id = tl.load(IDS + tl.minimum(i, N - 1))
             run_ends = (i + 1 >= N) | (tl.load(IDS + tl.minimum(i + 1, N - 1)) != id)
             acc += dys[j]
+            # Write the sum where the run ends or the block ends.
             if (i < N) & (run_ends | (i + 1 == block_start + ROWS)):
                 enters = (block_start > 0) & (id == previous_id)
                 if enters | (run_ends == 0):

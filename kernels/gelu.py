@@ -12,10 +12,9 @@ Backward:
 
     dx = dy (Phi(x) + x phi(x))   or, for "tanh", dx = dy (s + x s (1 - s) 2u'(x))
 
-Backward could compute y again to save its memory. But the linear layer after GELU saves y anyway, so this
-would need an operation that contains the layer, and `activation_checkpointing` saves more. The bias of the
-layer before is not fused either: its matrix product adds the bias at no cost, before rounding to half
-precision.
+GELU saves only x for backward. The linear layer after it saves y. To save the memory of y too, an operation
+would have to contain that layer, and `activation_checkpointing` saves more. The bias of the layer before is
+not fused: its matrix product adds the bias at no cost, before rounding to half precision.
 
 Source: Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415; Abramowitz and Stegun, 1964, Handbook of
 Mathematical Functions, 26.2.17
@@ -45,7 +44,7 @@ from kernels.op import (
 )
 
 APPROXIMATIONS = ("none", "tanh")
-# If Triton knows that the number of elements is a multiple of 16, a masked load can still have 16 bytes.
+# If Triton knows that the number of elements is a multiple of 16, a masked load can still be 16 bytes wide.
 ALIGN = 16
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 # phi(x) = 2^(HALF_LOG2E x^2 + LOG2_PHI_0)
@@ -87,7 +86,7 @@ def gelu_reference(input: Tensor, approximate: str = "none") -> Tensor:
 @jit
 def _reciprocal(x, EXACT: tl.constexpr):
     """1 / x for x >= 1."""
-    # rcp.approx is one instruction with an error below one ulp. A division is several instructions.
+    # rcp.approx is one instruction, with an error of at most one ulp. A division is several instructions.
     if EXACT or INTERPRETED:
         return 1 / x
     else:
@@ -98,14 +97,13 @@ def _reciprocal(x, EXACT: tl.constexpr):
 
 # Memory should limit the speed: each tensor is read and written once. At the full bandwidth of an H200 there
 # is time for 27 instructions per element in forward and 41 in backward. With CUDA's erf the kernels have 36
-# and 47 (SASS of sm_90). So half precision uses the polynomial of Abramowitz and Stegun: with t = 1 / (1 +
-# 0.2316419 |x|),
+# and 47 (SASS of sm_90). So half precision uses the polynomial of Abramowitz and Stegun:
 #
-#     Phi(-|x|) = phi(x) (b1 t + b2 t^2 + ... + b5 t^5)        within 7.5e-8
+#     Phi(-|x|) = phi(x) (b1 t + b2 t^2 + ... + b5 t^5)        t = 1 / (1 + 0.2316419 |x|)
 #
 # It needs one reciprocal and one exponential, which gives phi for backward too: 18 and 21 instructions. The
-# error is far below the rounding of the result. In the left tail it is smaller than the error of (1 + erf) /
-# 2, which cancels there. For fp32 it is too large, so fp32 uses erf.
+# error, up to 7.5e-8, is far below the rounding of the result. In the left tail erf has a larger error,
+# because 1 + erf cancels. But 7.5e-8 is too much for fp32, which uses erf.
 @jit
 def _normal(x, EXACT: tl.constexpr):
     """(Phi(x), phi(x)) of the standard normal."""

@@ -15,7 +15,7 @@ Backward, with g = dy * weight and dsummed the gradient of x through the residua
     dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd + dsummed
     dweight = sum_rows(dy * xhat)      dbias = sum_rows(dy)
 
-Memory limits the speed, so each tensor is read and written only once: a program has whole rows in registers.
+Memory limits the speed, so each tensor is read or written only once: a program keeps whole rows in registers.
 Statistics are fp32.
 
 `add_layer_norm_mixed` moves 8 bytes per element in backward instead of 16. It rounds the gradient of the fp32
@@ -50,7 +50,7 @@ from kernels.op import (
 )
 
 MAX_C = 8192  # the longest row that fits into a program's registers
-SUM_COLUMNS = 32  # per program of the last sum: 128 bytes of each partial sum
+SUM_COLUMNS = 32  # per program of `_norm_sum_kernel`: 128 bytes of each partial sum
 
 
 def layer_norm(
@@ -344,7 +344,7 @@ def _norm_backward_kernel(
             g = dys[i]
             if W is not None:
                 g *= ws[i]
-            # xhat does not change if x is shifted or scaled. So dx has no component along 1 or along xhat.
+            # xhat does not change if x is shifted or scaled. So dx is orthogonal to (1, ..., 1) and to xhat.
             dx = (g - mean_g[:, None] - xhats[i] * mean_g_xhat[:, None]) * rstd[:, None]
             if DSUMMED is not None:
                 dx += _load(DSUMMED, row, dsummed_stride, rows, i, C, COLUMNS)
@@ -388,8 +388,8 @@ def _norm_sum_kernel(
             tl.store(DB + col, round_to(gradient, DB.dtype.element_ty), mask=col < C)
 
 
-# Widest row -> (rows per program, warps, columns per tile) of forward, (the same, programs per
-# multiprocessor, stages) of backward.
+# Widest row -> forward:  (rows per program, warps, columns per tile)
+#               backward: (the same three, programs per multiprocessor, stages)
 #
 # A row is cut into tiles rather than padded to a power of 2: 768 columns are three tiles of 256. In half
 # precision a tile of 256 columns is 16 bytes for each thread of a warp. So one warp can have a whole row, and

@@ -129,13 +129,12 @@ class _Chunks:
         self.rows = min(N, chunk_size or chunk_rows(N, V, dtype.itemsize, device_memory(input)))
         self.logits = input.new_empty(self.rows, -(-V // ALIGN) * ALIGN, dtype=dtype)[:, :V]
         self.dinput = input.new_empty(input.shape if d_input else 0)
-        # The first chunk overwrites dweight. Only without any rows must it be zeros.
+        # The first chunk overwrites dweight. If there are no rows, it must be zeros.
         allocate = weight.new_empty if N else weight.new_zeros
         self.dweight = allocate(weight.shape if d_weight else 0, dtype=torch.float32)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """(chunk, its logits). All chunks have their logits in the same memory. The caller may overwrite
-        it."""
+        """Yields (chunk, its logits). All chunks share the logits' memory, and callers may overwrite it."""
         for start in range(0, self.input.shape[0], max(1, self.rows)):
             chunk = slice(start, start + self.rows)
             x = self.input[chunk].to(self.logits.dtype)
@@ -189,8 +188,7 @@ def _launch_sum(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> the sum of the losses () fp32, dinput, dweight in fp32. A gradient that is not needed is empty."""
     # The gradients here are those of the *sum* of the losses. `_backward_of_sum` multiplies them in fp32 by
-    # the upstream gradient, which includes the 1 / N of a mean. Multiplying G by 1 / N would underflow in
-    # fp16.
+    # the upstream gradient, which includes the 1 / N of a mean. In fp16, G / N would underflow.
     losses = input.new_empty(input.shape[0], dtype=torch.float32)
     chunks = _Chunks(input, weight, chunk_size, dtype, d_input, d_weight)
     for chunk, logits in chunks:

@@ -158,8 +158,8 @@ def unavailable(device: torch.device) -> str | None:
         return _interpreter_fault()
     if device.type != "cuda":
         return (
-            f"Triton needs a GPU and the device is {device}; set TRITON_INTERPRET=1 before "
-            "Python starts to run the kernels in Triton's interpreter, which is very slow"
+            f"Triton needs a GPU and the device is {device}; to use Triton's interpreter instead, "
+            "which is very slow, set TRITON_INTERPRET=1 before Python starts"
         )
     if torch.version.hip or not torch.cuda.is_available():
         return "the Triton kernels need an NVIDIA GPU, and torch finds none"
@@ -282,7 +282,7 @@ def round_to(x, dtype: tl.constexpr):
 @jit
 def dot(a, b, acc=None):
     """acc + a @ b in fp32, without tf32."""
-    if INTERPRETED:  # it would multiply the bit patterns of bf16
+    if INTERPRETED:  # the interpreter would multiply the bit patterns of bf16
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")

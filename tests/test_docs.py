@@ -25,7 +25,7 @@ from train.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOREIGN = {"lm_eval", "sbatch", "scancel", "squeue"}  # programs whose flags are not ours to know
+FOREIGN = {"cp", "ln", "mkdir", "sbatch", "scancel", "squeue"}  # programs whose flags are not ours to know
 SLURM_FLAGS = "--cpus-per-task --ntasks-per-node --open-mode --requeue --signal --time".split()
 OTHER_FLAGS = ["--field", "--help", "--parts"]
 

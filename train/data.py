@@ -1,9 +1,9 @@
 """Batches from token files. A batch is a pure function of (seed, position).
 
-An epoch cuts the tokens into windows of block_size and visits each window once. Each epoch has its own order,
-and its own offset, at which the first window begins. A run is one sequence of windows, epoch after epoch. Step,
-micro-step and rank only decide which part of the sequence is read. So batches never overlap, and a resumed run
-continues exactly where it stopped.
+An epoch cuts the tokens into windows of block_size and visits each window once. Each epoch has its own order
+and its own offset, at which the first window begins. A run is one sequence of windows, epoch after epoch.
+Step, micro-step and rank only decide which part of the sequence is read. So batches never overlap, and a
+resumed run continues exactly where it stopped.
 """
 
 import hashlib
@@ -43,10 +43,8 @@ def _how_to_prepare(folder: Path) -> str:
         words = ("text", "--input=FILE", f"--name={folder.name}")
         hint = f"{cli.command('train.prepare', *words)} makes it from a text"
     ready = sorted(path.parent.name for path in folder.parent.glob("*/train.bin"))
-    other = (
-        f"--dataset={ready[0]} is there" if ready else "make quickstart prepares a small one and trains on it"
-    )
-    return f"{hint}; {other}"
+    other = f"; --dataset={ready[0]} is there" if ready else ""
+    return f"{hint}{other}; make quickstart begins with a small one"
 
 
 class Split:
@@ -152,9 +150,9 @@ class TokenFile(Split):
 def preflight(files: Mapping[str, Split], saved: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Checks the data before training. Returns what a resumed run needs to see whether the data changed.
 
-    `saved` is what the run that is resumed got from here, {} for a new run. Raises ValueError if meta.json has
-    other counts, if the model's vocabulary is too small, or if the data changed. Of a large file only a sample
-    is checked, see Split.pieces; TokenFile.batch checks every id again.
+    `saved` is what the resumed run got from here, {} for a new run. Raises ValueError if meta.json has other
+    counts, if the model's vocabulary is too small, or if the data changed. Of a large file only a sample is
+    checked, see Split.pieces; TokenFile.batch checks every id again.
     """
     data: dict[str, dict[str, Any]] = {}
     for split, file in files.items():

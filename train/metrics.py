@@ -169,7 +169,7 @@ class Metrics:
         if self.ranks.is_main:
             reason = f"stopped by {signal}" if signal else "stopped with another rank"
             latest = Path(self.config.out_dir, "ckpt.pt")
-            how = "nothing is saved yet"
+            how = "nothing is saved yet, so the same command begins anew"
             if latest.exists():
                 how = f"{latest} goes on by\n  {resume_command(self.config, self.ranks)}"
             self._write(_event("stop", step, reason=reason))

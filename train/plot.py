@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt import cli
+from gpt.checkpoint import runs_here
 from gpt.cli import UserPath
 from train.metrics import read
 
@@ -65,7 +66,7 @@ def main() -> None:
     config, paths = cli.parse_with_paths(PlotConfig, sys.argv[1:], prog)
     folders = [Path(path) for path in paths]
     if not folders:
-        raise ValueError("give the out_dir of a run: python -m train.plot OUT_DIR [OUT_DIR ...] [--x=tokens]")
+        raise ValueError(f"give the out_dir of a run: {prog} [--x=tokens]; {runs_here()}")
     default = folders[0] / "loss.png" if len(folders) == 1 else "compare.png"
     picture = Path(config.out or default)
     draw(load(folders), config.x).savefig(picture, dpi=120)
@@ -81,7 +82,7 @@ def load(folders: list[Path]) -> list[Run]:
     for folder, name, whole in zip(folders, names, paths):
         path = folder / "metrics.jsonl"
         if not path.exists():
-            raise FileNotFoundError(f"{folder} holds no metrics.jsonl: no run was made there")
+            raise FileNotFoundError(f"{folder} holds no metrics.jsonl: no run was made there; {runs_here()}")
         records = read(path)
         if not records:
             raise ValueError(f"{path} holds no step and no evaluation yet")

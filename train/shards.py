@@ -32,6 +32,8 @@ def find(path: Path) -> list[Path]:
     """
     if path.exists():
         return [regular(path)]
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no {path}")
     split = path.stem
     own = WORDS.get(split, {split})
     others = set().union(*WORDS.values()) - own

@@ -11,6 +11,7 @@ inspect NAME        shows a data set
 text, tokenizer and each corpus take --help.
 """
 
+import difflib
 import os
 import sys
 from dataclasses import dataclass
@@ -87,9 +88,10 @@ def main() -> None:
     elif name in CORPORA:
         prepare_by_name(name, cli.parse(CorpusConfig, args, prog).workers or _cores())
     else:
-        raise ValueError(
-            f"no corpus is called {name!r}: {', '.join(CORPORA)} or text --input=FILES --name=NAME"
-        )
+        close = difflib.get_close_matches(name, [*CORPORA, "text", "tokenizer", "inspect"], n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        known = f"{', '.join(CORPORA)}, and text --input=FILES --name=NAME takes your own"
+        raise ValueError(f"no corpus is called {name!r}{hint}; the corpora are {known}")
 
 
 def prepare_by_name(name: str, workers: int) -> None:
