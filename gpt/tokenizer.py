@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,25 +46,15 @@ def _problem(sentence: str) -> Iterator[None]:
         raise ValueError(f"{sentence} ({type(error).__name__}: {str(error)[:200]})") from None
 
 
-class Tokenizer(Protocol):
-    vocab_size: int
-    start_id: int  # where a sample without a prompt begins
-    end: list[int]  # the ids after each document of a corpus
-
-    def encode(self, text: str) -> list[int]: ...
-    def encode_ordinary(self, text: str) -> NDArray[np.uint32]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def to_dict(self) -> dict[str, Any]: ...
-
-
 class CharTokenizer:
-    """Each symbol of a corpus has an id, its place in `symbols`."""
+    """Each symbol of a corpus has an id, its index in `symbols`."""
 
     def __init__(self, symbols: Sequence[str]):
         self.symbols = list(symbols)  # "" for an id without a symbol
         self.ids = {symbol: i for i, symbol in enumerate(self.symbols) if symbol}
         self.vocab_size = len(self.symbols)
-        self.start_id = next(iter(self.ids.values()), 0)
+        self.start_id = next(iter(self.ids.values()), 0)  # where a sample without a prompt begins
+        # The ids after each document of a corpus.
         self.end = [self.ids["\n"]] if "\n" in self.ids else []
 
     def encode(self, text: str) -> list[int]:
@@ -158,6 +148,9 @@ class JsonTokenizer:
 
     def to_dict(self) -> dict[str, Any]:
         return {"kind": "json", "vocab_size": self.vocab_size, "json": self.text}
+
+
+Tokenizer = CharTokenizer | GPT2Tokenizer | JsonTokenizer
 
 
 # ---- descriptions

@@ -71,10 +71,8 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
     description = describe_tokenizer(kind, corpus)
     end_mark, is_token = tokenizer.mark_of_end(description)
     if endoftext and not is_token:
-        raise ValueError(
-            "endoftext=True needs a tokenizer that has a token for the end of a document; "
-            f"{tokenizer.name(description)} has none"
-        )
+        problem = "endoftext=True needs a tokenizer that has a token for the end of a document"
+        raise ValueError(f"{problem}; {tokenizer.name(description)} has none")
     encode_batch = _encoder(description, endoftext)
     vocab_size = tokenizer.vocab_size(description)
     dtype = shards.dtype_for(vocab_size)
@@ -99,10 +97,8 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
             ids = _map_in_order(pool, encode_batch, _batches(pieces), ahead=2 * workers)
             n_tokens, sha256 = _write(path, ids, dtype)
             if n_tokens == 0:
-                raise ValueError(
-                    f"{corpus.source}: the split {name} would have no token, so nothing is written; add "
-                    "text, or choose another val_fraction"
-                )
+                problem = f"{corpus.source}: the split {name} would have no token"
+                raise ValueError(f"{problem}; add text, or choose another val_fraction")
             meta[name] = {"tokens": n_tokens, "documents": split.documents, "sha256": sha256}
         meta |= {"source": corpus.source, "date": datetime.now(UTC).isoformat(timespec="seconds")}
         _write_tokenizer(folder, description)
@@ -118,10 +114,7 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
                 "if it ends documents, remove the data and prepare it with --endoftext=True: one token each"
             )
     if n_marks := marks[BYTE_ORDER_MARK]:
-        print(
-            f"the text has a byte-order mark (U+FEFF) in {n_marks:,} places, as where files were joined; "
-            "if you do not want it, remove it from the text and prepare the data again"
-        )
+        print(f"the text has a byte-order mark (U+FEFF) in {n_marks:,} places, as where files were joined")
     return meta
 
 
