@@ -8,6 +8,7 @@ import torch
 
 from gpt import tokenizer
 from gpt.atomic import replacing
+from gpt.cli import install
 
 ACTIVATION = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # theirs -> ours
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -24,7 +25,7 @@ def read(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         from transformers import AutoConfig, GPT2LMHeadModel
     except ImportError:
-        raise ValueError(f"loading {name!r} needs the package transformers: pip install -e '.[hf]'") from None
+        raise ValueError(f"loading {name!r} needs the package transformers: {install('hf')}") from None
     try:
         c = AutoConfig.from_pretrained(name)
         if c.model_type != "gpt2":
@@ -75,7 +76,7 @@ def write(
         from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
-        raise ValueError("writing a Hugging Face folder needs safetensors: pip install -e '.[hf]'") from None
+        raise ValueError(f"writing a Hugging Face folder needs safetensors: {install('hf')}") from None
     end = tokenizer.GPT2_END_OF_TEXT if described["kind"] == "gpt2" else None
     if described["kind"] == "json" and (own := tokenizer.end_of_text(described["json"])):
         end = own[1]

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt import atomic
+from gpt.cli import install
 from gpt.reading import parse_json, read_json, read_text, regular
 
 GPT2_VOCAB_SIZE = 50257
@@ -112,9 +113,7 @@ class JsonTokenizer:
         try:
             from tokenizers import Tokenizer as Bpe
         except ImportError:
-            raise ValueError(
-                "reading a tokenizer.json needs the package tokenizers: pip install -e '.[data]'"
-            ) from None
+            raise ValueError(f"a tokenizer.json needs the package tokenizers: {install('data')}") from None
         self.text = text
         self.vocab_size = _json_vocab_size(text, "the tokenizer.json")
         with _problem("the tokenizer.json cannot be read"):

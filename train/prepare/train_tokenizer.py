@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from gpt import atomic
+from gpt import atomic, cli
 from gpt.tokenizer import ENDS_OF_TEXT
 from train.prepare.documents import Corpus
 
@@ -18,9 +18,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, path: Path) -> None:
     try:
         from tokenizers import ByteLevelBPETokenizer
     except ImportError:
-        raise ValueError(
-            "training a tokenizer needs the package tokenizers: pip install -e '.[data]'"
-        ) from None
+        raise ValueError(f"this needs the package tokenizers: {cli.install('data')}") from None
     if vocab_size <= N_BYTES:
         raise ValueError(f"vocab_size={vocab_size} must be above {N_BYTES}: each byte is a token already")
     if path.exists():
