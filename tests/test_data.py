@@ -348,7 +348,6 @@ def test_a_checkpoint_of_another_tokenizer_names_both(workplace):
             {"vocab_size": 21, "itos": dict(enumerate(range(21)))},
             "has vocab_size=21, and its symbols are not text",
         ),
-        ({"vocab_size": 30.0}, "has vocab_size=30, and it names no symbols (itos, stoi)"),
     ],
 )
 def test_a_meta_file_without_symbols_is_trained_on_and_says_what_sampling_lacks(

@@ -109,7 +109,7 @@ def test_training_without_data_names_the_command_that_prepares_them(tmp_path, mo
     for flags, hint in (
         ([], "-m train.prepare openwebtext prepares it"),
         (["quickstart"], "-m train.prepare plays_char prepares it"),
-        (["--dataset=mine"], "-m train.prepare text --input=FILE --name=mine makes it of a text"),
+        (["--dataset=mine"], "-m train.prepare text --input=FILE --name=mine makes it from a text"),
     ):
         code, _, err = command(training.main, monkeypatch, capsys, *flags, "--device=cpu")
         assert code == 1 and hint in err and "make quickstart" in err and err.count("\n") == 1

@@ -236,8 +236,7 @@ def test_the_files_of_a_folder_that_are_left_out_are_named(small_pieces, capsys)
         Path("texts", name).write_text("[]")
     assert documents.find("texts") == [Path("texts/a.txt")]
     assert capsys.readouterr().err == (
-        "texts: of a folder only .txt, .jsonl and .parquet are read; left out: 2 .json, 1 without an ending "
-        "(a glob takes them: 'texts/**/*.json')\n"
+        "texts: only .txt, .jsonl and .parquet are read; left out: 2 .json, 1 without an ending\n"
     )
 
 
@@ -291,17 +290,17 @@ def test_the_mark_of_a_documents_end_in_a_text_is_counted_and_on_demand_one_toke
     at = int(len(text) * 0.9)
     corpus = documents.text(text, "x")
     encode(Path("plain"), corpus, "gpt2", workers)
-    assert "the text has <|endoftext|> 120 times: text of 7 tokens each." in (out := capsys.readouterr().out)
+    assert "the text has <|endoftext|> 120 times: text of 7 tokens each\n" in (out := capsys.readouterr().out)
     assert "--endoftext=True" in out and read("plain", "train") == bpe.encode_ordinary(text[:at])
     encode(Path("marked"), corpus, "gpt2", workers, endoftext=True)
-    assert capsys.readouterr().out == "the text has <|endoftext|> 120 times: one token each\n"
+    assert "the text has <|endoftext|> 120 times: one token each\n" in capsys.readouterr().out
     ids = [read("marked", split) for split in ("train", "val")]
     assert ids == [bpe.encode(part, allowed_special="all") for part in (text[:at], text[at:])]
     assert sum(part.count(50256) for part in ids) == 120
     encode(Path("silent"), documents.text("no such thing " * 9, "x"), "gpt2", 1)
-    assert capsys.readouterr().out == ""
+    assert "<|endoftext|>" not in capsys.readouterr().out
     encode(Path("char"), corpus, "char", 1)
-    assert capsys.readouterr().out == "the text has <|endoftext|> 120 times: text of 13 tokens each\n"
+    assert capsys.readouterr().out.endswith("<|endoftext|> 120 times: text of 13 tokens each\n")
     with pytest.raises(ValueError, match=r"endoftext=True needs a tokenizer that has a token .* char \(\d+ "):
         encode(Path("x"), corpus, "char", 1, endoftext=True)
 
@@ -397,7 +396,7 @@ def test_openwebtext_is_split_and_encoded_as_nanogpt_does(small_pieces, monkeypa
     expected = as_nanogpt(bpe, rows * 10, 0.0005)
     assert [read("data/openwebtext", split) for split in ("train", "val")] == expected
     assert f"train {len(expected[0]):,} tokens" in out
-    assert "nanoGPT counted 9,035,582,198 and 4,434,897: the corpus is not the one it was" in out
+    assert "nanoGPT counted 9,035,582,198 and 4,434,897 tokens" in out
     assert calls == [("Skylion007/openwebtext", None, "train", 1)]
     assert type_in("openwebtext")[:2] == (0, "data/openwebtext is there already\n")
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: Path("no such\nhost").read_text())
@@ -479,20 +478,19 @@ MISTAKES = {
     "text --input=a.txt --tokenizer=empty": "empty has no tokenizer",
     "text --input=a.txt --val_fraction=1": "val_fraction=1.0 must be above 0 and below 1",
     "text --input=a.jsonl": "no column 'text'; choose by --field among n, body",
-    "text --input=a.jsonl --field=n": "the column 'n' is not text",
-    "text --input=bad.jsonl": "bad.jsonl could not be loaded (ArrowInvalid: JSON parse error",
-    "text --input=bad.jsonl --field=text": "; bad.jsonl, line 2: Expecting value at column",
-    "text --input=cut.jsonl": "; cut.jsonl, line 3, the last one (the file may be cut",
-    "text --input=u.jsonl": "; u.jsonl is UTF-16: convert it by iconv",
-    "text --input=le.txt": "as in UTF-16; convert it: iconv -f UTF-16LE -t UTF-8",
-    "text --input=be.txt": "as in UTF-16; convert it: iconv -f UTF-16BE -t UTF-8",
+    "text --input=a.jsonl --field=n": "a.jsonl, line 1: 'n' is 1, not text",
+    "text --input=bad.jsonl": "bad.jsonl, line 2: Expecting value at column",
+    "text --input=cut.jsonl": "cut.jsonl, line 3, the last one (the file may be cut",
+    "text --input=u.jsonl": "u.jsonl is UTF-16; convert it: iconv",
+    "text --input=le.txt": "as in UTF-16LE; convert it: iconv -f UTF-16LE -t UTF-8",
+    "text --input=be.txt": "as in UTF-16BE; convert it: iconv -f UTF-16BE -t UTF-8",
     "text --input=latin.txt": "latin.txt is not UTF-8 text: byte 402 cannot be read; convert it to UTF-8",
-    "text --input=le32.txt": "as in UTF-32; convert it: iconv -f UTF-32LE -t UTF-8",
-    "text --input=be32.txt": "as in UTF-32; convert it: iconv -f UTF-32BE -t UTF-8",
+    "text --input=le32.txt": "as in UTF-32LE; convert it: iconv -f UTF-32LE -t UTF-8",
+    "text --input=be32.txt": "as in UTF-32BE; convert it: iconv -f UTF-32BE -t UTF-8",
     "text --input=number.jsonl": "number.jsonl, line 3: 'text' is 5, not text",
     "text --input=none.jsonl": "none.jsonl has no rows",
-    "text --input=z.txt": "z.txt is compressed (zstd): decompress it first",
-    "text --input=g.txt": "g.txt is compressed (gzip): decompress it first",
+    "text --input=z.txt": "z.txt is compressed (zstd): decompress it",
+    "text --input=g.txt": "g.txt is compressed (gzip): decompress it",
     "text --input=cut.txt.gz": "cut.txt.gz is not a whole .gz file: Compressed",
     "text --input=bad.parquet": "bad.parquet could not be loaded (",
     "text --input=one.jsonl": "there are 1 rows",
