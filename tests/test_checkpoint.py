@@ -190,7 +190,7 @@ def test_resuming_takes_the_data_that_the_run_was_trained_on_unless_a_flag_names
 @pytest.mark.parametrize(("source", "damage"), [("resume", "is damaged"), ("auto", "is not there")])
 def test_resuming_goes_back_to_the_newest_checkpoint_that_is_whole(workplace, capsys, source, damage):
     run("--eval_interval=2", out_dir="straight")
-    run("--eval_interval=2", "--max_iters=6")
+    run("--eval_interval=2", "--max_iters=6", "--keep_last=3")
     for name in ("ckpt.pt", "ckpt-6.pt", "best.pt"):
         path = Path("out", name)
         content = bytearray(path.read_bytes())

@@ -21,6 +21,7 @@ import torch
 from tests.runs import TINY, assert_same_run, load, records, run, run_ranks, start, surroundings
 from train import checkpoint, distributed, loop, metrics
 from train.config import parse
+from train.signals import StopRequest
 
 KILLS = int(os.environ.get("KILLS", "3"))
 LONG = ["--max_iters=300", "--lr_decay_iters=300", "--eval_interval=125", "--eval_iters=1"]
@@ -66,6 +67,18 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_resuming_equals_never_havin
     assert_same_run("straight", "stopped")
 
 
+def test_a_second_ctrl_c_interrupts_a_plain_run_but_not_a_rank(monkeypatch):
+    """torchrun sends a rank another signal for each Ctrl-C that the rank has received itself."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    request = StopRequest()
+    request._note(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        request._note(signal.SIGINT, None)
+    monkeypatch.setenv("RANK", "0")
+    request._note(signal.SIGINT, None)
+    assert request.received == "SIGINT"
+
+
 def test_a_stop_where_an_evaluation_is_due_leaves_it_to_the_resumed_run(workplace, monkeypatch):
     """Its first try dies between the evaluation and the checkpoint: the metrics have it once all the same."""
 
@@ -92,11 +105,11 @@ def test_ranks_stop_at_the_same_step_whichever_got_the_signal(workplace):
     run_ranks(*LONG, "--out_dir=straight")
     launch = start(*LONG, "--out_dir=stopped", ranks=2)
     wait_for_a_step("stopped")
-    for process in 2 * launch.processes:  # each Ctrl-C reaches a rank twice: torchrun hands it on
-        os.kill(process.pid, signal.SIGINT)
+    for process in launch.processes:  # as torchrun does
+        process.terminate()
     assert launch.wait() == [0, 0], launch.printed()
     first = load("stopped")["iter_num"]
-    assert f"stopped by SIGINT after {first} steps" in launch.printed()
+    assert f"stopped by SIGTERM after {first} steps" in launch.printed()
     launch = start(*LONG, "--out_dir=stopped", "--init_from=resume", ranks=2)
     wait_for_a_step("stopped", first + 3)
     os.kill(launch.processes[1].pid, signal.SIGUSR1)
