@@ -160,6 +160,16 @@ def test_uint32_ids_without_a_header_are_refused_with_a_command_that_converts_th
     assert len(file) == 3000 and file.read(np.array([0]), 3000)[0].tolist() == ids.tolist()
 
 
+def test_a_text_of_one_symbol_a_line_is_not_taken_for_uint32(tmp_path):
+    path = tmp_path / "train.bin"
+    np.stack([np.arange(900) % 26 + 1, np.zeros(900)], 1).astype(np.uint16).tofile(path)
+    assert len(shards.open_tokens(path)) == 1800
+    meta = {"dtype": "uint16", "vocab_size": 400, "train": {"tokens": 1800}, "val": {"tokens": 9}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    np.stack([np.arange(900) % 400, np.zeros(900)], 1).astype(np.uint16).tofile(path)
+    assert len(shards.open_tokens(path)) == 1800
+
+
 def test_ids_past_16_bits_are_written_and_read_as_llm_c_does(tmp_path):
     ids = np.array([0, 65535, 65536, 128255, 7] * 10, np.uint32)
     theirs, ours = tmp_path / "theirs_train.bin", tmp_path / "ours_train.bin"
@@ -169,6 +179,10 @@ def test_ids_past_16_bits_are_written_and_read_as_llm_c_does(tmp_path):
     file = TokenFile(tmp_path / "train.bin", GPTConfig(block_size=4, vocab_size=128256), 0)
     assert file.read(np.array([48]), 5).tolist() == [[128255, 7, 0, 65535, 65536]]
     assert shards.dtype_for(65536) == np.uint16 and shards.header(np.uint16, 10**12) == b""
+    huge = 2**32 + 5  # the file is a hole
+    ours.write_bytes(shards.header(np.uint32, huge))
+    os.truncate(ours, 1024 + 4 * huge)
+    assert len(shards.open_tokens(ours)) == huge
 
 
 # ---- what cannot be trained on
