@@ -31,7 +31,7 @@ FORKS.set_forkserver_preload(["tests.runs", "train.__main__", "train.evaluate", 
 def surroundings(**more: str) -> dict[str, str]:
     """The environment in which a program of the project starts in any folder.
 
-    What PYTHONPATH names already stays in it: a machine without packages of its own may have tyro from there.
+    What PYTHONPATH names already stays in it.
     """
     path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"} | more

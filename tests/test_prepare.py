@@ -350,7 +350,7 @@ def test_train_bin_by_which_data_is_known_appears_last(small_pieces, monkeypatch
 
     monkeypatch.setattr(Path, "replace", replace_and_note)
     encode(Path("out"), documents.text("a b c " * 50, "x"), "gpt2", 1)
-    assert appeared == [("val.bin", ["meta.json"]), ("train.bin", ["meta.json"])]
+    assert appeared[-2:] == [("val.bin", ["meta.json"]), ("train.bin", ["meta.json"])]
 
 
 def test_few_batches_are_in_memory_and_their_ids_stay_in_order(small_pieces):

@@ -160,7 +160,7 @@ def test_a_finished_run_and_eval_only_train_nothing_and_save_nothing(workplace, 
     run()
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     run("--init_from=auto")
-    assert "finished run: all max_iters=8 steps are made" in capsys.readouterr().out
+    assert "out/ckpt.pt is of a finished run: all 8 steps are made" in capsys.readouterr().out
     for source in ("resume", "scratch"):
         run(f"--init_from={source}", "--eval_only=True")
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before

@@ -89,7 +89,8 @@ def test_the_view_ends_with_the_figures_of_the_record_and_the_rest_stands_above(
     last = [r for r in records if "loss" in r][-1]
     best = min(r["val/loss"] for r in records if "val/loss" in r)
     start = max(i for i, line in enumerate(lines) if line.startswith("done"))
-    above, view = lines[:start], "  ".join(lines[start:])
+    end = next(i for i, line in enumerate(lines) if line.startswith("the run is done"))
+    above, view = lines[:start], "  ".join(lines[start:end])
     for figure in (
         "8/8", f"loss {last['loss']:.4f}", f"best val {best:.4f}", f"lr {last['lr']:.2e}",
         f"grad norm {last['grad_norm']:.3f}", f"tokens/s {last['tokens_per_s']:,.0f}",
@@ -102,7 +103,7 @@ def test_the_view_ends_with_the_figures_of_the_record_and_the_rest_stands_above(
     assert not any(line.startswith(("iter", "training", "evaluating", "starting")) for line in lines)
     assert above[0].startswith("parameters") and "Chinchilla" in " ".join(above)
     # Nothing of the view is wider than the terminal; what scrolls by is for the terminal to wrap.
-    assert all(len(line) <= columns - 2 for line in lines[start:])
+    assert all(len(line) <= columns - 2 for line in lines[start:end])
     assert cursor
 
 
@@ -197,9 +198,9 @@ def test_every_line_in_a_pipe(workplace, capsys):
     evaluation = r"step {}: train loss \d\.\d{{4}}, val loss \d\.\d{{4}}"
     expected = [
         r"number of parameters: 0\.03M \(2 layers, 2 heads, 32 wide, block 16, 21 symbols\)",
-        r"tokens per iteration will be: 128 \(1/389\.1 of the data\)",
+        r"tokens per iteration will be: 128 \(389 steps = one epoch\)",
         rf"data tiny: 49,801 tokens to train on, {number} to validate",
-        rf"run 8 steps, 1,024 tokens: 0\.02 epochs, 0\.0 a parameter \(Chinchilla: 20, or {number} tokens\)",
+        r"run 8 steps, 1,024 tokens: 0\.02 epochs, 0\.0 tokens per parameter \(Chinchilla-optimal: 20\)",
         r"cost 1\.65e\+05 FLOPs a token, 1\.69e\+08 in the run",
         "device cpu x 1, dtype float32, compile False, kernels torch",
         evaluation.format(0),
@@ -209,6 +210,9 @@ def test_every_line_in_a_pipe(workplace, capsys):
         r"time left: about \ds, by the time of the first steps",
         *(step.format(i) for i in (6, 7)),
         evaluation.format(8),
+        r"the run is done: out/ckpt.pt has made 8 steps, lowest validation loss \d\.\d{4}",
+        r"  sample from it  \S*python -m gpt\.sample out",
+        r"  train further   \S*python -m train out/config\.py .* --max_iters=16 --lr_decay_iters=16",
     ]
     for line, pattern in zip(capsys.readouterr().out.splitlines(), expected, strict=True):
         assert re.fullmatch(pattern, line), (line, pattern)
