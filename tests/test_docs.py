@@ -24,7 +24,7 @@ from train.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOREIGN = {"sbatch", "scancel", "squeue"}  # Slurm's programs, whose flags we do not know
+FOREIGN = {"lm_eval", "sbatch", "scancel", "squeue"}  # programs whose flags we do not know
 SLURM_FLAGS = "--cpus-per-task --ntasks-per-node --open-mode --requeue --signal --time".split()
 
 
@@ -49,9 +49,8 @@ class Parsed(Exception):
     """A program accepted its flags."""
 
 
-@pytest.fixture
 def parse_only(monkeypatch):
-    """Programs end where their flags are parsed."""
+    """From now on programs end where their flags are parsed."""
     parse_given, parse_args = cli.parse_given, argparse.ArgumentParser.parse_args
 
     def parse_config(*args, **options):
@@ -84,7 +83,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("words", COMMANDS)
-def test_a_command_is_accepted_by_its_program(words, tmp_path, monkeypatch, parse_only):
+def test_a_command_is_accepted_by_its_program(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     program, *rest = words
     if program == "make":
@@ -106,6 +105,7 @@ def test_a_command_is_accepted_by_its_program(words, tmp_path, monkeypatch, pars
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             Path(file).touch()
         monkeypatch.setattr(sys, "argv", rest[1:])
+        parse_only(monkeypatch)
         try:
             main_of(rest[1])()
         except (Parsed, FileNotFoundError):  # `train.prepare inspect` has no flags, and no data here
