@@ -91,11 +91,8 @@ def test_a_switch_alone_is_true_and_values_may_be_spelled_in_many_ways(workplace
     numbers = (config.max_iters, config.warmup_iters, config.batch_size, config.model.vocab_size)
     assert numbers == (600000, 200000, 10, 320) and {type(n) for n in numbers} == {int}
     assert config.model.n_layer == 3
-    assert [parse(["--compile", value])[0].compile for value in ("auto", "0", "true")] == [
-        "auto",
-        False,
-        True,
-    ]
+    for text, value in (("auto", "auto"), ("0", False), ("true", True)):
+        assert parse(["--compile", text])[0].compile == value
     assert parse([f"--seed={2**64 - 1}"])[0].seed == 2**64 - 1
 
 
@@ -386,15 +383,14 @@ def test_a_config_file_sees_what_was_set_before_it_and_its_own_names_set_nothing
 def test_a_byte_order_mark_in_a_prompt_or_a_config_file_is_left_out(tmp_path):
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
         (tmp_path / "a.txt").write_text("né\nto be\n", encoding=encoding)
-        prompts = [sample._prompts(sample.SampleConfig(start=f"FILE:{tmp_path}/a.txt"))]
-        prompts += [sample._prompts(sample.SampleConfig(prompts=str(tmp_path / "a.txt")))]
-        assert prompts == [["né\nto be\n"], ["né", "to be"]]
+        assert sample._prompts(sample.SampleConfig(start=f"FILE:{tmp_path}/a.txt")) == ["né\nto be\n"]
+        assert sample._prompts(sample.SampleConfig(prompts=f"{tmp_path}/a.txt")) == ["né", "to be"]
         (tmp_path / "a.py").write_text("max_iters = 7\nout_dir = 'né'\n", encoding=encoding)
         config, _ = parse([str(tmp_path / "a.py")])
         assert (config.max_iters, config.out_dir) == (7, "né")
     (tmp_path / "a.txt").write_bytes("né".encode("latin-1"))
     with pytest.raises(ValueError, match=r"a.txt is not UTF-8 text: byte 1"):
-        sample._prompts(sample.SampleConfig(start=f"FILE:{tmp_path}/a.txt"))
+        sample._prompts(sample.SampleConfig(prompts=f"{tmp_path}/a.txt"))
 
 
 def test_what_is_typed_in_a_locale_of_another_encoding_is_read_as_either():
