@@ -38,7 +38,7 @@ def command(main, monkeypatch, capsys, *args):
 
 
 def complaint(main, monkeypatch, capsys, *args):
-    """The one sentence of a command that cannot do what it was asked."""
+    """Runs a command line that ends with one sentence, and returns it."""
     code, _, err = command(main, monkeypatch, capsys, *args)
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1, (args, err)
     return err
@@ -252,7 +252,7 @@ def test_a_mistake_in_training_is_one_sentence_with_the_numbers(workplace, monke
         ),
     ],
 )  # fmt: skip
-def test_a_machine_that_is_not_as_a_run_wants_it_is_a_sentence(monkeypatch, environment, flags, words):
+def test_an_environment_or_device_that_does_not_fit_is_a_sentence(monkeypatch, environment, flags, words):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=words):
@@ -369,13 +369,13 @@ def test_a_config_file_sees_what_was_set_before_it_and_its_own_names_set_nothing
         "def twice(n_head):\n    batch_size = n_head\n    return 2 * batch_size\n"
         "n_embd = twice(width) if decay_lr else 0\nmax_iters = max_iters * 2\n_learning_rate = 3\n"
     )
-    flags = ["--learning_rate=1e-2", "--out_dir", "x", "--decay_lr=true", "--max_iters=1e3", "--seed=7"]
+    flags = ["--learning_rate=1e-2", "--out_dir", "x", "--max_iters=1e3", "--seed=7"]
     config, given = parse([*flags, *map(str, files)])
     assert (config.min_lr, config.out_dir, config.model.n_embd, config.max_iters) == (1e-3, "x-a", 64, 2000)
     assert (config.seed, config.model.n_layer, config.batch_size) == (7, 12, 12)
     # beta1 is asked for, although it is the default: a checkpoint that differs is an error, not a surprise.
     assert given.keys() == {
-        "learning_rate", "out_dir", "decay_lr", "max_iters", "seed", "min_lr", "beta1", "n_embd",
+        "learning_rate", "out_dir", "max_iters", "seed", "min_lr", "beta1", "n_embd",
     }  # fmt: skip
     assert capsys.readouterr().err == ""
 
