@@ -326,8 +326,8 @@ def test_few_batches_are_in_memory_and_their_ids_stay_in_order(small_pieces):
     numbers = itertools.count()
     encode_batch = encoding._encoder({"kind": "gpt2"}, endoftext=False)
     with ThreadPoolExecutor(2) as pool:
-        endless = ([f"{next(numbers)} and" * 50, None] for _ in itertools.count())
-        for i, ids in enumerate(itertools.islice(encoding._map_in_order(pool, encode_batch, endless, 4), 40)):
+        batches = ([f"{next(numbers)} and" * 50, None] for _ in range(200))
+        for i, ids in enumerate(itertools.islice(encoding._map_in_order(pool, encode_batch, batches, 4), 40)):
             assert ids.tolist() == encode_batch([f"{i} and" * 50, None]).tolist()
     assert next(numbers) <= 40 + 4 + 1
 
