@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 DATA := plays_char
+# On a terminal pip shows its downloads.
+PIP_INSTALL = $(PY) -m pip install $$(test -t 1 || echo --quiet) --disable-pip-version-check -c constraints.txt
 
 # A finished install leaves a stamp, named after all that decides what is installed and where; any other is stale.
 KEY := $(shell { cat setup.py constraints.txt; pwd; $(PYTHON) --version; } 2>&1 | cksum | cut -d' ' -f1)
@@ -44,10 +46,10 @@ $(INSTALLED):
 		{ echo "error: $(PYTHON) lacks its venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "Installing into $(VENV). PyTorch's usual wheel for Linux brings CUDA, about 3 GB to download; its CPU build is 200 MB."
 	@$(PYTHON) -m venv --clear $(VENV)
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@$(PIP_INSTALL) -e .
 	@touch $@
 
 $(INSTALLED_TEST): $(INSTALLED)
 	@echo "Installing what the tests need, about 170 MB to download."
-	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@$(PIP_INSTALL) -e '.[test]'
 	@touch $@

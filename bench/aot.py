@@ -1,22 +1,25 @@
-"""Every tile in use of every kernel, compiled for every architecture, on a machine without a GPU.
+"""Compile every kernel with every tile in use for every architecture, on a machine without a GPU.
 
-    python -m bench.aot                                 a line a kernel: registers, spills, shared memory, ...
-    python -m bench.aot --check                         and exit code 1 where a rule below is broken
-    python -m bench.aot --check --quick                 of all but sm_90 one build a kernel
-    python -m bench.aot --only sm_90 --only _attention_dq_kernel
+    python -m bench.aot                                 print registers, spills, shared memory, ...
+    python -m bench.aot --check                         exit with 1 if a rule below is broken
+    python -m bench.aot --check --quick                 one build of a kernel for all but sm_90
+    python -m bench.aot --only="sm_90 _attention_dq_kernel"
 
-What to compile is not listed here: each operation's `run_all` gets meta tensors, and `kernels.op.record`
-notes what they would have launched. The rules: it compiles; on sm_80 and sm_90 at most one in 200
-instructions inside loops is a spill; shared and tensor memory within the architecture's limit; no body that
-is a lone trap; a tensor-core instruction for every piece of every half-precision product, of the
-architecture's best kind, and no wait after each of them; 16-byte loads; no more instructions an element than
-`Op.instructions` allows.
+The operations say what to build: `run_all` gets meta tensors, and `kernels.op.record` notes what it would
+launch. The rules:
 
-Counted in the SASS that ptxas gives: LDL and STL are spills, HMMA, HGMMA (wgmma) and UTCHMMA (tcgen05)
-tensor cores.
+- The kernel compiles, and its body is more than a trap.
+- On sm_80 and sm_90 at most one in 200 instructions inside loops is a spill.
+- Shared and tensor memory stay within the architecture's limits.
+- Every half-precision product uses the architecture's best tensor-core instruction throughout, and does not
+  wait after each of them.
+- There are loads of 16 bytes.
+- An element takes no more instructions than `Op.instructions` allows.
+
+The counts are of the SASS from ptxas. LDL and STL are spills; HMMA, HGMMA (wgmma) and UTCHMMA (tcgen05) are
+tensor-core instructions.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -34,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt import cli
 from kernels import OPS
 from kernels.op import INTERPRETED, Launch, record, triton
 
@@ -51,9 +55,9 @@ TRITON_TYPES = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """What one multiprocessor has. Source: CUDA C++ programming guide, compute capabilities."""
+    """The limits of one multiprocessor. Source: CUDA C++ programming guide, compute capabilities."""
 
-    shared_block: int  # bytes a block may have
+    shared_block: int  # bytes a block can use
     shared: int  # bytes
     warps: int
     blocks: int
@@ -72,11 +76,11 @@ GPUS = {
 class Build:
     architecture: int
     launch: Launch
-    most_instructions: float | None = None  # an element, as `Op.instructions` has it
+    most_instructions: float | None = None  # allowed for an element, from `Op.instructions`
 
     @property
     def source(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
-        """(signature, constants, attributes) as Triton's own launch would specialise these arguments."""
+        """(signature, constants, attributes), specialised as Triton's launch would."""
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
         attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -125,18 +129,17 @@ class Figures:
     instructions: int
     loop_instructions: int  # those inside a loop
     tensor_core: dict[str, int]  # instruction -> count
-    expected: int  # of them, at the least
-    one_by_one: (
-        bool  # ptxas waits after every wgmma instruction (its C7515 and the like), not after a product
-    )
-    wide_loads: int  # of 16 bytes a thread, or by the tensor memory accelerator
+    expected: int  # tensor-core instructions that the products need at least
+    # ptxas waits after every wgmma instruction and not after a whole product (its warning C7515)
+    one_by_one: bool
+    wide_loads: int  # 16 bytes a thread, or by the tensor memory accelerator
     blocks: int  # resident on a multiprocessor
-    occupancy: float  # of its warps
+    occupancy: float  # share of its warps that are resident
 
 
 def builds() -> list[Build]:
-    """Every distinct compilation that the production shapes of all operations lead to."""
-    found: dict[str, Build] = {}
+    """Every distinct build that the production shapes of all operations need."""
+    distinct: dict[str, Build] = {}
     for architecture in GPUS:
         for op in OPS:
             for sample in op.production_shapes:
@@ -144,17 +147,17 @@ def builds() -> list[Build]:
                     op.run_all(**op.make(**{"dtype": torch.bfloat16, "device": "meta"} | sample))
                 for launch in launches:
                     build = Build(architecture, launch, op.instructions.get(launch.kernel.__name__))
-                    found[build.key] = build
-    return list(found.values())
+                    distinct[build.key] = build
+    return list(distinct.values())
 
 
-def first_of_each(found: list[Build]) -> list[Build]:
-    """All builds of the architecture that was measured; of the others the first of each kernel."""
-    kept: dict[tuple[Any, ...], Build] = {}
-    for build in found:
+def first_of_each(every: list[Build]) -> list[Build]:
+    """All builds for the architecture that was measured, and one build of each kernel for the others."""
+    chosen: dict[tuple[Any, ...], Build] = {}
+    for build in every:
         rest = build.key if build.architecture == MEASURED else build.launch.kernel.__name__
-        kept.setdefault((build.architecture, rest), build)
-    return list(kept.values())
+        chosen.setdefault((build.architecture, rest), build)
+    return list(chosen.values())
 
 
 def compile_build(build: Build) -> Figures:
@@ -183,7 +186,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def instructions(sass: str) -> Iterator[tuple[str, bool]]:
-    """(instruction, whether it is inside a loop), in order. A loop ends in a branch back to a label."""
+    """Yields (instruction, whether it is inside a loop). A loop ends in a branch back to a label."""
     labels: dict[str, int] = {}
     lines: list[str] = []
     depth: list[int] = []
@@ -194,7 +197,7 @@ def instructions(sass: str) -> Iterator[tuple[str, bool]]:
             lines.append(instruction[1])
             depth.append(0)
             target = re.match(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
-            # ptxas ends a kernel in a branch to itself, which is no loop.
+            # ptxas ends every kernel with a branch to itself. That is not a loop.
             if target and labels.get(target[1], len(lines)) < len(lines) - 1:
                 for inside in range(labels[target[1]], len(lines)):
                     depth[inside] += 1
@@ -217,7 +220,7 @@ def _figures(
     registers_warp = -(-registers * 32 // 256) * 256
     blocks = min(
         gpu.registers // (registers_warp * warps),
-        gpu.shared // (shared + 1024),  # the driver keeps 1 KiB a block
+        gpu.shared // (shared + 1024),  # the driver takes 1 KiB of each block
         TENSOR_MEMORY // max(columns, 1),
         gpu.warps // warps,
         gpu.blocks,
@@ -241,14 +244,14 @@ def _figures(
 
 
 def waits_after_every_product(names: list[str]) -> bool:
-    """Whether no wgmma instruction follows another without a wait between them."""
+    """Whether there is a wait between any two wgmma instructions."""
     order = [n for n in names if n.startswith(("HGMMA", "WARPGROUP.DEPBAR"))]
     products = [n.startswith("HGMMA") for n in order]
     return any(products) and not any(a and b for a, b in pairwise(products))
 
 
 def _expected(build: Build, ttir: str) -> int:
-    """Tensor-core instructions that one pass over every half-precision product needs in one warp."""
+    """Tensor-core instructions of one warp that one pass over all half-precision products needs."""
     total, warps = 0, build.launch.num_warps
     for m, k, dtype, n in re.findall(r"tt\.dot .*: tensor<(\d+)x(\d+)x(\w+)> \* tensor<\d+x(\d+)x", ttir):
         M, K, N = int(m), int(k), int(n)
@@ -263,13 +266,13 @@ def _expected(build: Build, ttir: str) -> int:
 
 
 def instructions_an_element(build: Build, figures: Figures) -> float:
-    """Of the loop that does the work, or of the whole kernel where there is no loop."""
+    """Instructions of the loop, or of the whole kernel if it has no loop, for one element."""
     elements = build.launch.arguments["BLOCK"] / (32 * build.launch.num_warps)
     return (figures.loop_instructions or figures.instructions) / elements
 
 
 def _too_many_instructions(build: Build, figures: Figures) -> str | None:
-    """A kernel that should wait for memory must not wait for its arithmetic: Hopper, in half precision."""
+    """The broken rule where arithmetic limits a kernel that memory should limit: sm_90, half precision."""
     dtype = next((a.dtype for a in build.launch.arguments.values() if isinstance(a, Tensor)), None)
     if build.most_instructions is None or build.architecture != 90 or dtype == torch.float32:
         return None
@@ -279,11 +282,11 @@ def _too_many_instructions(build: Build, figures: Figures) -> str | None:
 
 
 def faults(build: Build, figures: Figures) -> list[str]:
-    """The rules that a kernel breaks, in words."""
+    """The rules that a kernel breaks."""
     gpu, architecture = GPUS[build.architecture], build.architecture
     best = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[architecture]
     rules = {
-        # One reload in a loop of hundreds of instructions costs nothing that could be measured.
+        # One reload in a loop of hundreds of instructions costs too little to measure.
         f"{figures.loop_spills} spills in loops of {figures.loop_instructions} instructions": (
             architecture in SPILL_FREE_LOOPS and 200 * figures.loop_spills > figures.loop_instructions
         ),
@@ -308,31 +311,33 @@ def _attempt(position: int) -> Figures | str:
         return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"
 
 
-_BUILDS: list[Build] = []  # what the forked workers find: a Triton kernel cannot be pickled
+_BUILDS: list[Build] = []  # for the forked workers: a Triton kernel cannot be pickled
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.aot", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="exit code 1 where a rule is broken")
-    parser.add_argument("--quick", action="store_true", help="one build a kernel for all but sm_90")
-    parser.add_argument("--only", action="append", default=[], help="lines that contain this, e.g. sm_90")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    options = parser.parse_args()
+@dataclass
+class AotConfig:
+    """Compile every kernel for every architecture: registers, spills, shared memory, tensor cores."""
+
+    check: bool = False  # exit with 1 where a rule is broken
+    quick: bool = False  # one build of a kernel for every architecture but sm_90
+    only: str = ""  # only builds whose line has all of these words, such as "sm_90 _loss_kernel"
+    jobs: int = os.cpu_count() or 1  # processes
+
+
+def main() -> None:
+    options = cli.parse(AotConfig, sys.argv[1:], prog="python -m bench.aot")
     if triton is None or INTERPRETED:
-        print("bench.aot needs Triton, and TRITON_INTERPRET unset", file=sys.stderr)
-        return 2
+        raise ValueError("bench.aot needs Triton, and TRITON_INTERPRET unset")
     start = time.perf_counter()
-    found = builds()
-    if options.quick:
-        found = first_of_each(found)
-    _BUILDS[:] = [b for b in found if all(part in str(b) for part in options.only)]
+    every = first_of_each(builds()) if options.quick else builds()
+    _BUILDS[:] = [b for b in every if all(part in str(b) for part in options.only.split())]
     broken = 0
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("fork")) as pool:
         for build, figures in zip(_BUILDS, pool.map(_attempt, range(len(_BUILDS)))):
             if isinstance(figures, str):
-                wrong, line = [figures], ""
+                broken_rules, line = [figures], ""
             else:
-                wrong = faults(build, figures)
+                broken_rules = faults(build, figures)
                 cores = " ".join(f"{n} {kind}" for kind, n in figures.tensor_core.items()) or "-"
                 line = (
                     f"    {figures.registers} registers, "
@@ -343,11 +348,11 @@ def main() -> int:
                 )
                 if build.most_instructions is not None:
                     line += f", {instructions_an_element(build, figures):.1f} instructions an element"
-            broken += bool(wrong)
-            print(build, line, *(f"    FAULT: {fault}" for fault in wrong), sep="\n", flush=True)
+            broken += bool(broken_rules)
+            print(build, line, *(f"    FAULT: {fault}" for fault in broken_rules), sep="\n", flush=True)
     print(f"{len(_BUILDS)} kernels, {broken} with faults, {time.perf_counter() - start:.0f} s")
-    return 1 if options.check and broken else 0
+    sys.exit(1 if options.check and broken else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -1,13 +1,13 @@
-"""python -m bench.curve: one training twice, on our kernels and on PyTorch's operations, losses side by side.
+"""python -m bench.curve: train on our kernels and on PyTorch's operations, and print the losses side by side.
 
-Both have the same weights at the start, the same batches and the same schedule, and take turns. By default
-the 124M makes 1,000 steps of 64K tokens on the Python standard library's sources, a token a byte, which every
-machine has; --data=FOLDER is a prepared corpus. Without a GPU the model is tiny.
+Both trainings have the same initial weights, batches and schedule, and take turns. By default the 124M makes
+1,000 steps of 64K tokens on the sources of Python's standard library, one token a byte, which every machine
+has. --data=FOLDER takes a prepared corpus. Without a GPU the model is tiny.
 """
 
-import argparse
+import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,8 @@ import torch
 
 from bench import timing
 from bench.roofline import SIZES
+from gpt import cli
+from gpt.cli import UserPath
 from gpt.device import autocast
 from gpt.model import GPT, GPTConfig
 from train import distributed
@@ -37,7 +39,7 @@ def write_bytes(folder: Path) -> None:
 def train(
     config: TrainConfig, specs: list[str], data: Path, ranks: Ranks
 ) -> dict[str, dict[str, list[float]]]:
-    """{"losses": {spec: one a step}, "validation": {spec: [the last]}}; prints every twentieth of the run."""
+    """{"losses": {spec: one a step}, "validation": {spec: [the last]}}. Prints 20 lines."""
     config = resolve(config, ranks)
     file, val = (TokenFile(data / f"{split}.bin", config.model, config.seed) for split in ("train", "val"))
     precision = partial(autocast, ranks.device, config.dtype)
@@ -69,15 +71,18 @@ def train(
     }
 
 
+@dataclass
+class CurveConfig:
+    """Train once on our kernels and once on PyTorch's operations, and print the losses side by side."""
+
+    data: UserPath = ""  # a folder with train.bin and val.bin; default: the standard library's sources
+    steps: int = 1000  # of each training
+    specs: str = "triton torch"  # values of --kernels, with spaces between them
+    out: UserPath = ""  # a JSON file for the results
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.curve", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, help="a folder with train.bin and val.bin")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument(
-        "--specs", nargs="+", default=["triton", "torch"], help="of the kernels, as --kernels"
-    )
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    options = parser.parse_args()
+    options = cli.parse(CurveConfig, sys.argv[1:], prog="python -m bench.curve")
     ranks = distributed.start("auto", "auto")
     on_gpu = ranks.device_type == "cuda"
     layers, heads, width = SIZES["124M" if on_gpu else "tiny"]
@@ -87,9 +92,9 @@ def main() -> None:
         model=GPTConfig(1024 if on_gpu else 64, 50304, layers, heads, width, bias=False),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        if options.data is None:
+        if not options.data:
             write_bytes(Path(folder))
-        result = train(config, options.specs, options.data or Path(folder), ranks)
+        result = train(config, options.specs.split(), Path(options.data or folder), ranks)
     for spec, (loss,) in result["validation"].items():
         print(f"validation loss, {spec}: {loss:.4f}")
     if options.out:
@@ -97,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

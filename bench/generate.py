@@ -1,18 +1,18 @@
-"""python -m bench.generate: tokens/s of a prompt read (prefill) and of tokens sampled (decode).
+"""python -m bench.generate: tokens/s of reading a prompt (prefill) and of sampling tokens (decode).
 
-With --nanogpt=PATH, a checkout of nanoGPT, its own model takes turns with ours, on the same weights; before
-anything is timed, both must give the same greedy tokens in fp32. The floor is what the products of one token
-take by themselves, weights read from memory every time: nothing that samples one token a step is faster.
+With --nanogpt=PATH, a checkout of nanoGPT, its model takes turns with ours, with the same weights. Both must
+first give the same greedy tokens in fp32. The floor is the time of the matrix products of one token alone,
+with all weights read from memory: sampling one token a step cannot be faster.
 
 Without a GPU the model is small, and the figures say nothing about a GPU.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from bench import timing
 from bench.roofline import SIZES
 from bench.throughput import nanogpt_model
+from gpt import cli
+from gpt.cli import UserPath
 from gpt.device import autocast, resolve_dtype
 from gpt.generate import stream
 from gpt.model import GPT, GPTConfig
@@ -30,7 +32,7 @@ MORE_SIZES = SIZES | {"10M": (6, 6, 384)}  # nanoGPT's character model
 
 def with_weights_of(ours: GPT, theirs: nn.Module) -> nn.Module:
     weights = ours.state_dict()
-    # Without flash attention it has its mask among the buffers.
+    # nanoGPT without flash attention has its causal mask among the buffers.
     theirs.load_state_dict({k: weights.get(k, v) for k, v in theirs.state_dict().items()})
     return theirs.eval().to(ours.lm_head.weight.device)
 
@@ -52,7 +54,7 @@ def continued(model: nn.Module, idx: Tensor, new: int, top_k: int | None = None)
 
 
 def same_tokens(ours: GPT, theirs: nn.Module, idx: Tensor, new: int) -> bool:
-    """Greedy tokens of both; nanoGPT's way to be greedy is top_k=1."""
+    """Whether both give the same greedy tokens. nanoGPT is greedy with top_k=1."""
     return torch.equal(continued(ours, idx, new, top_k=1), continued(theirs, idx, new, top_k=1))
 
 
@@ -71,65 +73,71 @@ def measure(
         return run
 
     B, T = idx.shape
-    found: dict[str, dict[str, float]] = {}
+    figures: dict[str, dict[str, float]] = {}
     prefill = {name: ready(partial(model, idx)) for name, model in models.items()}
     whole = {name: ready(partial(continued, model, idx, new)) for name, model in models.items()}
-    read = timing.interleaved(prefill, device, seconds, cold=False)
-    made = timing.interleaved(whole, device, seconds, cold=False)
+    prompt_times = timing.interleaved(prefill, device, seconds, cold=False)
+    whole_times = timing.interleaved(whole, device, seconds, cold=False)
     for name in models:
-        # the first new token comes out of the prefill
-        decoding = max(made[name].median - read[name].median, 1e-6) / max(new - 1, 1)
-        found[name] = {
-            "prefill": 1e3 * B * T / read[name].median,
+        # The prefill gives the first new token.
+        decoding = max(whole_times[name].median - prompt_times[name].median, 1e-6) / max(new - 1, 1)
+        figures[name] = {
+            "prefill": 1e3 * B * T / prompt_times[name].median,
             "decode": 1e3 * B / decoding,
             "ms": decoding,
-            "generate_ms": made[name].median,
+            "generate_ms": whole_times[name].median,
         }
-    return found
+    return figures
+
+
+@dataclass
+class GenerateConfig:
+    """Time reading a prompt (prefill) and sampling tokens (decode)."""
+
+    size: Literal["", "10M", "124M", "350M", "774M", "1.5B", "tiny"] = (
+        ""  # default: 124M on a GPU, 10M on a CPU
+    )
+    batch_size: str = (
+        ""  # sequences at once, or several sizes with commas; default: 1,32 on a GPU, 1 on a CPU
+    )
+    prompt: int = 64  # tokens of the prompt
+    new: int = 256  # tokens to sample
+    seconds: float = 5.0  # of each model
+    nanogpt: UserPath = ""  # a checkout of nanoGPT, to time beside ours
+    out: UserPath = ""  # a JSON file for the results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.generate", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--size", choices=MORE_SIZES, help="of the model; 124M on a GPU, 10M on a CPU")
-    parser.add_argument("--batch_size", type=int, nargs="+", help="sequences at once; 1 and 32, 1 on a CPU")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of the prompt")
-    parser.add_argument("--new", type=int, default=256, help="tokens to sample")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each model")
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT, to stand beside ours")
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    options = parser.parse_args()
+    options = cli.parse(GenerateConfig, sys.argv[1:], prog="python -m bench.generate")
+    cli.check_bounds(vars(options), {"prompt": (1, 1023), "new": (2, 1 << 20)})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = options.size or ("124M" if device == "cuda" else "10M")
     layers, heads, width = MORE_SIZES[size]
     block_size = 1024 if size in SIZES else 256
     vocab_size = 50304 if size in SIZES else 65
-    if options.prompt < 1 or options.new < 2:
-        sys.exit(f"error: --prompt {options.prompt} must be at least 1 and --new {options.new} at least 2")
     config = GPTConfig(block_size, vocab_size, layers, heads, width, bias=False)
     dtype = resolve_dtype("auto", device)
     torch.manual_seed(0)
     ours = GPT(config, device).to(device).eval()
     models: dict[str, nn.Module] = {"tritongpt": ours}
-    if options.nanogpt is not None:
-        models["nanogpt"] = with_weights_of(ours, nanogpt_model(options.nanogpt, config))
+    if options.nanogpt:
+        models["nanogpt"] = with_weights_of(ours, nanogpt_model(Path(options.nanogpt), config))
     cases = []
-    for batch_size in options.batch_size or ([1, 32] if device == "cuda" else [1]):
+    default = "1,32" if device == "cuda" else "1"
+    for batch_size in map(int, (options.batch_size or default).split(",")):
         idx = torch.randint(vocab_size, (batch_size, options.prompt), device=device)
+        shape = f"{batch_size} sequences, prompt {options.prompt}, {options.new} new tokens"
+        print(f"{size}, {shape}, {dtype}", flush=True)
         if "nanogpt" in models and not same_tokens(ours, models["nanogpt"], idx[:1], min(32, options.new)):
-            sys.exit("error: the greedy tokens of both models differ: nothing was timed")
-        found = measure(models, idx, options.new, dtype, options.seconds)
+            raise ValueError("the greedy tokens of both models differ: nothing was timed")
+        figures = measure(models, idx, options.new, dtype, options.seconds)
         products = floor(ours, batch_size)
         with torch.no_grad(), autocast(device, dtype):
             least = timing.interleaved({"floor": products}, device, 1.0)["floor"].median
-        cases.append({"batch_size": batch_size, "floor_ms": least, "models": found})
-        print(f"{size}, {batch_size} sequences, prompt {options.prompt}, {options.new} new tokens, {dtype}")
-        for name, figures in found.items():
-            print(
-                f"  {name:12} prefill {figures['prefill']:12,.0f} tokens/s  "
-                f"decode {figures['decode']:10,.0f} tokens/s, {figures['ms']:.3f} ms a token"
-            )
+        cases.append({"batch_size": batch_size, "floor_ms": least, "models": figures})
+        for name, f in figures.items():
+            prefill, decode = f"{f['prefill']:12,.0f} tokens/s", f"{f['decode']:10,.0f} tokens/s"
+            print(f"  {name:12} prefill {prefill}  decode {decode}, {f['ms']:.3f} ms a token")
         print(f"  {'floor':12} {'':37}{1e3 * batch_size / least:10,.0f} tokens/s, {least:.3f} ms a token")
         if options.out:
             timing.write(
@@ -139,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

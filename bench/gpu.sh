@@ -13,21 +13,20 @@
 #   sweep      try tile sizes, for the tables that say "not tuned"
 #   sanitizer  run compute-sanitizer's memcheck and racecheck on small shapes, if it is installed
 #   curve      train the 124M for 1,000 steps, on our kernels and on PyTorch's, and print the losses side by side
-#   sdpa       check the gradient of PyTorch's attention, eager and compiled, by backend
 #   all-kernels  time the operations at every shape
 #   headline   time the 124M beside nanoGPT for half a minute each
 #   batches    time the step by micro-batch, 8 to 128
 #   large      time the step of 350M, 774M and 1.5B
 #   generate   time prefill and decode
 #
-# It needs python with torch, triton and numpy, and for the tests pytest and better pytest-xdist; it needs no network.
+# It needs python with torch, triton, numpy and tyro, and for the tests pytest and better pytest-xdist; it needs no network.
 # PYTHON=... chooses the python. The results go to DIR (bench/results by default) as JSON files, named by GPU and commit,
 # beside one log. If the checkout has no .git, name the commit by --commit. A part that is done is not run again, so
 # repeat the command, with the same DIR, to finish a call that was cut short: `sweep` and the kernels go on where they stopped.
 set -uo pipefail
 export PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
-known=" tests warm step kernels sweep sanitizer curve sdpa all-kernels headline batches large generate "
+known=" tests warm step kernels sweep sanitizer curve all-kernels headline batches large generate "
 
 out=bench/results
 nanogpt=()
@@ -121,7 +120,6 @@ for part in ${parts//,/ }; do
                     --error-exitcode 9 --target-processes application-only "${pytest[@]}" "${small[@]}" || failed=1
             done ;;
         curve) run curve 530 "$python" -m bench.curve --out "$prefix-curve.json" || failed=1 ;;
-        sdpa) run sdpa 300 "$python" -m bench.sdpa --out "$prefix-sdpa.json" || failed=1 ;;
         all-kernels) run all-kernels 530 "$python" -m bench.kernels --seconds 0.1 --out "$prefix-kernels.json" || failed=1 ;;
         headline) run headline 300 "${throughput[@]}" --batch_size 64 --seconds 30 --out "$prefix-headline.json" || failed=1 ;;
         batches) run batches 530 "${throughput[@]}" --seconds 10 --out "$prefix-batches.json" || failed=1 ;;

@@ -1,27 +1,28 @@
-"""python -m bench.kernels [NAME ...]: every operation against its peers and against the machine's limit.
+"""python -m bench.kernels [NAME ...]: time every operation beside its competitors and the machine's limits.
 
-For each shape: milliseconds forward, backward and both, interleaved with the peers that are installed; the
-share of the limit, which is the least time that the operation's bytes or FLOPs (`Op.cost`) could take at
-the rates measured in the same run; and the memory needed beyond the inputs. What fits into the L2 cache is
-timed once more without emptying it ("warm"). Ours and the fastest peer also run for a second on end
-("sustained"), at the clocks that the GPU's power then allows. Before anything is timed it is held to fp64 on
-fewer rows of the same shape: what is wrong is said and not timed. Peers that are missing are said too.
-The shape of each operation that decides how fast the 124M trains comes first; `--few` stops after those.
+For each shape: milliseconds forward, backward and both, in turns with the competitors that are installed; the
+share of the limit; and the memory that the operation needs beyond its inputs. The limit is the least time
+that the operation's bytes or FLOPs (`Op.cost`) could take at the rates measured in the same run. A shape that
+fits into the L2 cache is timed once more with a warm cache. Ours and the fastest competitor also run for a
+second without a pause ("sustained"), at the clocks that the GPU's power limit then allows.
+
+Each function must first agree with fp64 on fewer rows of the same shape. One that does not is reported, not
+timed. The shape of each operation that decides how fast the 124M trains comes first; `--few` stops there.
 
 Without a GPU the shapes are those of the tests, only PyTorch's operations run, and the figures say nothing
 about a GPU.
 """
 
-import argparse
+import importlib.util
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
-from pathlib import Path
+from itertools import product, zip_longest
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import timing
+from gpt import cli
+from gpt.cli import UserPath
 from kernels import OPS
 from kernels.attention import CAUSAL_ATTENTION
 from kernels.cross_entropy import CROSS_ENTROPY, loss_and_gradient_
@@ -42,87 +45,92 @@ DIRECTIONS = ("forward", "backward", "both")
 COMPILED = ("tritongpt", "compile", "flex")  # of the variants: those that --warm compiles
 
 
-def variants(op: Op, device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    """(name, function with the operation's arguments, or why it is missing)."""
+Function = Callable[..., Any]
+
+
+def variants(op: Op, device: str) -> dict[str, Function | str]:
+    """{name: function with the operation's arguments, or why there is none}."""
     reason = unavailable(torch.device(device))
     if reason is None and INTERPRETED:
-        reason = "the interpreter is no GPU"
-    yield "tritongpt", op.implementations["triton"] if reason is None else reason
-    yield "eager", op.reference
+        reason = "the interpreter's speed says nothing"
+    result: dict[str, Function | str] = {
+        "tritongpt": op.implementations["triton"] if reason is None else reason,
+        "eager": op.reference,
+    }
     if device.startswith("cuda"):
-        yield "compile", torch.compile(op.reference, dynamic=False)
-    yield from peers(op, device)
+        result["compile"] = torch.compile(op.reference, dynamic=False)
+    if op.name == "linear_cross_entropy":
+        missing = "this PyTorch has no F.linear_cross_entropy"
+        result["torch fused"] = getattr(F, "linear_cross_entropy", missing)
+    if op.name == "causal_attention":
+        result |= attention_competitors(device)
+    if op.name in LIGER:
+        result["liger"] = liger(*LIGER[op.name])
+    return result
 
 
-def peers(op: Op, device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    """Other people's implementations, as `variants` has them."""
-    yield from PEERS.get(op.name, lambda _: iter(()))(device)
-
-
-def _liger(name: str) -> Callable[..., Any] | str:
+def liger(name: str, adapt: Callable[[Function], Function]) -> Function | str:
     try:
         from liger_kernel.transformers import functional
     except ImportError:
         return "Liger-Kernel is not installed"
-    return getattr(functional, name, f"this Liger-Kernel has no {name}")
+    function = getattr(functional, name, None)
+    return f"this Liger-Kernel has no {name}" if function is None else adapt(function)
 
 
-def _norm_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    liger = _liger("liger_layer_norm")
-    if isinstance(liger, str):
-        yield "liger", liger
-    else:
-        yield "liger", lambda input, normalized_shape, weight, bias: liger(input, weight, bias, 1e-5)
+def _norm(liger: Function) -> Function:
+    return lambda input, normalized_shape, weight, bias: liger(input, weight, bias, 1e-5)
 
 
-def _add_norm_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    liger = _liger("liger_layer_norm")
-    if isinstance(liger, str):
-        yield "liger", liger
-        return
-
-    def add_then_norm(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _add_then_norm(liger: Function) -> Function:
+    def function(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         summed = input + residual
         return liger(summed, weight, bias, 1e-5), summed
 
-    yield "liger", add_then_norm
+    return function
 
 
-def _loss_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    yield "liger", _liger("liger_cross_entropy")
+def _linear_loss(liger: Function) -> Function:
+    return lambda input, linear_weight, target, ignore_index: liger(
+        input, linear_weight, target, ignore_index=ignore_index
+    )
 
 
-def _linear_loss_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    yield "torch fused", getattr(F, "linear_cross_entropy", "this PyTorch has no F.linear_cross_entropy")
-    liger = _liger("liger_fused_linear_cross_entropy")
-    if isinstance(liger, str):
-        yield "liger", liger
-    else:
-        yield (
-            "liger",
-            lambda input, linear_weight, target, ignore_index: liger(
-                input, linear_weight, target, ignore_index=ignore_index
-            ),
-        )
+def _loss_in_place(liger: Function) -> Function:
+    def function(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():  # its forward writes the gradient over the logits
+            loss = liger(input.detach().requires_grad_(), target, ignore_index=ignore_index, reduction="none")
+        return loss.detach(), input
+
+    return function
 
 
-def _attention_peers(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    reference = CAUSAL_ATTENTION.reference
-    backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
+# operation -> Liger's name for it, and what gives it our arguments
+LIGER: dict[str, tuple[str, Callable[[Function], Function]]] = {
+    "layer_norm": ("liger_layer_norm", _norm),
+    "add_layer_norm": ("liger_layer_norm", _add_then_norm),
+    "cross_entropy": ("liger_cross_entropy", lambda liger: liger),
+    "loss_and_gradient": ("liger_cross_entropy", _loss_in_place),
+    "linear_cross_entropy": ("liger_fused_linear_cross_entropy", _linear_loss),
+}
+
+
+def attention_competitors(device: str) -> dict[str, Function | str]:
+    if not device.startswith("cuda"):
+        return dict.fromkeys(("sdpa flash", "sdpa cudnn", "flex", "flash-attn"), "needs a GPU")
 
     def sdpa(qkv: Tensor, backend: SDPBackend) -> Tensor:
         with sdpa_kernel(backend):
-            return reference(qkv)
+            return CAUSAL_ATTENTION.reference(qkv)
 
-    for name, backend in backends.items():
-        yield name, partial(sdpa, backend=backend) if device.startswith("cuda") else "needs a GPU"
-    yield "flex", _flex(device) if device.startswith("cuda") else "needs a GPU"
-    try:
-        import flash_attn  # noqa: F401
-    except ImportError:
-        yield "flash-attn", "flash-attn is not installed"
-    else:
-        yield "flash-attn", CAUSAL_ATTENTION.implementations["flash_attn"]
+    has_flash = importlib.util.find_spec("flash_attn")
+    flash = CAUSAL_ATTENTION.implementations["flash_attn"]
+    return {
+        "sdpa flash": partial(sdpa, backend=SDPBackend.FLASH_ATTENTION),
+        "sdpa cudnn": partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION),
+        "flex": _flex(device),
+        "flash-attn": flash if has_flash else "flash-attn is not installed",
+    }
 
 
 def _flex(device: str) -> Callable[..., Any]:
@@ -142,33 +150,19 @@ def _flex(device: str) -> Callable[..., Any]:
 
 
 def loss_and_gradient(input: Tensor, target: Tensor, ignore_index: int, **_: Any) -> tuple[Tensor, Tensor]:
-    """The losses (N,), and over the logits (N, V) their sum's gradient: what a chunk of training runs."""
+    """Returns the losses (N,), and the gradient of their sum, written over the logits (N, V)."""
     losses, _lse = loss_and_gradient_(input, target, ignore_index, gradient=True)
     return losses, input
 
 
 def _loss_and_gradient_reference(input: Tensor, target: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
-    """The same beside the logits; no target is ignored."""
+    """The same, but it leaves the logits as they are. No target is ignored."""
     logs = F.log_softmax(input if input.dtype == torch.float64 else input.float(), dim=1)
     p, hot = logs.exp(), torch.arange(input.shape[1], device=input.device) == target[:, None]
     return -logs.gather(1, target[:, None])[:, 0], torch.where(hot, p - 1, p).to(input.dtype)
 
 
-def _liger_loss_and_gradient(device: str) -> Iterator[tuple[str, Callable[..., Any] | str]]:
-    liger = _liger("liger_cross_entropy")
-    if isinstance(liger, str):
-        yield "liger", liger
-        return
-
-    def in_place(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():  # it writes the gradient over the logits in its forward
-            loss = liger(input.detach().requires_grad_(), target, ignore_index=ignore_index, reduction="none")
-        return loss.detach(), input
-
-    yield "liger", in_place
-
-
-# What linear_cross_entropy does with the logits of a chunk: no operation of its own, but most of the loss.
+# What linear_cross_entropy does with the logits of a chunk. Most of the time of the loss goes here.
 IN_PLACE = replace(
     CROSS_ENTROPY,
     name="loss_and_gradient",
@@ -179,18 +173,10 @@ IN_PLACE = replace(
     differentiable=False,
 )
 TIMED = {op.name: op for op in (*OPS, IN_PLACE)}
-PEERS = {
-    "layer_norm": _norm_peers,
-    "add_layer_norm": _add_norm_peers,
-    "cross_entropy": _loss_peers,
-    "loss_and_gradient": _liger_loss_and_gradient,
-    "linear_cross_entropy": _linear_loss_peers,
-    "causal_attention": _attention_peers,
-}
 
 
 def make_inputs(op: Op, dtype: torch.dtype, device: str, sample: dict[str, Any]) -> dict[str, Any]:
-    """Random arguments without an ignored target: the row of one costs less, and a peer may skip it."""
+    """Random arguments. No target is ignored, since the row of an ignored target is not read."""
     call = op.make(dtype=dtype, device=device, **sample)
     if "target" in call:
         call["target"] = torch.randint(sample["V"], call["target"].shape, device=device)
@@ -198,7 +184,7 @@ def make_inputs(op: Op, dtype: torch.dtype, device: str, sample: dict[str, Any])
 
 
 def make_call(op: Op, dtype: torch.dtype, device: str, sample: dict[str, Any]) -> dict[str, Any]:
-    """The same, and the floating arguments are leaves that want a gradient."""
+    """The same, and the floating-point arguments require gradients."""
     call = make_inputs(op, dtype, device, sample)
     return {k: v.requires_grad_(op.differentiable) if _floating(v) else v for k, v in call.items()}
 
@@ -207,34 +193,38 @@ def errors(op: Op, call: dict[str, Any], functions: dict[str, Callable[..., Any]
     """{name: {output or gradient: relative error against fp64}, or the exception that it raised}."""
     exact_call = _own(call, Tensor.double)
     outputs = _tuple(op.reference(**exact_call))
-    # Contiguous, as the next layer gives them. One layout for all: PyTorch builds cuDNN's backward of a shape
-    # once, for the layout of the first gradient, and misreads a later gradient of another layout.
+    # Upstream gradients are contiguous, as the next layer's are. All functions get the same layout: PyTorch
+    # builds cuDNN's backward of a shape for the layout of the first gradient, and misreads any other.
     gradients = [torch.randn(o.shape, dtype=o.dtype, device=o.device) + 1.5 for o in outputs]
-    names = [f"output {i}" for i in range(len(outputs))]
-    names += [f"d{k}" for k, v in call.items() if _floating(v) and v.requires_grad]
 
-    def found(function: Callable[..., Any], arguments: dict[str, Any]) -> list[Tensor]:
-        inputs = _trained(arguments)
+    def run(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Tensor]:
         outputs = _tuple(function(**arguments))
-        copies = [o.detach().double() for o in outputs]
-        upstream = [g.to(o.dtype) for g, o in zip(gradients, outputs)]
-        grads = torch.autograd.grad(outputs, inputs, upstream) if inputs else ()
-        return copies + [g.double() for g in grads]
+        tensors = {f"output {i}": o.detach().double() for i, o in enumerate(outputs)}
+        upstream = [(o, g.to(o.dtype)) for o, g in zip(outputs, gradients) if o.requires_grad]
+        if upstream:
+            torch.autograd.backward([o for o, _ in upstream], [g for _, g in upstream])
+        grads = {f"d{k}": v.grad for k, v in arguments.items() if _floating(v)}
+        return tensors | {name: grad.double() for name, grad in grads.items() if grad is not None}
 
-    exact = found(op.reference, exact_call)
+    exact = run(op.reference, exact_call)
     result: dict[str, Any] = {}
     for name, function in functions.items():
         try:
-            ours = found(function, _own(call))
-            result[name] = {n: ((a - b).norm() / a.norm()).item() for n, a, b in zip(names, exact, ours)}
-        except Exception as failure:  # whatever a compiler or a peer raises is a result here
+            ours = run(function, _own(call))
+            result[name] = {n: relative_error(ours[n], expected) for n, expected in exact.items()}
+        except Exception as failure:  # whatever a compiler or a competitor raises is a result here
             result[name] = failure
     return result
 
 
+def relative_error(tensor: Tensor, expected: Tensor) -> float:
+    """0 where both are 0: the carrier of the mixed norm is."""
+    return ((tensor - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
 def fewer(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
-    """Few enough to be judged in fp64, and compiled alike: what remains is a multiple of 16 where it was."""
-    if op.name == "decode_attention":  # how it is split depends on the batch
+    """The sample with few enough rows for fp64. Multiples of 16 stay so: the same kernels are compiled."""
+    if op.name == "decode_attention":  # its grid depends on the batch
         return sample
     most = {"N": 512, "B": 2, "H": 2}
     smaller = {k: min(v, most.get(k, v)) if isinstance(v, int) else v for k, v in sample.items()}
@@ -244,12 +234,12 @@ def fewer(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def wrong(op: Op, call: dict[str, Any], functions: dict[str, Callable[..., Any]]) -> dict[str, str]:
-    """Why a function is not right, by its name: it may err twice as much as PyTorch in the same dtype."""
-    found = errors(op, call, functions | {"PyTorch": op.reference})
-    allowed = found.pop("PyTorch")
+    """{name: reason} of the functions whose error is over twice that of PyTorch in the same dtype."""
+    by_function = errors(op, call, functions | {"PyTorch": op.reference})
+    allowed = by_function.pop("PyTorch")
     eps = torch.finfo(next(v.dtype for v in call.values() if _floating(v))).eps
     reasons = {}
-    for name, by_output in found.items():
+    for name, by_output in by_function.items():
         if isinstance(by_output, Exception):
             reasons[name] = _why(by_output)
             continue
@@ -261,7 +251,7 @@ def wrong(op: Op, call: dict[str, Any], functions: dict[str, Callable[..., Any]]
 
 
 def _own(call: dict[str, Any], convert: Callable[[Tensor], Tensor] = Tensor.clone) -> dict[str, Any]:
-    """A copy: a peer may overwrite its inputs."""
+    """A copy, since a competitor may overwrite its inputs."""
     return {
         k: convert(v.detach()).requires_grad_(v.requires_grad) if _floating(v) else v for k, v in call.items()
     }
@@ -272,22 +262,29 @@ def _why(failure: Exception) -> str:
 
 
 def directions(function: Callable[..., Any], call: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """forward, backward and both, ready to be timed; gradients of everything that wants one."""
+    """{"forward", "backward", "both": what to time}. Backward gives the gradients of all inputs."""
     inputs = _trained(call)
     if not inputs:
         return {"forward": lambda: function(**call)}
-    outputs = _tuple(function(**call))
+
+    def forward() -> list[Tensor]:
+        return [output for output in _tuple(function(**call)) if output.requires_grad]
+
+    outputs = forward()
     gradients = [torch.randn(o.shape, dtype=o.dtype, device=o.device) for o in outputs]
     return {
         "forward": lambda: function(**call),
-        "backward": lambda: torch.autograd.grad(outputs, inputs, gradients, retain_graph=True),
-        "both": lambda: torch.autograd.grad(_tuple(function(**call)), inputs, gradients),
+        # The mixed norm's gradient of the residual is the carrier's: autograd has none for the residual.
+        "backward": lambda: torch.autograd.grad(
+            outputs, inputs, gradients, retain_graph=True, allow_unused=True
+        ),
+        "both": lambda: torch.autograd.grad(forward(), inputs, gradients, allow_unused=True),
     }
 
 
 @contextmanager
 def honest_compilation() -> Iterator[None]:
-    """A compiled backward pass can run more than once, and nothing is eager under the name "compile"."""
+    """Lets a compiled backward pass run twice, and raises where torch.compile would fall back to eager."""
     torch._dynamo.reset()  # it compiles a function for a few shapes only
     donated = torch._functorch.config.patch(donated_buffer=False)
     with donated, torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -297,19 +294,19 @@ def honest_compilation() -> Iterator[None]:
 def prepare(
     op: Op, call: dict[str, Any], sample: dict[str, Any], dtype: torch.dtype, only: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, dict[str, Callable[[], Any]]]]:
-    """Judges and compiles the variants, `only` those where it names any.
+    """Checks and compiles the variants, or those in `only` where it names any.
 
     Returns ({variant: {"bytes"} or why it cannot be timed}, {variant: {direction: what to time}}).
     """
     device = next(iter(call.values())).device.type
-    found = {name: f for name, f in variants(op, device) if not only or name in only}
-    result: dict[str, Any] = {name: function for name, function in found.items() if isinstance(function, str)}
-    functions = {name: function for name, function in found.items() if not isinstance(function, str)}
+    chosen = {name: f for name, f in variants(op, device).items() if not only or name in only}
+    result: dict[str, Any] = {name: reason for name, reason in chosen.items() if isinstance(reason, str)}
+    functions = {name: function for name, function in chosen.items() if not isinstance(function, str)}
     result |= wrong(op, make_call(op, dtype, device, fewer(op, sample)), functions)
     ready: dict[str, dict[str, Callable[[], Any]]] = {}
     for name in [name for name in functions if name not in result]:
         try:
-            overwrites = name == "liger" or op is IN_PLACE  # its input
+            overwrites = name == "liger" or op is IN_PLACE
             own = _own(call) if overwrites else call
             runs = directions(functions[name], own)
             *_, whole = runs.values()
@@ -319,7 +316,7 @@ def prepare(
             ready[name] = runs
         except Exception as failure:  # out of memory, or what a compiler raises
             result[name] = _why(failure)
-    return {name: result[name] for name in found}, ready
+    return {name: result[name] for name in chosen}, ready
 
 
 def measure(
@@ -327,8 +324,8 @@ def measure(
 ) -> dict[str, Any]:
     """One shape: {variant: {direction: {median, limit, ...}, "bytes", "sustained"} or why there is none}.
 
-    "sustained" is the milliseconds of a call, of both directions where there are two, among as many as fill a
-    second. Ours has it, and the fastest of the others.
+    "sustained" is the milliseconds of one call, forward and backward, when calls fill a second without a
+    pause. Only ours and the fastest competitor have it.
     """
     call = make_call(op, dtype, device, sample)
     result, ready = prepare(op, call, sample, dtype)
@@ -357,7 +354,7 @@ def measure(
 
 
 def _copy(moved: int, device: str) -> Callable[[], Any]:
-    """A copy that reads and writes as many bytes in all."""
+    """A copy that moves `moved` bytes, read and written."""
     source = torch.empty(max(moved // 2, 1), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
@@ -388,33 +385,30 @@ def _tuple(result: Any) -> tuple[Tensor, ...]:
 
 
 def rate(timed: dict[str, float], limits: dict[str, float]) -> str:
-    """What it reached of what limits it."""
+    """The rate of the resource that limits it: bytes or FLOPs a second."""
     by_bytes = timed["bytes_per_s"] / limits["copy_bytes_per_s"]
     if by_bytes > timed["flops_per_s"] / limits["product_flops_per_s"]:
         return f"{timed['bytes_per_s'] / 1e9:,.0f} GB/s"
     return f"{timed['flops_per_s'] / 1e12:,.1f} TFLOP/s"
 
 
-def _line(name: str, found: Any, limits: dict[str, float]) -> str:
-    if isinstance(found, str):
-        return f"  {name:12} {found}"
-    parts = []
-    for direction in (d for d in DIRECTIONS if d in found):
-        timed = found[direction]
-        warm = f"; warm {timed['warm']:.3f} ms" if "warm" in timed else ""
-        parts.append(
-            f"{direction} {timed['median']:8.3f} ms ({timed['limit']:4.0%}, {rate(timed, limits)}{warm})"
-        )
-    if "sustained" in found:
-        parts.append(f"sustained {found['sustained']:8.3f} ms")
-    if found["bytes"] is not None:
-        parts.append(f"{found['bytes'] / 2**20:8,.0f} MiB")
-    return f"  {name:12} {'  '.join(parts)}"
+ROW = "  {:12}{:>9}{:>9}{:>9}{:>9}{:>14}{:>10}{:>6}"
+HEADER = ROW.format("ms", "forward", "backward", "both", "of limit", "rate", "sustained", "MiB")
 
 
-def samples_to_time(names: Collection[str], device: str, few: bool) -> list[tuple[Op, dict[str, Any]]]:
-    """A shape of each operation in turn, as they are read back from a file; on a CPU a sample of each."""
-    ops = [TIMED[name] for name in names]
+def _line(name: str, variant: dict[str, Any] | str, limits: dict[str, float]) -> str:
+    """A row below HEADER."""
+    if isinstance(variant, str):
+        return textwrap.fill(f"  {name:12} {variant}", width=80, subsequent_indent=" " * 15)
+    times = (f"{variant[d]['median']:.3f}" if d in variant else "" for d in DIRECTIONS)
+    whole = variant["both"] if "both" in variant else variant["forward"]
+    sustained = f"{variant['sustained']:.3f}" if "sustained" in variant else ""
+    memory = "" if variant["bytes"] is None else f"{variant['bytes'] / 2**20:,.0f}"
+    return ROW.format(name, *times, f"{whole['limit']:.0%}", rate(whole, limits), sustained, memory).rstrip()
+
+
+def samples_to_time(ops: Collection[Op], device: str, few: bool) -> list[tuple[Op, dict[str, Any]]]:
+    """The first shape of each operation, then the second of each, ...; on a CPU one small sample of each."""
     if device != "cuda":
         turns = [[(op, op.samples[0]) for op in ops]]
     else:
@@ -424,62 +418,60 @@ def samples_to_time(names: Collection[str], device: str, few: bool) -> list[tupl
     return [(op, json.loads(json.dumps(sample))) for op, sample in cases]
 
 
-def warm(samples: list[tuple[Op, dict[str, Any]]], dtypes: Collection[str], device: str) -> None:
-    """Compiles and judges without timing anything. The compilers' caches on disk keep what they make."""
-    for op, sample in samples:
-        for dtype in dtypes:
-            began = time.perf_counter()
-            with honest_compilation():
-                call = make_call(op, DTYPES[dtype], device, sample)
-                result, _ = prepare(op, call, sample, DTYPES[dtype], COMPILED)
-            print(f"{op.name} {dtype} {_shape(sample)}: {time.perf_counter() - began:.1f} s", flush=True)
-            for name, reason in result.items():
-                if isinstance(reason, str):
-                    print(_line(name, reason, {}), flush=True)
-            del call
+def warm(samples: list[tuple[Op, dict[str, Any]]], dtypes: dict[str, torch.dtype], device: str) -> None:
+    """Compiles and checks without timing anything. The compilers' caches on disk keep what they make."""
+    for (op, sample), (name, dtype) in product(samples, dtypes.items()):
+        began = time.perf_counter()
+        with honest_compilation():
+            result, _ = prepare(op, make_call(op, dtype, device, sample), sample, dtype, COMPILED)
+        print(f"{op.name} {name} {_shape(sample)}: {time.perf_counter() - began:.1f} s", flush=True)
+        for variant, reason in result.items():
+            if isinstance(reason, str):
+                print(_line(variant, reason, {}), flush=True)
 
 
 def _shape(sample: dict[str, Any]) -> str:
     return " ".join(f"{k}={v}" for k, v in sample.items())
 
 
+@dataclass
+class KernelsConfig:
+    """Time every operation beside its competitors: python -m bench.kernels [NAME ...] [--flag=value ...]"""
+
+    dtype: str = "bf16"  # of the inputs: bf16, fp16, fp32, or several with commas
+    seconds: float = 0.2  # for each variant and direction
+    few: bool = False  # only the first shape of each operation
+    warm: bool = False  # compile and check, time nothing
+    out: UserPath = ""  # a JSON file for the results
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.kernels", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(TIMED)}; all by default")
-    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=DTYPES)
-    parser.add_argument("--seconds", type=float, default=0.2, help="for each variant and direction")
-    parser.add_argument("--few", action="store_true", help="only the first shape of each operation")
-    parser.add_argument("--warm", action="store_true", help="compile and judge, time nothing")
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    options = parser.parse_args()
-    if unknown := set(options.names) - TIMED.keys():
-        sys.exit(f"error: no operation is called {', '.join(sorted(unknown))}; there are {', '.join(TIMED)}")
+    options, names = cli.parse_with_paths(KernelsConfig, sys.argv[1:], prog="python -m bench.kernels")
+    ops = [cli.choose(TIMED, name, "operation") for name in names] or list(TIMED.values())
+    dtypes = {name: cli.choose(DTYPES, name, "dtype") for name in options.dtype.split(",")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         print("There is no GPU: small shapes on the CPU, which say nothing about a GPU.")
-    samples = samples_to_time(options.names or list(TIMED), device, options.few)
+    samples = samples_to_time(ops, device, options.few)
     if options.warm:
-        warm(samples, options.dtype, device)
+        warm(samples, dtypes, device)
         return
     limits = timing.limits(device)
-    copy, product = limits["copy_bytes_per_s"] / 1e9, limits["product_flops_per_s"] / 1e12
-    print(f"limits of this machine: copy {copy:,.0f} GB/s, product {product:,.1f} TFLOP/s")
-    cases = timing.kept(options.out, "cases")
+    copy, flops = limits["copy_bytes_per_s"] / 1e9, limits["product_flops_per_s"] / 1e12
+    print(f"limits of this machine: copy {copy:,.0f} GB/s, product {flops:,.1f} TFLOP/s")
+    cases = timing.of_same_commit(options.out, "cases")
     done = [(case["operation"], case["dtype"], str(case["sample"])) for case in cases]
-    for op, sample in samples:
-        for dtype in options.dtype:
-            if (op.name, dtype, str(sample)) in done:
-                continue
-            with honest_compilation():
-                found = measure(op, sample, DTYPES[dtype], device, limits, options.seconds)
-            cases.append({"operation": op.name, "sample": sample, "dtype": dtype, "variants": found})
-            print(f"{op.name} {dtype} {_shape(sample)}")
-            print(*(_line(name, variant, limits) for name, variant in found.items()), sep="\n", flush=True)
-            if options.out:  # what is measured is kept, whatever comes next
-                timing.write(options.out, "kernels", device, limits=limits, cases=cases)
+    for (op, sample), (name, dtype) in product(samples, dtypes.items()):
+        if (op.name, name, str(sample)) in done:
+            continue
+        with honest_compilation():
+            variants = measure(op, sample, dtype, device, limits, options.seconds)
+        cases.append({"operation": op.name, "sample": sample, "dtype": name, "variants": variants})
+        print(f"{op.name} {name} {_shape(sample)}\n{HEADER}")
+        print(*(_line(*variant, limits) for variant in variants.items()), sep="\n", flush=True)
+        if options.out:  # after each case: a run that is cut short loses nothing
+            timing.write(options.out, "kernels", device, limits=limits, cases=cases)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,8 +1,8 @@
-"""python -m bench.nanogpt --nanogpt=PATH: whole training runs of nanoGPT's train.py and of ours, alternating.
+"""python -m bench.nanogpt --nanogpt=PATH: time whole training runs of nanoGPT and of ours in turns.
 
-Both train nanoGPT's CPU preset (the quickstart) on the same token files with the same settings, compile
-off, each in a process of its own; the time is that of the process, start-up and evaluations included.
-nanoGPT makes one update more than max_iters says, so it is asked for one less.
+Both train nanoGPT's CPU preset (the quickstart) on the same token files with the same settings, not compiled.
+The time is that of the whole process, with start-up and evaluations. nanoGPT makes one update more than
+max_iters, so its max_iters is one lower.
 """
 
 import os
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from bench import timing
 from gpt import cli
+from gpt.cli import UserPath
 
 ROOT = Path(__file__).parents[1]
 PRESET = {
@@ -34,7 +35,7 @@ class NanoGPTConfig:
     dataset: str = "plays_char"  # folder in data/
     iters: int = 500  # updates in a run
     rounds: int = 5  # runs of each, alternating
-    out: Path | None = None  # a JSON file for the results
+    out: UserPath = ""  # a JSON file for the results
 
 
 def seconds(command: list[str], folder: Path) -> float:
@@ -51,7 +52,7 @@ def main() -> None:
     config = cli.parse(NanoGPTConfig, sys.argv[1:], prog="python -m bench.nanogpt")
     checkout, data = Path(config.nanogpt).resolve(), Path("data", config.dataset).resolve()
     if not (checkout / "train.py").is_file():
-        raise ValueError(f"{checkout} is no checkout of nanoGPT: it has no train.py")
+        raise ValueError(f"{checkout} is not a checkout of nanoGPT: it has no train.py")
     times: dict[str, list[float]] = {"nanogpt": [], "tritongpt": []}
     with tempfile.TemporaryDirectory() as out_dir:
         shared = PRESET | {"dataset": data, "out_dir": out_dir, "lr_decay_iters": config.iters}
@@ -65,7 +66,7 @@ def main() -> None:
     for name, values in times.items():
         print(f"{name}: median {medians[name]:.2f} s, from {min(values):.2f} to {max(values):.2f}")
     print(f"ratio of the medians, ours to nanoGPT's: {medians['tritongpt'] / medians['nanogpt']:.2f}")
-    if config.out is not None:
+    if config.out:
         timing.write(config.out, "nanogpt", "cpu", iters=config.iters, preset=PRESET, seconds=times)
 
 

@@ -1,25 +1,25 @@
-"""python -m bench.roofline: the least time of a training step on a GPU, beside the time it takes.
+"""python -m bench.roofline: the least time that a training step can take on a GPU, and the time to expect.
 
-    python -m bench.roofline                       of the 124M on the GPU that was measured last
-    python -m bench.roofline --gpu A100            on another: a prediction
-    python -m bench.roofline --size 350M --batch_size 16
+    python -m bench.roofline                       the 124M, on the GPU that was measured last
+    python -m bench.roofline --gpu=A100            on another GPU: a prediction
+    python -m bench.roofline --size=350M --batch_size=16
 
-The step is cut into parts. A part needs some FLOPs and some bytes: `Op.cost` counts those of our operations,
-`parts` counts the rest. The GPU's limits turn them into a least time. In a real step a part reaches a share
-of its limit; least time over share is the time to expect. Limits and shares come from the JSON files in
-bench/results: the limits from `bench.kernels`, the shares from a `bench.throughput` that has the step by
-part. Below the table stands the memory by what it holds.
+A step has parts, and each part needs FLOPs and bytes: `Op.cost` counts them for our operations, `parts` for
+the rest. The limits of the GPU turn them into a least time. A real step reaches a share of each limit, so
+the time to expect is the least time over the share. The limits come from `bench.kernels`, the shares from a
+`bench.throughput` with the step by part, both from JSON files in bench/results. Below the table stands the
+memory, by what it holds.
 """
 
-import argparse
+import sys
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from bench import timing
 from gpt import cli
+from gpt.cli import UserPath
 from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
 from kernels import OPS
@@ -27,7 +27,8 @@ from kernels.linear_cross_entropy import ALIGN, chunk_rows
 from kernels.op import Cost
 
 Result = dict[str, Any]
-SIZES = {  # layers, heads, width
+Size = Literal["124M", "350M", "774M", "1.5B", "tiny"]
+SIZES: dict[str, tuple[int, int, int]] = {  # layers, heads, width
     "124M": (12, 12, 768),
     "350M": (24, 16, 1024),
     "774M": (36, 20, 1280),
@@ -50,7 +51,7 @@ DATASHEET = {
 
 @dataclass(frozen=True)
 class Limits:
-    """The rates that a GPU reaches."""
+    """The highest rates that a GPU reaches."""
 
     copy: float  # bytes/s, read and written
     product: float  # FLOP/s of a large bf16 matrix product
@@ -59,7 +60,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Part:
-    """A share of the step: for each kind of kernel the (FLOPs, bytes, launches) of a step."""
+    """A part of the step, as (FLOPs, bytes, launches) of each kind of kernel."""
 
     name: str
     work: tuple[tuple[float, float, int], ...]
@@ -73,12 +74,12 @@ class Part:
         return sum(moved * times for _, moved, times in self.work)
 
     def least(self, limits: Limits) -> float:
-        """Seconds. Each kernel waits for the slower of its two limits."""
+        """Seconds. The slower of its two limits decides each kernel's time."""
         return sum(max(f / limits.product, b / limits.copy) * times for f, b, times in self.work)
 
 
 def parts(config: GPTConfig, batch_size: int, accumulation: int) -> list[Part]:
-    """The step of our kernels in bf16: all of PARTS but "between kernels"."""
+    """The parts of a step with our kernels in bf16: all of PARTS except "between kernels"."""
     assert config.vocab_size is not None
     T, L, H, C, V = config.block_size, config.n_layer, config.n_head, config.n_embd, config.vocab_size
     rows, layers = batch_size * T, L * accumulation
@@ -93,9 +94,9 @@ def parts(config: GPTConfig, batch_size: int, accumulation: int) -> list[Part]:
         return 2.0 * rows * n * k, 2.0 * (rows * n + rows * k + n * k), times
 
     attention = cost("causal_attention", B=batch_size, T=T, H=H, D=C // H)
-    # Tensor cores do no norm and no loss: their FLOPs count as none.
+    # Norms and losses do not use tensor cores. Memory limits them, so their FLOPs count as 0.
     if config.residual_dtype == "auto":
-        raise ValueError("residual_dtype is 'auto': the roofline needs the one that a model has chosen")
+        raise ValueError("residual_dtype is 'auto': the roofline needs the value that a model has chosen")
     if config.residual_dtype == "mixed":
         norm = cost("add_layer_norm_mixed", shape=(rows, C))
     else:
@@ -125,12 +126,12 @@ def parts(config: GPTConfig, batch_size: int, accumulation: int) -> list[Part]:
 
 
 def memory(config: GPTConfig, batch_size: int, available: float | None = None) -> dict[str, float]:
-    """Bytes by what they hold, at the end of a forward pass, when there are most.
+    """Bytes by what they hold, at the end of a forward pass, when memory is fullest.
 
-    A layer and token keep for the backward pass: twice the stream (4C in fp32, 2C in bf16, nothing if it is
-    mixed) and the bf16 norm of it (2C), with rstd and, beside a stream, the mean; qkv (6C), the attention's
-    output (2C), the log-sum-exp of every head; the MLP's middle before and after the GELU (8C each).
-    `available` is the memory of the GPU: a small one takes the loss in small chunks.
+    For the backward pass a layer saves, for each token: twice the stream (4C bytes in fp32, 2C in bf16, 0 if
+    it is mixed) and its bf16 norm (2C), with rstd and, where the stream is saved, the mean; qkv (6C), the
+    attention's output (2C), the log-sum-exp of each head; the MLP's middle before and after GELU (8C each).
+    `available` is the memory of the GPU. The loss takes smaller chunks on a small GPU.
     """
     with torch.device("meta"):
         model = GPT(config)
@@ -158,7 +159,7 @@ def memory(config: GPTConfig, batch_size: int, available: float | None = None) -
 
 
 def kind_of(gpu: str) -> str | None:
-    """The datasheet's name for a device, "H100" for "NVIDIA H100 80GB HBM3"; None where there is none."""
+    """The name of a device in DATASHEET, such as "H100" for "NVIDIA H100 80GB HBM3"; None for others."""
     words = gpu.replace("-", " ").upper().split()
     if "PCIE" in words or "NVL" in words:  # the same names, slower parts
         return None
@@ -170,9 +171,10 @@ def device_of(result: Result) -> str:
 
 
 def limits_of(gpu: str, results: list[Result]) -> Limits:
-    """Limits measured on a GPU of this kind; else the shares of the datasheet that another reached.
+    """The limits measured on a GPU of this kind, or else predicted from its datasheet.
 
-    Raises ValueError for a GPU without a datasheet, and where nothing was measured.
+    A prediction takes the share of the datasheet's rates that another GPU reached. Raises ValueError for a
+    GPU without a datasheet, and where no limits were measured.
     """
     kind = kind_of(gpu)
     if kind is None:
@@ -212,10 +214,10 @@ class Step:
 
 
 def step_of(result: Result) -> Step:
-    """The step that a `bench.throughput` of ours on one GPU has measured."""
+    """The step that a result of `bench.throughput` on one GPU has measured."""
     names = {field.name for field in fields(GPTConfig)}
     config = GPTConfig(**{k: v for k, v in result["model"].items() if k in names})
-    # Results from before there was a choice.
+    # Older results have no residual_dtype: it was always float32.
     config.residual_dtype = result["model"].get("residual_dtype", "float32")
     ours, batch_size = result["variants"]["tritongpt"], result["batch_size"]["tritongpt"]
     sequences = ours["tokens_per_s"] * ours["step_ms"] / 1e3 / config.block_size
@@ -223,7 +225,7 @@ def step_of(result: Result) -> Step:
 
 
 def measured_step(kind: str | None, results: list[Result]) -> Result:
-    """The newest step by part on this kind of GPU, else on another. Raises ValueError without any."""
+    """The newest step by part, on this kind of GPU if there is one. Raises ValueError if there is none."""
     steps = [r for r in results if r["benchmark"] == "throughput" and kind_of(device_of(r))]
     by_part = [r for r in steps if "tritongpt" in r.get("parts", {})]
     if not by_part:
@@ -232,7 +234,7 @@ def measured_step(kind: str | None, results: list[Result]) -> Result:
 
 
 def print_step(step: Step, gpu: str, results: list[Result]) -> None:
-    """The step by part, with its total and its memory: measured where this very step was, else expected."""
+    """Prints the step by part, its total and its memory: measured if this very step was, else expected."""
     limits, measured = limits_of(gpu, results), measured_step(kind_of(gpu), results)
     device, ms = device_of(measured), measured["parts"]["tritongpt"]
     reached, its_parts = limits_of(device, results), step_of(measured).parts()
@@ -274,24 +276,23 @@ def print_step(step: Step, gpu: str, results: list[Result]) -> None:
     print(*(f"  {what:30} {size / 1e9:8.2f} GB" for what, size in sizes.items()), sep="\n")
 
 
+@dataclass
+class RooflineConfig:
+    """Predict the least time of a training step on a GPU, and the time that it will take."""
+
+    gpu: str = ""  # A100, H100, H200 or B200; default: the one that was measured last
+    size: Size = "124M"  # of the model
+    batch_size: int = 64  # sequences in a micro-batch
+    block_size: int = 1024  # tokens in a sequence
+    residual_dtype: Literal["", "mixed", "float32", "bfloat16"] = ""  # default: that of the measured step
+    results: UserPath = "bench/results"  # folder of measurements
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.roofline", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--gpu", help=f"{', '.join(DATASHEET)}; by default the one measured last")
-    parser.add_argument("--size", choices=SIZES, default="124M", help="of the model")
-    parser.add_argument("--batch_size", type=int, default=64, help="sequences in a micro-batch")
-    parser.add_argument("--block_size", type=int, default=1024, help="tokens in a sequence")
-    dtypes = ("mixed", "float32", "bfloat16")
-    parser.add_argument("--residual_dtype", choices=dtypes, help="that of the measured step by default")
-    parser.add_argument("--results", type=Path, default=Path("bench/results"), help="folder of measurements")
-    cli.run(lambda: predict(parser.parse_args()))
-
-
-def predict(options: argparse.Namespace) -> None:
+    options = cli.parse(RooflineConfig, sys.argv[1:], prog="python -m bench.roofline")
     batch_size, block_size = options.batch_size, options.block_size
     if min(batch_size, block_size) < 1:
-        raise ValueError(f"--batch_size {batch_size} and --block_size {block_size} must be at least 1")
+        raise ValueError(f"--batch_size={batch_size} and --block_size={block_size} must be at least 1")
     results = timing.read(options.results)
     measured = measured_step(None, results)
     gpu = options.gpu or device_of(measured)
@@ -310,4 +311,4 @@ def predict(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

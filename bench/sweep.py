@@ -1,28 +1,30 @@
-"""python -m bench.sweep [NAME ...]: tries tile sizes on this GPU and prints what each costs, the best first.
+"""python -m bench.sweep [NAME ...]: time tile sizes on this GPU and print the fastest.
 
-For every entry of a table of tiles that the production shapes of an operation reach (`Op.slots`), a pool of
-processes compiles each candidate, runs it once and holds the operation to fp64, so that one which crashes
-takes nothing with it and one that is wrong is not timed; the others take turns in this process while the
-other entries stay as they are. Nothing is written: the winner is put into the table by hand, with the GPU it
-was found on, and the tests decide whether it is right.
+An operation has tables of tiles, and its production shapes use some of their entries (`Op.slots`). For each
+entry a pool of processes compiles every candidate, runs it once and compares the result with fp64. So a
+candidate that crashes stops nothing else, and a wrong one is not timed. The others then take turns in this
+process, while all other entries stay as they are.
+
+Nothing is written into the tables. Put the winner there by hand, with the name of the GPU, and run the tests.
 """
 
-import argparse
 import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import timing
 from bench.kernels import TIMED, fewer, make_call, make_inputs, wrong
+from gpt import cli
+from gpt.cli import UserPath
 from kernels.op import INTERPRETED, Op, Slot, unavailable
 
 DEVICE = "cuda"
@@ -34,9 +36,9 @@ def arguments(op: Op, sample: dict[str, Any], make: Callable[..., dict[str, Any]
 
 
 def attempt(name: str, sample: dict[str, Any], position: int, tile: Any) -> str | None:
-    """Runs an operation once with `tile` in its slot of that position: None, or why it cannot be.
+    """Runs an operation once with `tile` in its slot number `position`. Returns None, or why it failed.
 
-    In a process of the pool, on fewer rows: what it compiles is in Triton's cache on disk afterwards.
+    This runs in a process of the pool, on fewer rows. Triton's cache on disk then has what it compiled.
     """
     op, sample = TIMED[name], fewer(TIMED[name], sample)
     try:
@@ -47,8 +49,8 @@ def attempt(name: str, sample: dict[str, Any], position: int, tile: Any) -> str 
             slot.set(tile)
             op.run_all(**call)
             torch.cuda.synchronize()
-            judged = wrong(op, arguments(op, sample, make_call), {"triton": op.implementations["triton"]})
-            return judged.get("triton")
+            reasons = wrong(op, arguments(op, sample, make_call), {"triton": op.implementations["triton"]})
+            return reasons.get("triton")
         finally:
             slot.set(before)
     except Exception as error:  # a tile that does not compile, or needs more than there is
@@ -58,7 +60,7 @@ def attempt(name: str, sample: dict[str, Any], position: int, tile: Any) -> str 
 
 
 class Pool:
-    """Processes that try candidates. One that dies or hangs takes its pool along: then there is a new one."""
+    """Processes that try candidates. When one dies or hangs, the pool is replaced by a new one."""
 
     def __init__(
         self,
@@ -72,91 +74,96 @@ class Pool:
     def attempts(
         self, op: Op, sample: dict[str, Any], position: int, tiles: list[Any]
     ) -> dict[Any, str | None]:
-        """{tile: None, or why it cannot be}."""
-        together, suspects = self._try(op, sample, position, tiles)
-        for tile in suspects:  # one at a time: the next to break the pool is guilty
-            alone, lost = self._try(op, sample, position, [tile])
-            together |= alone | dict.fromkeys(lost, "its process died or did not answer")
-        return together
+        """{tile: None, or why it failed}."""
+        answers, suspects = self._try(op, sample, position, tiles)
+        for tile in suspects:  # one at a time, to learn which of them breaks the pool
+            answer, lost = self._try(op, sample, position, [tile])
+            answers |= answer | dict.fromkeys(lost, "its process died or did not answer")
+        return answers
 
     def _try(
         self, op: Op, sample: dict[str, Any], position: int, tiles: list[Any]
     ) -> tuple[dict[Any, str | None], list[Any]]:
-        """(answers, tiles without one)."""
-        tried = {tile: self.executor.submit(self.attempt, op.name, sample, position, tile) for tile in tiles}
-        found: dict[Any, str | None] = {}
+        """(answers, tiles without an answer)."""
+        futures = {
+            tile: self.executor.submit(self.attempt, op.name, sample, position, tile) for tile in tiles
+        }
+        answers: dict[Any, str | None] = {}
         lost: list[Any] = []
-        for tile, result in tried.items():
+        for tile, future in futures.items():
             try:
-                found[tile] = result.result(self.patience if not lost else 0)
+                answers[tile] = future.result(self.patience if not lost else 0)
             except (BrokenProcessPool, TimeoutError, CancelledError):
                 lost.append(tile)
         if lost:
             self.close()
             self.executor = self.make()
-        return found, lost
+        return answers, lost
 
     def close(self) -> None:
-        for process in getattr(self.executor, "_processes", {}).values():  # one that hangs ends no other way
+        for process in getattr(self.executor, "_processes", {}).values():  # nothing else ends one that hangs
             process.kill()
         self.executor.shutdown(wait=False, cancel_futures=True)
 
 
 def sweep(
-    op: Op, call: dict[str, Any], slot: Slot, tried: dict[Any, str | None], seconds: float
+    op: Op, call: dict[str, Any], slot: Slot, answers: dict[Any, str | None], seconds: float
 ) -> dict[str, timing.Timing | str]:
-    """{candidate: the time of all kernels, or why there is none}; the entry is as before afterwards."""
+    """{candidate: the time of all kernels, or why there is none}. The entry stays as it was."""
     before = slot.get()
 
     def run(tile: Any) -> None:
         slot.set(tile)
         op.run_all(**call)
 
-    works = {str(tuple(tile)): partial(run, tile) for tile, reason in tried.items() if reason is None}
-    failed = {str(tuple(tile)): reason for tile, reason in tried.items() if reason is not None}
+    works = {str(tuple(tile)): partial(run, tile) for tile, reason in answers.items() if reason is None}
+    failed = {str(tuple(tile)): reason for tile, reason in answers.items() if reason is not None}
     try:
         return failed | timing.interleaved(works, "cuda", seconds)
     finally:
         slot.set(before)
 
 
+@dataclass
+class SweepConfig:
+    """Try tile sizes on this GPU: python -m bench.sweep [NAME ...] [--flag=value ...]"""
+
+    seconds: float = 0.05  # for each candidate
+    out: UserPath = ""  # a JSON file for the results
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.sweep", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="operations; all by default")
-    parser.add_argument("--seconds", type=float, default=0.05, help="for each candidate")
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    options = parser.parse_args()
-    if unknown := set(options.names) - TIMED.keys():
-        sys.exit(f"error: no operation is called {', '.join(sorted(unknown))}")
+    options, names = cli.parse_with_paths(SweepConfig, sys.argv[1:], prog="python -m bench.sweep")
+    ops = [cli.choose(TIMED, name, "operation") for name in names] or list(TIMED.values())
     reason = unavailable(torch.device("cuda"))
     if reason is not None or INTERPRETED:
-        sys.exit(f"error: tiles are tried on a GPU: {reason or 'TRITON_INTERPRET is set'}")
-    results = timing.kept(options.out, "sweeps")
+        raise ValueError(f"bench.sweep needs a GPU: {reason or 'TRITON_INTERPRET is set'}")
+    results = timing.of_same_commit(options.out, "sweeps")
     done = [(r["operation"], r["sample"], r["slot"]) for r in results]
     # each process has a GPU context of its own, about half a GB
     processes = max(1, min(14, (os.cpu_count() or 2) - 2))
     pool = Pool(partial(ProcessPoolExecutor, processes, multiprocessing.get_context("spawn")))
     seen = set()
-    for op, sample in samples_to_sweep(options.names):
+    for op, sample in samples_to_sweep(ops):
         call = arguments(op, sample, make_inputs)
         for position, slot in enumerate(op.slots(**call)):
             entry = id(slot.table), slot.key, slot.index
-            if entry in seen:  # the first sample to reach it decides
+            if entry in seen:  # the first sample that uses an entry decides
                 continue
             seen.add(entry)
             where = {"operation": op.name, "sample": str(sample), "slot": slot.name}
             if tuple(where.values()) in done:
                 continue
             tiles = list(dict.fromkeys((slot.get(), *slot.candidates)))
-            # The pool has answered before anything is timed, so that the GPU is idle but for what is timed.
-            tried = pool.attempts(op, sample, position, tiles)
-            found = sweep(op, call, slot, tried, options.seconds)
-            timed = {n: t.median for n, t in found.items() if isinstance(t, timing.Timing)}
+            # The pool finishes before anything is timed, so nothing else uses the GPU then.
+            answers = pool.attempts(op, sample, position, tiles)
+            results_by_tile = sweep(op, call, slot, answers, options.seconds)
+            timed = {n: t.median for n, t in results_by_tile.items() if isinstance(t, timing.Timing)}
             now = str(tuple(slot.get()))
             print(f"{op.name} {sample} {slot.name}: now {now} {timed.get(now, float('nan')):.4f} ms")
             best = sorted(timed, key=lambda n: timed[n])[:5]
             print(*(f"    {n:24} {timed[n]:.4f} ms" for n in best), sep="\n", flush=True)
-            failed = {n: t for n, t in found.items() if isinstance(t, str)}
+            failed = {n: t for n, t in results_by_tile.items() if isinstance(t, str)}
             results.append(where | {"now": now, "ms": timed, "failed": failed})
             if options.out:
                 timing.write(options.out, "sweep", "cuda", sweeps=results)
@@ -164,14 +171,14 @@ def main() -> None:
     pool.close()
 
 
-def samples_to_sweep(names: list[str]) -> Iterator[tuple[Op, dict[str, Any]]]:
-    """What the 124M launches first, then the other production shapes, of `names` or of all operations."""
-    # These two share their entries with add_layer_norm and loss_and_gradient, which a training runs.
+def samples_to_sweep(ops: list[Op]) -> Iterator[tuple[Op, dict[str, Any]]]:
+    """The shapes of `ops` that the 124M launches, then their other production shapes."""
+    # These two share entries with add_layer_norm and loss_and_gradient, which decide: a training runs those.
     last = "layer_norm", "cross_entropy"
-    ops = sorted((TIMED[name] for name in names or TIMED), key=lambda op: op.name in last)
-    for turn in zip_longest(*([(op, shape) for shape in op.production_shapes] for op in ops)):
+    in_order = sorted(ops, key=lambda op: op.name in last)
+    for turn in zip_longest(*([(op, shape) for shape in op.production_shapes] for op in in_order)):
         yield from (case for case in turn if case is not None)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

@@ -1,8 +1,8 @@
 """pytest bench --benchmark-only: every operation and its peers in the tables of pytest-benchmark.
 
 The shapes are GPT-2 124M's on a GPU, those of the tests on a CPU. A call is timed by the host's clock until
-the GPU is done, so launching is included; `python -m bench.kernels` has the GPU's own time. What is wrong is
-not timed.
+the GPU is done, so launching is included; `python -m bench.kernels` has the GPU's own time. A wrong
+result is not timed.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ DTYPE = DTYPES["bf16" if DEVICE == "cuda" else "fp32"]
 CASES = [
     pytest.param(op, function, direction, id=f"{op.name}-{name}-{direction}")
     for op in OPS
-    for name, function in variants(op, DEVICE)
+    for name, function in variants(op, DEVICE).items()
     for direction in (("forward", "backward") if op.differentiable else ("forward",))
 ]
 

@@ -1,17 +1,16 @@
 """python -m bench.throughput: tokens/s, MFU and memory of the training step, each kernel taken away in turn.
 
-The step is `train_step`, the one that trains, on random tokens: forward and backward in mixed precision,
-accumulation to about half a million tokens, clipping, AdamW. Variants take turns in one process, so that
-clocks and temperature treat them alike. With --nanogpt=PATH, a checkout of nanoGPT, its own model and step
-are among them. Under torchrun it measures all GPUs together.
+The step is `train_step`, which trains, on random tokens: forward and backward in mixed precision,
+accumulation to about half a million tokens, clipping, AdamW. The variants take turns in one process, so that
+they run at the same clocks and temperature. With --nanogpt=PATH, a checkout of nanoGPT, its own model and
+step take part. Under torchrun the figures are of all GPUs together.
 
-On a GPU it ends with the milliseconds of a step by part, ours and nanoGPT's, beside the least that the
-GPU's limits allow: torch's profiler gives the time of each kernel, and KERNELS says to which part it belongs.
+On one GPU it ends with the milliseconds of a step by part, ours and nanoGPT's, beside the least that the
+GPU's limits allow. torch's profiler times each kernel, and KERNELS says to which part a kernel belongs.
 
 Without a GPU the model is tiny, and the figures say nothing about a GPU.
 """
 
-import argparse
 import importlib.util
 import math
 import random
@@ -23,14 +22,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch._dynamo
 
 from bench import roofline, timing
 from bench.roofline import PARTS, SIZES, TOKENS_PER_STEP
+from gpt import cli
 from gpt.checkpoint import MODEL_ARGS
+from gpt.cli import UserPath
 from gpt.device import autocast, resolve_dtype
 from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
@@ -42,17 +43,17 @@ from train.loop import train_step
 
 ABLATIONS = ("layer_norm", "attention", "activation", "cross_entropy")
 OUT_OF_MEMORY = "out of memory"
-# The part of the step that a kernel belongs to, by its name; the first pattern that fits decides. What fits
-# none is "rest": embeddings, casts, clipping, AdamW. The names are those of our kernels, of cuBLAS, cuDNN and
-# FlashAttention, and Inductor's, which list what it fused.
+# The name of a kernel says to which part of the step it belongs. The first pattern that matches decides. The
+# others are the "rest": embeddings, casts, clipping, AdamW. The names are those of our kernels, of cuBLAS,
+# cuDNN and FlashAttention, and of Inductor, which names a kernel after what it has fused.
 KERNELS = (
     (r"_attention_forward_kernel|sdpa.*fprop|flash_fwd|fmha_cutlassF", "attention, forward"),
-    # cuDNN's has a kernel before and one after it. Inductor packs dq, dk and dv together by cat or stack.
+    # cuDNN has a kernel before and one after. Inductor packs dq, dk and dv by cat or stack.
     (r"_attention_d\w+_kernel|sdpa.*bprop|flash_bwd|fmha_cutlassB", "attention, backward"),
     (r"compute_dot_do_o|convert_dq_to|^triton_\w+_fused_(cat|clone_stack)_", "attention, backward"),
     (r"_norm_forward_kernel", "norms, forward"),
     (r"_norm_(backward|sum)_kernel|embedding_dense_backward\w*native_layer_norm", "norms, backward"),
-    # The forward pass is named after what it keeps for the backward pass as well.
+    # This is a forward pass. Its name includes what it saves for the backward pass.
     (r"native_layer_norm_native_layer_norm_backward", "norms, forward"),
     (r"native_layer_norm_backward", "norms, backward"),
     (r"native_layer_norm", "norms, forward"),
@@ -65,7 +66,7 @@ KERNELS = (
 
 @dataclass
 class Variant:
-    """A training that can make steps; `step` does one, of `tokens` tokens over all ranks."""
+    """A training: each call of `step` makes one step, with `tokens` tokens over all ranks."""
 
     name: str
     step: Callable[[], Any]
@@ -107,9 +108,9 @@ def nanogpt_variant(
     batch_size: int,
     step_tokens: int = TOKENS_PER_STEP,
 ) -> Variant:
-    """nanoGPT's model from its own file, in the step of its train.py: compiled, its default attention."""
+    """nanoGPT's model in the step of its train.py, compiled, with its default attention."""
     if ranks.world_size > 1:
-        raise ValueError("nanoGPT's step stands beside ours on one GPU only")
+        raise ValueError("nanoGPT's step is timed on one GPU only: leave --nanogpt out under torchrun")
     torch.manual_seed(0)
     raw = nanogpt_model(checkout, config).to(ranks.device)
     optimizer = raw.configure_optimizers(0.1, 6e-4, (0.9, 0.95), ranks.device_type)
@@ -134,13 +135,13 @@ def nanogpt_variant(
     return Variant("nanogpt", step, accumulation * batch_size * config.block_size, flops)
 
 
-def wanted(options: argparse.Namespace, on_gpu: bool) -> Iterator[tuple[str, dict[str, Any], bool]]:
-    """(name, fields of GPTConfig, compiled) of our variants."""
+def our_variants(ablate: bool, on_gpu: bool) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """(name, fields of GPTConfig, compiled) of each of our variants."""
     yield "tritongpt", {"kernels": "triton" if on_gpu else "torch"}, on_gpu
-    if options.ablate and on_gpu:
+    if ablate and on_gpu:
         for family in ABLATIONS:
             yield f"without {family}", {"kernels": f"triton,{family}=torch"}, True
-        # PyTorch's norms, above and below, mean float32: compare them with that variant.
+        # PyTorch's norms have a float32 stream: compare "without layer_norm" with residual_dtype=float32.
         for residual_dtype in ("float32", "bfloat16"):
             changes = {"kernels": "triton", "residual_dtype": residual_dtype}
             yield f"residual_dtype={residual_dtype}", changes, True
@@ -149,13 +150,13 @@ def wanted(options: argparse.Namespace, on_gpu: bool) -> Iterator[tuple[str, dic
         yield "torch eager", {"kernels": "torch"}, False
 
 
-def prepare(build: Callable[[], Variant], ranks: Ranks) -> Variant | str:
-    """Builds and warms up a variant, with its peak memory; or why it cannot be."""
+def warmed_up(build: Callable[[], Variant], ranks: Ranks) -> Variant | str:
+    """The variant after two steps, with its peak memory; or the reason why it does not run."""
     on_gpu = ranks.device_type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
     try:
         variant = build()
-        variant.step()  # compiles, makes the optimizer's state
+        variant.step()  # compiles, and makes the optimizer's state
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         variant.step()
@@ -171,36 +172,24 @@ def prepare(build: Callable[[], Variant], ranks: Ranks) -> Variant | str:
     return reason
 
 
-def prepare_largest(
+def largest_that_fits(
     build: Callable[[int], Variant], batch_size: int, ranks: Ranks
 ) -> tuple[Variant | str, int]:
-    """With the micro-batch halved until it fits, and its size."""
-    while (found := prepare(partial(build, batch_size), ranks)) == OUT_OF_MEMORY and batch_size > 1:
+    """(variant, micro-batch): the micro-batch is halved until the step fits into memory."""
+    while (variant := warmed_up(partial(build, batch_size), ranks)) == OUT_OF_MEMORY and batch_size > 1:
         batch_size //= 2
-    return found, batch_size
-
-
-def warm(builds: dict[str, Callable[..., Variant]], batch_size: int, block_size: int, ranks: Ranks) -> None:
-    """Compiles each variant on a step of one micro-batch; the compilers' caches on disk keep the result."""
-    for name, build in builds.items():
-        began = time.monotonic()
-        torch._dynamo.reset()  # it compiles a function for a few variants only
-        variant = prepare(partial(build, batch_size, batch_size * block_size * ranks.world_size), ranks)
-        if ranks.is_main:
-            print(_prepared(name, variant, time.monotonic() - began), flush=True)
-        del variant
-        fit.release(ranks.device)
+    return variant, batch_size
 
 
 def measure(
     variants: list[Variant],
     seconds: float,
     ranks: Ranks,
-    keep: Callable[[dict[str, Any]], None] = lambda _: None,
+    after_round: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, dict[str, Any]]:
-    """Steps of all variants in turns, about `seconds` of each and at least three.
+    """Makes steps of all variants in turns, about `seconds` of each and at least three.
 
-    After each round `keep` gets the figures so far, by variant.
+    `after_round` gets the figures so far, by variant, after each round.
     """
     if not variants:
         return {}
@@ -222,7 +211,7 @@ def measure(
         for variant in order:
             times[variant.name].append(timed(variant))
         figures = {v.name: figures_of(v, times[v.name], ranks) for v in variants}
-        keep(figures)
+        after_round(figures)
     return figures
 
 
@@ -245,10 +234,10 @@ def figures_of(variant: Variant, times: list[float], ranks: Ranks) -> dict[str, 
 def by_batch(
     build: Callable[[int], Variant], sizes: tuple[int, ...], ranks: Ranks
 ) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(micro-batch, a variant's figures), until memory ends."""
+    """(micro-batch, figures of the variant with it), until it does not fit into memory."""
     for size in sizes:
-        torch._dynamo.reset()  # else the second size makes a graph for any size, which no training runs
-        variant = prepare(partial(build, size), ranks)
+        torch._dynamo.reset()  # else the second size compiles a graph for every size, as no training does
+        variant = warmed_up(partial(build, size), ranks)
         if isinstance(variant, str):
             yield size, variant
             return
@@ -270,7 +259,7 @@ def profile(variant: Variant, ranks: Ranks) -> dict[str, float]:
 
 
 def by_part(kernels: Iterable[tuple[str, float]], wall: float) -> dict[str, float]:
-    """(name, milliseconds) of all kernels of a step that took `wall` milliseconds -> milliseconds by part."""
+    """Sums (name, milliseconds) of the kernels of a step by part. The step took `wall` milliseconds."""
     parts = dict.fromkeys(PARTS, 0.0)
     for name, ms in kernels:
         parts[next((part for pattern, part in KERNELS if re.search(pattern, name)), "rest")] += ms
@@ -279,7 +268,7 @@ def by_part(kernels: Iterable[tuple[str, float]], wall: float) -> dict[str, floa
 
 
 def print_parts(parts: dict[str, dict[str, float]], least: dict[str, float]) -> None:
-    """`parts` by variant, `least` by part; the roofline counts no least time for some."""
+    """`parts` by variant, `least` by part: the roofline has no least time for some parts."""
     print(f"\n{'ms a step':20}" + "".join(f"{name:>12}" for name in (*parts, "at least")))
     for part in PARTS:
         limit = f"{least[part]:12.1f}" if part in least else ""
@@ -305,10 +294,10 @@ def _synchronize(ranks: Ranks) -> None:
 
 
 def nanogpt_model(checkout: Path, config: GPTConfig) -> Any:
-    """Its GPT, from its model.py. Exits with a sentence where there is none."""
+    """nanoGPT's GPT, from its model.py. Raises ValueError where `checkout` has no such file."""
     path = checkout / "model.py"
     if not path.is_file():
-        sys.exit(f"error: {path.parent} is no checkout of nanoGPT: it has no {path.name}")
+        raise ValueError(f"{path.parent} is not a checkout of nanoGPT: it has no {path.name}")
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -318,144 +307,177 @@ def nanogpt_model(checkout: Path, config: GPTConfig) -> Any:
     return module.GPT(module.GPTConfig(**args))
 
 
-def _prepared(name: str, variant: Variant | str, seconds: float) -> str:
+class Session:
+    """The variants of a run and their figures, in a file after each round: a run cut short loses nothing."""
+
+    def __init__(self, config: GPTConfig, dtype: str, ranks: Ranks, out: str):
+        self.config, self.dtype, self.ranks, self.out = config, dtype, ranks, out
+        self.variants: dict[str, Variant | str] = {}  # or the reason why it cannot be timed
+        self.results: dict[str, Any] = {"batch_size": {}, "sweep": {}, "variants": {}}
+        self.results |= {"parts": {}, "least": {}, "clocks": {}}
+
+    def print(self, text: str) -> None:
+        if self.ranks.is_main:
+            print(text, flush=True)
+
+    def save(self) -> None:
+        if self.out and self.ranks.is_main:
+            timing.write(
+                self.out, "throughput", self.ranks.device, ranks=self.ranks.world_size,
+                model=vars(self.config), dtype=self.dtype, **self.results,
+            )  # fmt: skip
+
+    def find_batch_size(self, name: str, build: Callable[[int], Variant]) -> int:
+        """The micro-batch with the most tokens/s."""
+        figures = self.results["sweep"][name] = {}
+        for size, figures[size] in by_batch(build, (8, 16, 32, 64, 128), self.ranks):
+            self.print(_line(f"{name} micro-batch {size}", figures[size]))
+            self.save()
+        torch._dynamo.reset()
+        rates = {size: f["tokens_per_s"] for size, f in figures.items() if not isinstance(f, str)}
+        return max(rates, key=lambda size: rates[size], default=1)
+
+    def add(self, name: str, build: Callable[[int], Variant], batch_size: int) -> None:
+        began = time.monotonic()
+        self.variants[name], batch_size = largest_that_fits(build, batch_size, self.ranks)
+        self.results["batch_size"][name] = batch_size
+        self.print(_warmed_up(name, self.variants[name], time.monotonic() - began))
+
+    def measure(self, seconds: float) -> None:
+        def save_figures(figures: dict[str, Any]) -> None:
+            self.results["variants"] = {
+                name: variant if isinstance(variant, str) else figures[name]
+                for name, variant in self.variants.items()
+            }
+            self.save()
+
+        ready = [variant for variant in self.variants.values() if isinstance(variant, Variant)]
+        save_figures(measure(ready, seconds, self.ranks, save_figures))
+        for name, figures in self.results["variants"].items():
+            self.print(_line(name, figures))
+
+    def profile(self) -> None:
+        """Runs ours and nanoGPT's alone, reads clocks and power, and takes a step of each apart."""
+        rates = timing.limits("cuda")
+        limits = roofline.Limits(rates["copy_bytes_per_s"], rates["product_flops_per_s"], "measured now")
+        batch_size = self.results["batch_size"]["tritongpt"]
+        accumulation = _accumulation(TOKENS_PER_STEP, batch_size * self.config.block_size, self.ranks)
+        parts = roofline.parts(self.config, batch_size, accumulation)
+        self.results["least"] = {part.name: 1e3 * part.least(limits) for part in parts}
+        for name in ("tritongpt", "nanogpt"):
+            if isinstance(variant := self.variants.get(name), Variant):
+                with timing.clocks(self.ranks.device) as self.results["clocks"][name]:
+                    for _ in range(3):
+                        variant.step()
+                    _synchronize(self.ranks)
+                self.results["parts"][name] = profile(variant, self.ranks)
+        self.save()
+
+
+def _warmed_up(name: str, variant: Variant | str, seconds: float) -> str:
     if isinstance(variant, str):
         return f"{name:24} {variant}"
     peak = "" if variant.peak_bytes is None else f", peak {variant.peak_bytes / 2**30:.1f} GiB"
-    return f"prepared {name} in {seconds:.1f} s{peak}"
+    return f"compiled {name} in {seconds:.1f} s{peak}"
 
 
-def _line(name: str, found: Any) -> str:
-    if isinstance(found, str):
-        return f"{name:24} {found}"
-    mfu = "" if found["mfu"] is None else f"  MFU {found['mfu']:6.1%}"
-    memory = "" if found["peak_bytes"] is None else f"  {found['peak_bytes'] / 2**30:6.1f} GiB"
-    return (
-        f"{name:24} {found['tokens_per_s']:12,.0f} tokens/s  {found['step_ms']:9.2f} ms a step{mfu}{memory}"
-    )
+def _line(name: str, figures: dict[str, Any] | str) -> str:
+    if isinstance(figures, str):
+        return f"{name:24} {figures}"
+    mfu = "" if figures["mfu"] is None else f"  MFU {figures['mfu']:6.1%}"
+    memory = "" if figures["peak_bytes"] is None else f"  {figures['peak_bytes'] / 2**30:6.1f} GiB"
+    rate = f"{figures['tokens_per_s']:12,.0f} tokens/s  {figures['step_ms']:9.2f} ms a step"
+    return f"{name:24} {rate}{mfu}{memory}"
+
+
+@dataclass
+class ThroughputConfig:
+    """Time the training step, and with --ablate the step without each of our kernels."""
+
+    size: Literal["", "124M", "350M", "774M", "1.5B", "tiny"] = ""  # of the model; default: 124M on a GPU
+    batch_size: int = 0  # sequences in a micro-batch; 0 tries 8 to 128 and takes the fastest
+    block_size: int = 1024  # tokens in a sequence
+    ablate: bool = False  # take each kernel away in turn; not compiled as well
+    seconds: float = 30.0  # of each variant
+    budget: float = math.inf  # seconds in all: variants for which no time is left are not timed
+    warm: bool = False  # compile every variant, time nothing
+    nanogpt: UserPath = ""  # a checkout of nanoGPT, to time beside ours
+    out: UserPath = ""  # a JSON file for the results
+
+
+def builders(
+    options: ThroughputConfig, config: GPTConfig, dtype: str, ranks: Ranks
+) -> dict[str, Callable[..., Variant]]:
+    """{name: function of a micro-batch} of every variant, the most important first."""
+    builds: dict[str, Callable[..., Variant]] = {
+        name: partial(our_variant, name, changes, compiled, config, dtype, ranks)
+        for name, changes, compiled in our_variants(options.ablate, ranks.device_type == "cuda")
+    }
+    if options.nanogpt:
+        builds["nanogpt"] = partial(nanogpt_variant, Path(options.nanogpt), config, dtype, ranks)
+    first = ("tritongpt", "nanogpt", "torch compiled")
+    return {name: builds[name] for name in sorted(builds, key=lambda name: name not in first)}
+
+
+def warm(builds: dict[str, Callable[..., Variant]], batch_size: int, block_size: int, ranks: Ranks) -> None:
+    """Compiles each variant on a step of one micro-batch; the compilers' caches on disk keep the result."""
+    for name, build in builds.items():
+        began = time.monotonic()
+        torch._dynamo.reset()  # it compiles a function for a few variants only
+        variant = warmed_up(partial(build, batch_size, batch_size * block_size * ranks.world_size), ranks)
+        if ranks.is_main:
+            print(_warmed_up(name, variant, time.monotonic() - began), flush=True)
+        del variant
+        fit.release(ranks.device)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.throughput", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--size", default=None, choices=SIZES, help="of the model; 124M on a GPU")
-    parser.add_argument("--batch_size", type=int, help="sequences in a micro-batch; by default the fastest")
-    parser.add_argument("--block_size", type=int, default=1024)
-    parser.add_argument("--ablate", action="store_true", help="take each kernel away in turn; eager as well")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each variant")
-    parser.add_argument(
-        "--budget", type=float, default=math.inf, help="seconds in all: variants that do not fit are left out"
-    )
-    parser.add_argument("--warm", action="store_true", help="compile every variant, measure nothing")
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT, to stand beside ours")
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
-    options = parser.parse_args()
+    options = cli.parse(ThroughputConfig, sys.argv[1:], prog="python -m bench.throughput")
     started = time.monotonic()
     ranks = distributed.start("auto", "auto")
     on_gpu = ranks.device_type == "cuda"
     dtype = resolve_dtype("auto", ranks.device)
-    layers, heads, width = SIZES[options.size or ("124M" if on_gpu else "tiny")]
+    shape = SIZES[options.size or ("124M" if on_gpu else "tiny")]
     block_size = options.block_size if on_gpu else 64
-    config = GPTConfig(block_size, 50304 if on_gpu else 512, layers, heads, width, bias=False)
-
-    def say(text: str) -> None:
-        if ranks.is_main:
-            print(text, flush=True)
-
+    config = GPTConfig(block_size, 50304 if on_gpu else 512, *shape, bias=False)
+    with torch.device("meta"):
+        model = GPT(config, ranks.device, dtype)  # its config has what "auto" stands for
+    session = Session(model.config, dtype, ranks, options.out)
     if not on_gpu:
-        say("There is no GPU: a tiny model on the CPU, whose figures say nothing about a GPU.")
-    builds: dict[str, Callable[..., Variant]] = {
-        name: partial(our_variant, name, changes, compiled, config, dtype, ranks)
-        for name, changes, compiled in wanted(options, on_gpu)
-        if compiled or not (options.warm and on_gpu)
-    }
-    if options.nanogpt is not None:
-        builds["nanogpt"] = partial(nanogpt_variant, options.nanogpt, config, dtype, ranks)
-    # What matters most comes first, and is kept before the rest is tried.
-    first = ("tritongpt", "nanogpt", "torch compiled")
-    builds = dict(sorted(builds.items(), key=lambda b: first.index(b[0]) if b[0] in first else len(first)))
+        session.print("There is no GPU: a tiny model on the CPU, whose figures say nothing about a GPU.")
+    builds = builders(options, config, dtype, ranks)
+    batch_sizes = dict.fromkeys(builds, options.batch_size or 2)
     if options.warm:
-        warm(builds, options.batch_size or 2, block_size, ranks)
+        compiled = {name: build for name, build in builds.items() if not name.endswith("eager")}
+        warm(compiled, options.batch_size or 2, block_size, ranks)
         distributed.stop(ranks)
         return
-    with torch.device("meta"):
-        model = GPT(config, ranks.device, dtype).config  # with what "auto" stands for
-    sweep: dict[str, dict[int, Any]] = {}
-    best = dict.fromkeys(builds, options.batch_size or 2)
-    results: dict[str, Any] = {}
-    more: dict[str, Any] = {"parts": {}, "least": {}, "clocks": {}}
-
-    def keep() -> None:
-        if options.out and ranks.is_main:
-            timing.write(
-                options.out, "throughput", ranks.device, ranks=ranks.world_size, model=vars(model),
-                dtype=dtype, batch_size=best, sweep=sweep, variants=results, **more,
-            )  # fmt: skip
-
-    if options.batch_size is None and on_gpu:
-        for name in ("tritongpt", "nanogpt") if "nanogpt" in builds else ("tritongpt",):
-            sweep[name] = {}
-            for size, figures in by_batch(builds[name], (8, 16, 32, 64, 128), ranks):
-                say(_line(f"{name} micro-batch {size}", figures))
-                sweep[name][size] = figures
-                keep()
-            rates = {b: f["tokens_per_s"] for b, f in sweep[name].items() if not isinstance(f, str)}
-            best[name] = max(rates, key=lambda b: rates[b], default=1)
-        best |= {name: best["tritongpt"] for name in builds if name not in sweep}
-        torch._dynamo.reset()
-
-    prepared: dict[str, Variant | str] = {}
-    longest = 0.0  # of the preparations so far
-
-    def measured(seconds: float) -> None:
-        def keep_round(figures: dict[str, Any]) -> None:
-            results.update({n: v if isinstance(v, str) else figures[n] for n, v in prepared.items()})
-            keep()
-
-        ready = [variant for variant in prepared.values() if isinstance(variant, Variant)]
-        keep_round(measure(ready, seconds, ranks, keep_round))
-        for name, figures in results.items():
-            say(_line(name, figures))
-        keep()
-
-    def cut_steps() -> None:
-        """Each model alone for a few steps, with its clocks and power, then a step by part."""
-        rates = timing.limits("cuda")
-        limits = roofline.Limits(rates["copy_bytes_per_s"], rates["product_flops_per_s"], "measured now")
-        accumulation = _accumulation(TOKENS_PER_STEP, best["tritongpt"] * block_size, ranks)
-        cut = roofline.parts(model, best["tritongpt"], accumulation)
-        more["least"] = {part.name: 1e3 * part.least(limits) for part in cut}
-        for name in ("tritongpt", "nanogpt"):
-            if isinstance(variant := prepared.get(name), Variant):
-                with timing.clocks(ranks.device) as more["clocks"][name]:
-                    for _ in range(3):
-                        variant.step()
-                    _synchronize(ranks)
-                more["parts"][name] = profile(variant, ranks)
-        keep()
-
-    for name in builds:
+    if on_gpu and not options.batch_size:
+        batch_sizes = dict.fromkeys(builds, session.find_batch_size("tritongpt", builds["tritongpt"]))
+        if "nanogpt" in builds:
+            batch_sizes["nanogpt"] = session.find_batch_size("nanogpt", builds["nanogpt"])
+    one_gpu = on_gpu and ranks.world_size == 1
+    longest = 0.0  # seconds that a variant took to compile so far
+    for position, (name, build) in enumerate(builds.items()):
         began = time.monotonic()
-        needed = began - started + longest + options.seconds * (len(prepared) + 2)
+        needed = began - started + longest + options.seconds * (position + 2)
         late = torch.tensor(float(needed > options.budget), device=ranks.device)
         if ranks.sum(late).item():
-            prepared[name] = "no time was left for it"
+            session.variants[name] = "no time was left for it"
             continue
-        prepared[name], best[name] = prepare_largest(builds[name], best[name], ranks)
+        session.add(name, build, batch_sizes[name])
         longest = max(longest, time.monotonic() - began)
-        say(_prepared(name, prepared[name], time.monotonic() - began))
-        if len(prepared) == 2:
-            measured(min(options.seconds, 3.0))
-            if on_gpu and ranks.world_size == 1:
-                cut_steps()
-    measured(options.seconds if on_gpu else min(options.seconds, 1.0))
-    if on_gpu and ranks.world_size == 1:
-        if not more["parts"]:  # a run of one variant
-            cut_steps()
-        print_parts(more["parts"], more["least"])
+        if position == 1:  # ours and nanoGPT's: the figures that matter most, before anything else can fail
+            session.measure(min(options.seconds, 3.0))
+            if one_gpu:
+                session.profile()
+    session.measure(options.seconds if on_gpu else min(options.seconds, 1.0))
+    if one_gpu:
+        if len(builds) == 1:
+            session.profile()
+        print_parts(session.results["parts"], session.results["least"])
     distributed.stop(ranks)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

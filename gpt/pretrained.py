@@ -17,10 +17,17 @@ GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 def from_checkpoint(
-    path: Path, device: str = "cpu", dtype: str = "bfloat16", **overrides: Any
+    path: Path,
+    device: str = "cpu",
+    dtype: str = "bfloat16",
+    saved: Checkpoint | None = None,
+    **overrides: Any,
 ) -> tuple[GPT, Checkpoint]:
-    """(model on `device`, checkpoint); `overrides` are values for some of RUN_OPTIONS."""
-    saved = checkpoint.read(path)
+    """(model on `device`, checkpoint): `saved`, where `path` was read before.
+
+    `overrides` are values for some of RUN_OPTIONS.
+    """
+    saved = saved or checkpoint.read(path)
     own = {name: value for name, value in saved.gpt_config.items() if name not in RUN_OPTIONS}
     dropout = {"dropout": saved.gpt_config.get("dropout", 0.0)}
     model = GPT(GPTConfig(**own | dropout | overrides), device, dtype)
@@ -40,6 +47,11 @@ def best_or_latest(out_dir: Path) -> Path:
         return latest
     wants_best = not checkpoint.read(latest).config.get("always_save_checkpoint", True)
     return best if wants_best else latest
+
+
+def source_of(init_from: str, out_dir: str) -> str:
+    """What sampling and evaluation load: "resume" is the checkpoint in `out_dir`."""
+    return str(best_or_latest(Path(out_dir))) if init_from == "resume" else init_from
 
 
 def checkpoint_in(source: str) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from gpt.cli import UserPath
 from gpt.device import autocast, resolve_compile, resolve_device, resolve_dtype
 from gpt.generate import stream
 from gpt.model import GPT
-from gpt.pretrained import best_or_latest
 from gpt.reading import read_text
 from gpt.sampling import Sampling, check_drawn
 
@@ -25,7 +25,7 @@ BOUNDS = {  # the least and the most that can be computed
 
 @dataclass
 class SampleConfig:
-    """Sample from a trained model.
+    """Sample from a trained model: python -m gpt.sample FOLDER, that of a run.
 
     Flags are shown with their defaults; --interactive alone means True.
     """
@@ -61,10 +61,10 @@ class SampleConfig:
 
 def load(config: SampleConfig, device: str) -> tuple[GPT, tokenizer.Tokenizer]:
     """The model in eval mode on `device`, and the tokenizer it was trained with."""
-    resume = config.init_from == "resume"
-    source = str(best_or_latest(Path(config.out_dir))) if resume else config.init_from
+    source = pretrained.source_of(config.init_from, config.out_dir)
     dtype = resolve_dtype(config.dtype, device)
-    model, described = pretrained.load(source, device, dtype, dropout=0.0, kernels=config.kernels)
+    with cli.IfSlow(f"reading {source}"):
+        model, described = pretrained.load(source, device, dtype, dropout=0.0, kernels=config.kernels)
     return model.eval(), tokenizer.from_dict(described)
 
 
@@ -177,7 +177,10 @@ def show(
 
 
 def converse(model: GPT, tokens: tokenizer.Tokenizer, config: SampleConfig) -> None:
-    """Continues each line that is typed, until the input ends; a prompt that cannot be is told."""
+    """Reads prompts from stdin until EOF and continues each; prints an error for an invalid one."""
+    with suppress(ImportError):  # `input` edits lines by it
+        import readline  # noqa: F401
+    print("Each line is a prompt that stands alone. Ctrl-D leaves.", file=sys.stderr)
     config = replace(config, num_samples=1)
     while True:
         try:
@@ -189,7 +192,7 @@ def converse(model: GPT, tokens: tokenizer.Tokenizer, config: SampleConfig) -> N
 
 
 def main() -> None:
-    config = cli.parse(SampleConfig, sys.argv[1:], prog="python -m gpt.sample")
+    config = cli.parse(SampleConfig, sys.argv[1:], prog="python -m gpt.sample", path_flag="init_from")
     config.sampling()
     cli.check_bounds(vars(config), BOUNDS)
     device = resolve_device(config.device)
@@ -203,7 +206,19 @@ def main() -> None:
         if config.interactive:
             converse(model, tokens, config)
         else:
-            show(model, tokens, [encode(model, tokens, prompt) for prompt in _prompts(config)], config)
+            show(model, tokens, _encoded(model, tokens, config), config)
+
+
+def _encoded(model: GPT, tokens: tokenizer.Tokenizer, config: SampleConfig) -> list[list[int]]:
+    prompts = []
+    for number, prompt in enumerate(_prompts(config), start=1):
+        try:
+            prompts.append(encode(model, tokens, prompt))
+        except ValueError as error:
+            raise ValueError(
+                f"{config.prompts}, line {number}: {error}" if config.prompts else error
+            ) from None
+    return prompts
 
 
 def _prompts(config: SampleConfig) -> list[str]:

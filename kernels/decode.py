@@ -2,19 +2,15 @@
 # (a Triton kernel's arguments have no Python types)
 """Attention of one new token against a cache of keys and values: a step of generation.
 
-    s = q k^T / sqrt(D) over the keys that the sequence has        o = softmax(s) v        per head
+For each head, over the keys of the sequence:
 
-There is one query, so nothing is reused and no tensor core is of use: the time is that of reading the cache
-once. A batch of few sequences has fewer heads than a GPU has multiprocessors, so the keys of a head are split
-over several programs. Each gives its own normalised output and log-sum-exp (base 2, fp32), and a second
-kernel weighs them in a fixed order: the same bits every run.
+    s = q k^T / sqrt(D)        o = softmax(s) v        lse = logsumexp(s)
 
-Within a program every row of the tile keeps an online softmax of its own, merged after the last tile: the
-loop has no reduction across warps. How a sequence is cut depends on its length, which stays on the device:
-the launch is the same for every token, so that a CUDA graph can replay it. A program without keys gives
-weight 0.
+Several programs share the keys of a head. From the o_i and lse_i of program i, a second kernel computes
 
-Inference only: there is no backward.
+    o = sum_i(w_i o_i) / sum_i(w_i)        w_i = exp(lse_i - max_j(lse_j))
+
+There is no backward: this operation is for inference only.
 
 Source: Vaswani et al., 2017, https://arxiv.org/abs/1706.03762; Dao et al., 2023 (Flash-Decoding),
 https://pytorch.org/blog/flash-decoding/
@@ -28,8 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.attention import check_head_size, head_constants, head_width
 from kernels.op import (
     INTERPRETER,
+    LOG2E,
     UNTUNED,
     Cost,
     Op,
@@ -45,20 +43,28 @@ from kernels.op import (
     tl,
 )
 
-MIN_D, MAX_D = 16, 128
 MAX_SPLITS = 32
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-1e38)  # below every score, and finite: the difference of two is no NaN
+LOWEST = tl.constexpr(-1e38)  # below every score, but finite: -inf - -inf would be NaN
+
+
+def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """q (B, H, D), caches (B, H, T, D), lengths (B,) int64 -> (B, H, D), for D from 16 to 128.
+
+    Sequence b attends to its first lengths[b] keys, or to all T without lengths. Positions beyond are never
+    read. Values in lengths are not checked, because that would wait for the GPU: each must be at least 1, and
+    more than T counts as T. q and the caches must have one dtype. Under autocast they are first cast to the
+    autocast dtype; the result has the same dtype. Raises ValueError for bad arguments.
+    """
+    _check("decode_attention", q, k_cache, v_cache, lengths)
+    check_head_size("decode_attention", "q", q)
+    dtype = autocast_dtype(q)
+    return _forward_op(q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), lengths)
 
 
 def decode_attention_reference(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None = None
 ) -> Tensor:
-    """q (B, H, D), caches (B, H, T, D), lengths (B,) int64 -> (B, H, D), by `F.scaled_dot_product_attention`.
-
-    Sequence b attends to the first lengths[b] of its T keys, at least one, without lengths to all; what lies
-    beyond must be finite.
-    """
+    """`decode_attention` by PyTorch's `F.scaled_dot_product_attention`. Unused keys must be finite too."""
     mask = None
     if lengths is not None:
         mask = (torch.arange(k_cache.size(2), device=q.device) < lengths[:, None])[:, None, None]
@@ -66,22 +72,66 @@ def decode_attention_reference(
     return out[:, :, 0]
 
 
+def decode_attention_flash(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None = None
+) -> Tensor:
+    """`decode_attention` by the flash-attn package, in fp16 or bf16 on a GPU."""
+    from flash_attn import flash_attn_with_kvcache
+
+    _check("decode_attention", q, k_cache, v_cache, lengths)
+    dtype = autocast_dtype(q)
+    k, v = (cache.to(dtype).transpose(1, 2) for cache in (k_cache, v_cache))
+    sizes = k_cache.size(2) if lengths is None else lengths.int()
+    out = flash_attn_with_kvcache(q.to(dtype)[:, None], k, v, cache_seqlens=sizes)
+    return out[:, 0]
+
+
+def _check(name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None) -> None:
+    check_tensors(name, q=q, k_cache=k_cache, v_cache=v_cache)
+    B, H, D = q.shape if q.dim() == 3 else (-1, -1, -1)
+    if k_cache.dim() != 4 or k_cache.shape != (B, H, k_cache.shape[2], D) or k_cache.shape[2] < 1:
+        raise ValueError(
+            f"{name}: q {tuple(q.shape)} and k_cache {tuple(k_cache.shape)} must be (B, H, D) and "
+            "(B, H, T, D) with T at least 1"
+        )
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(
+            f"{name}: k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} must have one shape"
+        )
+    if not q.dtype == k_cache.dtype == v_cache.dtype:
+        raise ValueError(
+            f"{name}: q is {q.dtype}, k_cache {k_cache.dtype} and v_cache {v_cache.dtype}; "
+            "they must have one dtype"
+        )
+    if lengths is None:
+        return
+    if lengths.shape != (B,) or lengths.dtype != torch.int64 or lengths.device != q.device:
+        raise ValueError(
+            f"{name}: lengths is {tuple(lengths.shape)} {lengths.dtype} on {lengths.device}; "
+            f"q {tuple(q.shape)} needs ({B},) torch.int64 on {q.device}"
+        )
+
+
 @jit
-def _load(X, row, d, stride, last, D: tl.constexpr):
-    """X[row, d] in fp32, zero from row `last` and from column D on; rows from `last` on are never touched."""
-    mask = (row < last)[:, None]
+def _load(X, row, d, stride, end, D: tl.constexpr):
+    """X[row, d] in fp32, masked to 0 from row `end` and column D on."""
+    mask = (row < end)[:, None]
     if d.shape[0] != D:
         mask = mask & (d < D)[None, :]
     return tl.load(X + row.to(tl.int64)[:, None] * stride + d[None, :], mask=mask, other=0).to(tl.float32)
 
 
+# One query reuses nothing, so tensor cores do not help: the time is the time of reading the cache once. A
+# small batch has fewer heads than the GPU has multiprocessors. So the keys of a head are split over several
+# programs, as in Flash-Decoding. With several splits, `_combine_kernel` averages their outputs in a fixed
+# order: the bits are the same every run.
 @jit
 def _split_kernel(
     Q,  # (B, H, D) in
     K,  # (B, H, T, D) in
     V,  # (B, H, T, D) in
-    LENGTHS,  # (B,) in, int64, or None where all are T
-    OUT,  # (B, H, splits, D) out, contiguous: fp32 parts, or with one split the result
+    LENGTHS,  # (B,) in, int64, or None if all are T
+    OUT,  # (B, H, splits, D) out, contiguous: fp32, or with one split the result
     LSE,  # (B, H, splits) out, fp32, base 2
     q_batch_stride,
     q_head_stride,
@@ -104,9 +154,11 @@ def _split_kernel(
     split = program % splits
     batch = (program // splits // H).to(tl.int64)
     head = (program // splits % H).to(tl.int64)
+    # The length stays on the device, and each program finds its keys here. So the launch is the same for
+    # every token, and a CUDA graph can replay it.
     length = T if LENGTHS is None else tl.minimum(tl.load(LENGTHS + batch), T).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
-    last = tl.minimum((split + 1) * share, length)
+    keys_per_split = tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N
+    end = tl.minimum((split + 1) * keys_per_split, length)
 
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -115,26 +167,29 @@ def _split_kernel(
     K += batch * k_batch_stride + head * k_head_stride
     V += batch * v_batch_stride + head * v_head_stride
     acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    top = tl.full((BLOCK_N,), LOWEST, tl.float32)
-    for first in tl.range(split * share, last, BLOCK_N, num_stages=STAGES):
-        k = _load(K, first + n, d, k_stride, last, D)
-        v = _load(V, first + n, d, v_stride, last, D)
-        s = tl.where(first + n < last, tl.sum(q * k, 1), -float("inf"))
-        new = tl.maximum(top, s)
-        p = tl.exp2(s - new)
-        fade = tl.exp2(top - new)
-        total = total * fade + p
-        acc = acc * fade[:, None] + p[:, None] * v
-        top = new
+    l_i = tl.zeros((BLOCK_N,), tl.float32)
+    m_i = tl.full((BLOCK_N,), LOWEST, tl.float32)
+    # The online softmax of attention.py, separately for each row of the tile, so that the loop has no
+    # reduction across warps. The rows are merged after the loop.
+    for start_n in tl.range(split * keys_per_split, end, BLOCK_N, num_stages=STAGES):
+        k = _load(K, start_n + n, d, k_stride, end, D)
+        v = _load(V, start_n + n, d, v_stride, end, D)
+        s = tl.where(start_n + n < end, tl.sum(q * k, 1), -float("inf"))
+        m_ij = tl.maximum(m_i, s)
+        p = tl.exp2(s - m_ij)
+        alpha = tl.exp2(m_i - m_ij)
+        l_i = l_i * alpha + p
+        acc = acc * alpha[:, None] + p[:, None] * v
+        m_i = m_ij
 
-    highest = tl.max(top, 0)
-    weight = tl.exp2(top - highest)
-    total = tl.sum(total * weight, 0)
-    total = tl.where(total == 0, 1.0, total)
-    out = tl.sum(acc * weight[:, None], 0) / total
+    m = tl.max(m_i, 0)
+    alpha = tl.exp2(m_i - m)
+    denominator = tl.sum(l_i * alpha, 0)
+    # A split may have no keys. Then out is 0 and lse is LOWEST, so `_combine_kernel` gives it weight 0.
+    denominator = tl.where(denominator == 0, 1.0, denominator)
+    out = tl.sum(acc * alpha[:, None], 0) / denominator
     tl.store(OUT + program.to(tl.int64) * D + d, round_to(out, OUT.dtype.element_ty), mask=d < D)
-    tl.store(LSE + program, highest + tl.log2(total))
+    tl.store(LSE + program, m + tl.log2(denominator))
 
 
 @jit
@@ -159,20 +214,19 @@ def _combine_kernel(
 
 
 class Tile(NamedTuple):
-    """Keys a tile; programs that a multiprocessor should have, where the heads alone are too few."""
-
-    n: int
+    n: int  # keys
     warps: int
     stages: int
-    programs: int
+    programs: int  # per multiprocessor: heads are split until there are as many
 
 
-# architecture -> D padded to 16 to 64 and to 128
+# architecture -> D up to 64, or up to 128 -> tile
 #
-# sm_90's are not tuned: they are predicted. On an H200, 32 x 12 x 1024 x 64, the tile (32, 4, 3, 4) took
-# 0.033 ms and SDPA 0.029. It cut each of the 384 heads in two, and the second kernel costs about 0.003 ms
-# (predicted). With 2 programs a multiprocessor the heads stay whole. Each of these few has to load more: two
-# tiles of 16 KiB are on their way, 64 KiB a multiprocessor, and bandwidth times latency is 23 KiB.
+# The tiles of sm_90 are predicted, not tuned. On an H200, with B=32, H=12, T=1024 and D=64, the tile (32, 4,
+# 3, 4) took 0.033 ms, and PyTorch's attention took 0.029 ms. That tile split each of the 384 heads in two,
+# and `_combine_kernel` costs about 0.003 ms (predicted). With 2 programs per multiprocessor the heads stay
+# whole. But fewer programs must each have more loads in flight: two tiles of 16 KiB, which is 64 KiB per
+# multiprocessor. Bandwidth times latency is 23 KiB.
 TILES = {
     INTERPRETER: {64: Tile(16, 4, 1, 4), 128: Tile(16, 4, 1, 4)},
     UNTUNED: {64: Tile(32, 4, 3, 4), 128: Tile(16, 4, 3, 4)},
@@ -188,12 +242,13 @@ def _launch_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor
     out = _fake_forward(q, k_cache, v_cache, lengths)
     q, k, v = _dense(q), _dense(k_cache), _dense(v_cache)
     B, H, T, D = k.shape
-    tile = tiles_for(q, TILES)[64 if D <= 64 else 128]
-    wanted = -(-tile.programs * multiprocessors(q) // (B * H)) if B * H else 1
-    splits = min(wanted, -(-T // tile.n), MAX_SPLITS)
+    tile = tiles_for(q, TILES)[head_width(D)]
+    # Enough splits to fill the GPU, but each with at least one tile of keys.
+    splits = -(-tile.programs * multiprocessors(q) // (B * H)) if B * H else 1
+    splits = min(splits, -(-T // tile.n), MAX_SPLITS)
     parts = out if splits == 1 else q.new_empty(B, H, splits, D, dtype=torch.float32)
     lse = q.new_empty(B, H, splits, dtype=torch.float32)
-    sizes = {"D": D, "BLOCK_D": max(16, 1 << (D - 1).bit_length())}
+    sizes = head_constants(D)
     if out.numel():
         launch(
             _split_kernel, (B * H * splits,),
@@ -215,63 +270,10 @@ def _fake_forward(q, k_cache, v_cache, lengths):
 _forward_op = operator("decode_attention", _launch_forward, _fake_forward)
 
 
-def decode_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """q (B, H, D) against the first lengths[b] keys, or all, of caches (B, H, T, D) -> (B, H, D).
-
-    lengths (B,) is int64 and stays on the device, so it is not checked: each is to be at least 1, and beyond
-    T it counts as T. What the caches hold from lengths[b] on is never read. D from 16 to 128. Under autocast
-    everything is cast to the autocast dtype, and that is the dtype of the result; otherwise q and the caches
-    must share a dtype, which the result has. There is no gradient. Raises ValueError for what it cannot do.
-    """
-    _check("decode_attention", q, k_cache, v_cache, lengths)
-    if not MIN_D <= q.shape[-1] <= MAX_D:
-        raise ValueError(
-            f"decode_attention: q {tuple(q.shape)} has D={q.shape[-1]}; D from {MIN_D} to {MAX_D} is allowed"
-        )
-    dtype = autocast_dtype(q)
-    return _forward_op(q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), lengths)
-
-
-def decode_attention_flash(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None = None
-) -> Tensor:
-    """The same by the flash-attn package: fp16 or bf16 on a GPU."""
-    from flash_attn import flash_attn_with_kvcache
-
-    _check("decode_attention", q, k_cache, v_cache, lengths)
-    dtype = autocast_dtype(q)
-    k, v = (cache.to(dtype).transpose(1, 2) for cache in (k_cache, v_cache))
-    sizes = k_cache.size(2) if lengths is None else lengths.int()
-    out = flash_attn_with_kvcache(q.to(dtype)[:, None], k, v, cache_seqlens=sizes)
-    return out[:, 0]
-
-
-def _check(name: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor | None) -> None:
-    check_tensors(name, q=q, k_cache=k_cache, v_cache=v_cache)
-    B, H, D = q.shape if q.dim() == 3 else (-1, -1, -1)
-    if k_cache.dim() != 4 or k_cache.shape != (B, H, k_cache.shape[2], D) or k_cache.shape[2] < 1:
-        raise ValueError(
-            f"{name}: q {tuple(q.shape)} and k_cache {tuple(k_cache.shape)} must be (B, H, D) and "
-            "(B, H, T, D) with T at least 1"
-        )
-    if v_cache.shape != k_cache.shape or len({t.dtype for t in (q, k_cache, v_cache)}) > 1:
-        raise ValueError(
-            f"{name}: v_cache {tuple(v_cache.shape)} {v_cache.dtype} must be as k_cache "
-            f"{tuple(k_cache.shape)} {k_cache.dtype}, and q, {q.dtype}, of their dtype"
-        )
-    if lengths is None:
-        return
-    if lengths.shape != (B,) or lengths.dtype != torch.int64 or lengths.device != q.device:
-        raise ValueError(
-            f"{name}: lengths is {tuple(lengths.shape)} {lengths.dtype} on {lengths.device}; "
-            f"q {tuple(q.shape)} needs ({B},) torch.int64 on {q.device}"
-        )
-
-
 def _inputs(
     dtype: torch.dtype, device: str, B: int, H: int, T: int, D: int, ragged: bool = True, **options: Any
 ) -> dict[str, Any]:
-    """Sequences of any length from 1 to T, of which the first has all; or all have all."""
+    """With `ragged`, sequence 0 has all T keys and the others a random number of them."""
     q, k, v = (torch.randn(B, H, n, D, device=device).to(dtype) for n in (1, T, T))
     call = {"q": q[:, :, 0], "k_cache": k, "v_cache": v, **options}
     if ragged:
@@ -281,7 +283,7 @@ def _inputs(
 
 
 def _cost(q: Tensor, k_cache: Tensor, v_cache: Tensor, **_: Any) -> Cost:
-    """With every sequence as long as the cache."""
+    """If every sequence fills the cache."""
     return Cost(2 * q.nbytes + k_cache.nbytes + v_cache.nbytes, 0, 4 * k_cache.numel(), 0)
 
 
@@ -290,8 +292,8 @@ def _run_all(q, k_cache, v_cache, lengths=None):
 
 
 def _slots(q: Tensor, **_: Any) -> Iterator[Slot]:
-    width = 64 if q.shape[-1] <= 64 else 128
-    # 16 or 32 values of a tile in a lane: more spill or fill the registers, fewer load too little ahead.
+    width = head_width(q.shape[-1])
+    # A thread has 16 or 32 values of a tile. More would spill, and fewer leave too few loads in flight.
     settings = product((16, 32), (2, 4, 8), (3, 4), (2, 3, 4))
     tiles = tuple(
         Tile(values * 32 * warps // width, warps, stages, programs)

@@ -2,7 +2,7 @@
 # (a Triton kernel's arguments have no Python types)
 """GELU, exact or by the tanh approximation: the activation of GPT-2's MLP.
 
-Forward, with Phi and phi the standard normal's distribution and density:
+Forward, with the distribution function Phi and the density phi of the standard normal distribution:
 
     y = x Phi(x)                  or, for "tanh", y = x s(x)
                                   s(x) = (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))
@@ -12,25 +12,12 @@ Backward:
 
     dx = dy (Phi(x) + x phi(x))   or, for "tanh", dx = dy (s + x s (1 - s) 2u'(x))
 
-Each tensor is read and written once, so memory should be the limit. At the full bandwidth of an H200 that
-leaves time for 27 instructions an element forward and 41 backward. With CUDA's erf a kernel has 36 and 47, in
-SASS of sm_90. So in half precision Phi comes from Zelen and Severo: with t = 1 / (1 + 0.2316419 |x|),
-
-    Phi(-|x|) = phi(x) (b1 t + b2 t^2 + ... + b5 t^5)        within 7.5e-8
-
-This needs one reciprocal and one exponential, and backward's phi is the same exponential: 18 and 21
-instructions. The error is far below the rounding of the result. In the left tail it is smaller than that of
-(1 + erf) / 2, which cancels there. It is too large for fp32, so fp32 keeps erf. "tanh" needs one exponential
-and one reciprocal too, 11 and 17 instructions. Its sigmoid form does not cancel in the left tail, as 1 + tanh
-does.
-
-The output is not formed again in backward to save its memory. The product after GELU saves it, so only an
-operation that contains this product could, and it would write as many bytes again as forward does.
-`activation_checkpointing` saves more. The bias of the layer before is not added here: the product adds it
-before it rounds to half precision, at no cost.
+GELU saves only x for backward. The linear layer after it saves y. To save the memory of y too, an operation
+would have to contain that layer, and `activation_checkpointing` saves more. The bias of the layer before is
+not fused: its matrix product adds the bias at no cost, before rounding to half precision.
 
 Source: Hendrycks and Gimpel, 2016, https://arxiv.org/abs/1606.08415; Abramowitz and Stegun, 1964, Handbook of
-Mathematical Functions, 26.2.17 (the same polynomial gives erf in 7.1.26)
+Mathematical Functions, 26.2.17
 """
 
 from collections.abc import Iterator
@@ -57,17 +44,17 @@ from kernels.op import (
 )
 
 APPROXIMATIONS = ("none", "tanh")
-# A number of elements that Triton knows to be a multiple of 16 lets a masked load have 16 bytes.
+# If Triton knows that the number of elements is a multiple of 16, a masked load can still be 16 bytes wide.
 ALIGN = 16
 SQRT_HALF = tl.constexpr(0.7071067811865476)
-# phi(x) = 2^(HALF_LOG2E x^2 + LOG2_PHI_0), both negative
+# phi(x) = 2^(HALF_LOG2E x^2 + LOG2_PHI_0)
 HALF_LOG2E = tl.constexpr(-0.7213475204444817)
 LOG2_PHI_0 = tl.constexpr(-1.3257480647361592)
 # 2u(x) = x (SLOPE + CUBIC x^2)
 SLOPE = tl.constexpr(1.5957691216057308)
 CUBIC = tl.constexpr(0.07135481627260025)
 THREE_CUBIC = tl.constexpr(0.21406444881780076)
-# The same, over -ln 2: exp(-2u) = 2^(x (SLOPE_LOG2E + CUBIC_LOG2E x^2))
+# exp(-2u(x)) = 2^(x (SLOPE_LOG2E + CUBIC_LOG2E x^2))
 SLOPE_LOG2E = tl.constexpr(-2.302208198144325)
 CUBIC_LOG2E = tl.constexpr(-0.1029432395800235)
 # Abramowitz and Stegun 26.2.17: p, then b1 to b5
@@ -79,14 +66,27 @@ B4 = tl.constexpr(-1.821255978)
 B5 = tl.constexpr(1.330274429)
 
 
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """`F.gelu`: input of any shape -> the same shape, contiguous. approximate is "none" (erf) or "tanh".
+
+    The result has the dtype of input, also under autocast, as in PyTorch. Raises ValueError for bad
+    arguments.
+    """
+    check_tensors("gelu", input=input)
+    if approximate not in APPROXIMATIONS:
+        raise ValueError(f"gelu: approximate={approximate!r} must be one of {', '.join(APPROXIMATIONS)}")
+    return _forward_op(input, approximate)
+
+
 def gelu_reference(input: Tensor, approximate: str = "none") -> Tensor:
-    """`F.gelu`: any shape, result like input; approximate is "none" (erf) or "tanh"."""
+    """PyTorch's `F.gelu`."""
     return F.gelu(input, approximate=approximate)
 
 
 @jit
 def _reciprocal(x, EXACT: tl.constexpr):
-    """1 / x for x >= 1. This is one instruction, within an ulp of the exact result; `/` needs several."""
+    """1 / x for x >= 1."""
+    # rcp.approx is one instruction, with an error of at most one ulp. A division is several instructions.
     if EXACT or INTERPRETED:
         return 1 / x
     else:
@@ -95,6 +95,15 @@ def _reciprocal(x, EXACT: tl.constexpr):
         )
 
 
+# Memory should limit the speed: each tensor is read and written once. At the full bandwidth of an H200 there
+# is time for 27 instructions per element in forward and 41 in backward. With CUDA's erf the kernels have 36
+# and 47 (SASS of sm_90). So half precision uses the polynomial of Abramowitz and Stegun:
+#
+#     Phi(-|x|) = phi(x) (b1 t + b2 t^2 + ... + b5 t^5)        t = 1 / (1 + 0.2316419 |x|)
+#
+# It needs one reciprocal and one exponential, which gives phi for backward too: 18 and 21 instructions. The
+# error, up to 7.5e-8, is far below the rounding of the result. In the left tail erf has a larger error,
+# because 1 + erf cancels. But 7.5e-8 is too much for fp32, which uses erf.
 @jit
 def _normal(x, EXACT: tl.constexpr):
     """(Phi(x), phi(x)) of the standard normal."""
@@ -110,6 +119,8 @@ def _normal(x, EXACT: tl.constexpr):
 @jit
 def _sigmoid(x, EXACT: tl.constexpr):
     """(s(x), 2u'(x)) of the tanh approximation."""
+    # 1 / (1 + exp(-2u)) is (1 + tanh(u)) / 2, but does not cancel in the left tail. With one exponential and
+    # one reciprocal, the kernels have 11 and 17 instructions per element.
     square = x * x
     s = _reciprocal(tl.exp2((square * CUBIC_LOG2E + SLOPE_LOG2E) * x) + 1, EXACT)
     return s, square * THREE_CUBIC + SLOPE
@@ -117,10 +128,10 @@ def _sigmoid(x, EXACT: tl.constexpr):
 
 @jit
 def _program_block(n, BLOCK: tl.constexpr):
-    """(where the program's block starts, offsets in it, which of them are below n)."""
+    """(start of the program's block, offsets in the block, mask)."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
-    # The comparison is in int32: in int64 it would take two instructions.
+    # Compare in int32: in int64 it takes two instructions.
     return start, i, i < tl.minimum(n - start, BLOCK).to(tl.int32)
 
 
@@ -157,7 +168,7 @@ def _gelu_backward_kernel(
     dy = tl.load(DY + start + i, mask=inside).to(tl.float32)
     if TANH:
         s, slope = _sigmoid(x, EXACT)
-        # x (1 - s) first: it is 0 where s is 1, and slope may be huge there.
+        # Multiply x (1 - s) first: for large x it is 0, but slope may be huge.
         derivative = s + x * (s - s * s) * slope
     else:
         Phi, phi = _normal(x, EXACT)
@@ -166,11 +177,11 @@ def _gelu_backward_kernel(
 
 
 class Tile(NamedTuple):
-    block: int  # elements of a program
+    block: int  # elements per program
     warps: int
 
 
-# 16 elements a thread: with 8, the addresses and the mask cost an instruction an element more.
+# 16 elements per thread. With 8, addresses and masks cost one more instruction per element.
 TILES = {
     INTERPRETER: {"forward": Tile(128, 1), "backward": Tile(128, 1)},
     UNTUNED: {"forward": Tile(2048, 4), "backward": Tile(2048, 4)},
@@ -178,11 +189,9 @@ TILES = {
 
 
 def _run(kernel, direction: str, approximate: str, *tensors: Tensor) -> None:
-    """Runs `kernel` over contiguous tensors of one shape.
-
-    The last n % 16 elements have a launch of their own, because their mask would turn every load into loads
-    of single elements. The sizes of a model leave none.
-    """
+    """Runs `kernel` over contiguous tensors of one shape."""
+    # The last n % 16 elements need a separate launch. Otherwise their mask would turn every 16-byte load into
+    # loads of single elements. In a real model n % 16 is 0.
     tile = tiles_for(tensors[0], TILES)[direction]
     n = tensors[0].numel()
     aligned = n - n % ALIGN
@@ -232,20 +241,8 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """`F.gelu`: input of any shape -> the same shape, contiguous; approximate is "none" (erf) or "tanh".
-
-    The result has the input's dtype, under autocast too, as PyTorch has it. Raises ValueError for what it
-    cannot do.
-    """
-    check_tensors("gelu", input=input)
-    if approximate not in APPROXIMATIONS:
-        raise ValueError(f"gelu: approximate={approximate!r} must be one of {', '.join(APPROXIMATIONS)}")
-    return _forward_op(input, approximate)
-
-
 def _inputs(dtype: torch.dtype, device: str, shape: tuple[int, ...], **options: Any) -> dict[str, Any]:
-    """The standard deviation of 3 reaches both tails."""
+    """The standard deviation is 3, which reaches both tails."""
     return {"input": (torch.randn(*shape, device=device) * 3).to(dtype), **options}
 
 
@@ -281,7 +278,7 @@ GELU = Op(
         {"shape": (1023,)},
         {"shape": (0, 64)},
     ),
-    # 1104 elements, and 6
+    # For 1104 elements, then for 6.
     launches=([_gelu_forward_kernel] * 2, [_gelu_backward_kernel] * 2),
     large_sample={"shape": (4001, 3071)},
     benchmark_shapes=(

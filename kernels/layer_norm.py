@@ -1,28 +1,25 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated"
 # (a Triton kernel's arguments have no Python types)
 # ruff: noqa: RUF005, SIM102
-# (Triton has no starred tuples, and a condition that is known when it compiles stands alone)
-"""LayerNorm over the last dimension, alone and fused with the residual add before it.
+# (Triton has no starred tuples, and a compile-time condition needs a separate `if`)
+"""LayerNorm over the last dimension, alone or fused with the residual add before it.
 
-Forward, with x the input or the sum of input and residual, rounded to the residual's dtype:
+A block of a GPT adds each branch to the residual stream and normalises the sum for the next branch:
 
-    xhat = (x - mean(x)) * rstd        rstd = 1 / sqrt(var(x) + eps), var the biased estimate
+    x = residual + input               or x = input, without a residual
+    xhat = (x - mean(x)) * rstd        rstd = 1 / sqrt(var(x) + eps), with the biased variance
     y = xhat * weight + bias
 
-Backward, with g = dy * weight and dsummed the gradient that reaches the sum by the residual stream:
+Backward, with g = dy * weight and dsummed the gradient of x through the residual stream:
 
     dx = (g - mean(g) - xhat * mean(g * xhat)) * rstd + dsummed
     dweight = sum_rows(dy * xhat)      dbias = sum_rows(dy)
 
-`add_layer_norm_mixed` moves fewer bytes. Its residual stream is fp32 forward, as above, but the gradient of
-the stream is rounded to bfloat16, and backward takes xhat from the output, which the next layer saves anyway:
-xhat = y / weight. So backward reads and writes 8 bytes an element where fp32 takes 16, and the sum need not
-be saved. There is no bias: subtracting it from y would cancel the digits of a small xhat.
+Memory limits the speed, so each tensor is read or written only once: a program keeps whole rows in registers.
+Statistics are fp32.
 
-Both directions are limited by memory, so each tensor is read and written once. A program holds whole rows in
-registers, which makes the variance a second pass over registers. Statistics are fp32, and saved so. Backward
-is a persistent grid: each program walks many rows and keeps its own dweight and dbias, which one small kernel
-then adds up; without atomics the bits are the same every run.
+`add_layer_norm_mixed` moves 8 bytes per element in backward instead of 16. It rounds the gradient of the fp32
+residual stream to bfloat16, and it computes xhat from y, which the next layer saves anyway, instead of x.
 
 Source: Ba, Kiros and Hinton, 2016, https://arxiv.org/abs/1607.06450
 """
@@ -52,8 +49,29 @@ from kernels.op import (
     tl,
 )
 
-MAX_C = 8192  # elements a program can hold
-SUM_COLUMNS = 32  # a program of the last sum: 128 bytes of each partial one
+MAX_C = 8192  # the longest row that fits into a program's registers
+SUM_COLUMNS = 32  # per program of `_norm_sum_kernel`: 128 bytes of each partial sum
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.layer_norm` over the last dimension: input (..., C), weight and bias (C,) or None -> (..., C).
+
+    C is at most 8192. The kernel computes in fp32. The result has the input's dtype, or under autocast the
+    autocast dtype. weight and bias may have another dtype. Raises ValueError for bad arguments.
+    """
+    if tuple(normalized_shape) != tuple(input.shape[-1:]):
+        raise ValueError(
+            f"layer_norm: normalized_shape is {tuple(normalized_shape)} and input {tuple(input.shape)}; "
+            "only the last dimension can be normalised"
+        )
+    _check("layer_norm", input, weight, bias)
+    return _forward_op(input, None, weight, bias, eps, autocast_dtype(input), None)[0]
 
 
 def layer_norm_reference(
@@ -63,30 +81,75 @@ def layer_norm_reference(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.layer_norm`: input (..., C), weight and bias (C,) or None, result (..., C)."""
+    """PyTorch's `F.layer_norm`."""
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def add_layer_norm(
+    input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Adds `input` (..., C) to the residual stream (..., C) and normalises the sum -> (normed, summed).
+
+    `normed` goes to the next layer, and `summed` is the new residual stream. Both have the dtype that input
+    and residual promote to, except that `normed` has the autocast dtype under autocast. Raises ValueError for
+    bad arguments.
+    """
+    if input.shape != residual.shape:
+        raise ValueError(
+            f"add_layer_norm: input {tuple(input.shape)} and residual {tuple(residual.shape)} "
+            "must have one shape"
+        )
+    _check("add_layer_norm", input, weight, bias, residual)
+    dtype = torch.promote_types(input.dtype, residual.dtype)
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = autocast_dtype(input)
+    return _forward_op(input, residual, weight, bias, eps, dtype, None)[:2]
 
 
 def add_layer_norm_reference(
     input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """Adds `input` (..., C) to the residual stream (..., C) and normalises the sum.
-
-    Returns (normed, summed): what the next layer reads, and the new residual stream.
-    """
+    """`add_layer_norm` by PyTorch."""
     summed = residual + input
     return F.layer_norm(summed, summed.shape[-1:], weight, bias, eps), summed
+
+
+def add_layer_norm_mixed(
+    input: Tensor | None, residual: Tensor, carrier: Tensor, weight: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_layer_norm` for a fp32 stream with a bfloat16 gradient -> (normed, summed, next carrier).
+
+    Autograd gives a gradient the dtype of its tensor, and `residual` (..., C) is fp32. So `residual` is
+    detached and gets no gradient. Instead the gradient of the stream flows from the next carrier to `carrier`
+    (..., C). Only the gradients of carriers matter; their values are never read. `carrier`, `input` and
+    `normed` have one dtype, bfloat16 or fp32, also under autocast. Before the first layer `input` is None,
+    and nothing is added. Raises ValueError for bad arguments.
+    """
+    name = "add_layer_norm_mixed"
+    _check(name, residual, weight, None)
+    if residual.dtype != torch.float32:
+        raise ValueError(f"{name}: residual is {residual.dtype}; it must be float32")
+    if carrier.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"{name}: carrier is {carrier.dtype}; bfloat16 and float32 are allowed")
+    for argument, tensor in (("input", input), ("carrier", carrier)):
+        if tensor is not None and (tensor.shape, tensor.dtype) != (residual.shape, carrier.dtype):
+            raise ValueError(
+                f"{name}: {argument} is {tuple(tensor.shape)} {tensor.dtype}; it must have the shape of "
+                f"residual, {tuple(residual.shape)}, and the dtype of carrier, {carrier.dtype}"
+            )
+    residual = residual.detach()
+    if input is None:
+        normed, _, _, _, carrier = _forward_op(residual, None, weight, None, eps, carrier.dtype, carrier)
+        return normed, residual, carrier
+    normed, summed, _, _, carrier = _forward_op(input, residual, weight, None, eps, carrier.dtype, carrier)
+    return normed, summed.detach(), carrier
 
 
 def add_layer_norm_mixed_reference(
     input: Tensor | None, residual: Tensor, carrier: Tensor, weight: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for a stream whose gradient travels in half precision, beside it in `carrier` (..., C).
-
-    Autograd gives a gradient the dtype of its tensor. So `residual` gets none, and the gradient of the stream
-    goes to `carrier`. `input` is None before the first layer. Returns (normed, summed, the next carrier).
-    """
-    # A zero whose gradient goes to the carrier and to the input.
+    """`add_layer_norm_mixed` by PyTorch."""
+    # zero is all zeros. Its gradient is the gradient of the stream, and goes to both carrier and input.
     zero, summed = carrier - carrier.detach(), residual.detach()
     if input is not None:
         zero, summed = zero + (input - input.detach()), summed + input.detach()
@@ -94,42 +157,65 @@ def add_layer_norm_mixed_reference(
     return normed.to(carrier.dtype), summed, zero
 
 
+def _check(
+    name: str, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None
+) -> None:
+    check_tensors(name, input=input, residual=residual, weight=weight, bias=bias)
+    if input.dim() == 0 or not 1 <= input.shape[-1] <= MAX_C:
+        raise ValueError(f"{name}: input {tuple(input.shape)} must be (..., C) with C from 1 to {MAX_C}")
+    for argument, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != input.shape[-1:]:
+            raise ValueError(
+                f"{name}: {argument} is {tuple(parameter.shape)}; input {tuple(input.shape)} "
+                f"needs ({input.shape[-1]},)"
+            )
+
+
+# A row is C columns in tiles of COLUMNS, and a program has ROWS rows at once. Triton has no arrays of tiles,
+# so the kernels build tuples in loops that are unrolled at compile time.
 @jit
-def _inside(row, rows, i: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):
-    """The mask of tile i: only the last may reach beyond the row."""
-    inside = (row < rows)[:, None]
+def _mask(row, rows, i: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):
+    """The mask of tile i. Only the last tile can extend beyond the row."""
+    mask = (row < rows)[:, None]
     if (i + 1) * COLUMNS > C:
-        inside = inside & (i * COLUMNS + tl.arange(0, COLUMNS) < C)[None, :]
-    return inside
+        mask = mask & (i * COLUMNS + tl.arange(0, COLUMNS) < C)[None, :]
+    return mask
 
 
 @jit
 def _load(X, row, stride, rows, i: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):
     col = i * COLUMNS + tl.arange(0, COLUMNS)
-    inside = _inside(row, rows, i, C, COLUMNS)
-    return tl.load(X + row[:, None] * stride + col[None, :], mask=inside, other=0).to(tl.float32)
+    mask = _mask(row, rows, i, C, COLUMNS)
+    return tl.load(X + row[:, None] * stride + col[None, :], mask=mask, other=0).to(tl.float32)
 
 
 @jit
 def _store(X, x, row, rows, i: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr):
     col = i * COLUMNS + tl.arange(0, COLUMNS)
-    inside = _inside(row, rows, i, C, COLUMNS)
-    tl.store(X + row[:, None] * C + col[None, :], round_to(x, X.dtype.element_ty), mask=inside)
+    mask = _mask(row, rows, i, C, COLUMNS)
+    tl.store(X + row[:, None] * C + col[None, :], round_to(x, X.dtype.element_ty), mask=mask)
 
 
 @jit
 def _load_parameter(P, i: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """A tile of it for every row: each warp reads its own from the L1 cache, and none waits for another."""
+    """Tile i of weight or bias, repeated for each row of the program."""
+    # Each warp loads the parameters of its rows from the L1 cache. To broadcast one row, warps would have to
+    # wait for each other.
     return _load(P, tl.zeros((ROWS,), tl.int32), 0, 1, i, C, COLUMNS)
 
 
 @jit
 def _away_from_zero(w):
-    """With a weight of 0, xhat could not be recovered from the output, and dweight and dx need it. 2^-100 is
-    too small to change any sum, and bfloat16 has fp32's exponents: xhat * 2^-100 keeps its digits."""
+    """w, or 2^-100 if w is almost 0."""
+    # Backward recovers xhat = y / weight, which a weight of 0 would make impossible. 2^-100 is too small to
+    # change any sum that y enters. But bfloat16 has the exponents of fp32, so y = xhat * 2^-100 keeps the
+    # digits of xhat.
     return tl.where(tl.abs(w) < 2.0**-100, 2.0**-100, w)
 
 
+# The residual add is fused into the norm to save memory traffic. Separately, the add reads two tensors and
+# writes the sum, then the norm reads the sum and writes y. Fused, the norm has the sum in registers: it moves
+# four tensors instead of five. In backward, which adds dsummed, it is four instead of six.
 @jit
 def _norm_forward_kernel(
     X,  # (rows, C) in
@@ -137,10 +223,10 @@ def _norm_forward_kernel(
     W,  # (C,) in, or None
     B,  # (C,) in, or None
     Y,  # (rows, C) out
-    SUMMED,  # (rows, C) out, when there is a residual
-    MEAN,  # (rows,) out, fp32, or None: backward takes xhat from Y
+    SUMMED,  # (rows, C) out, or None without RESIDUAL
+    MEAN,  # (rows,) out, fp32, or None if backward recovers xhat from Y
     RSTD,  # (rows,) out, fp32
-    CARRIER,  # (1,) out, or None
+    CARRIER,  # (1,) out: 0, or None
     rows,
     x_stride,
     residual_stride,
@@ -152,17 +238,20 @@ def _norm_forward_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tiles: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
     xs = ()
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    sum_x = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i in tl.static_range(tiles):
         x = _load(X, row, x_stride, rows, i, C, COLUMNS)
         if RESIDUAL is not None:
             x += _load(RESIDUAL, row, residual_stride, rows, i, C, COLUMNS)
             summed = round_to(x, SUMMED.dtype.element_ty)
             _store(SUMMED, summed, row, rows, i, C, COLUMNS)
-            x = summed.to(tl.float32)  # normalise what backward will read
-        total += x
+            # Normalise the rounded sum, because backward reads the rounded sum.
+            x = summed.to(tl.float32)
+        sum_x += x
         xs = xs + (x,)
-    mean = tl.sum(total, 1) / C
+    mean = tl.sum(sum_x, 1) / C
+    # The row is in registers, so a second pass for the variance costs little. var = mean(x^2) - mean(x)^2
+    # would need only one pass, but it cancels if the mean is large.
     squares = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i in tl.static_range(tiles):
         centred = xs[i] - mean[:, None]
@@ -186,16 +275,19 @@ def _norm_forward_kernel(
             tl.store(CARRIER, 0.0)
 
 
+# dweight and dbias are sums over all rows. One program per row would need atomics, whose order changes from
+# run to run. So the grid is persistent: each program walks over many rows and keeps its sums in registers,
+# and at the end `_norm_sum_kernel` adds up the sums of the programs. The bits are the same every run.
 @jit
 def _norm_backward_kernel(
     DY,  # (rows, C) in
     DSUMMED,  # (rows, C) in, or None
-    X,  # (rows, C) in: what was normalised, or without MEAN the normalised output
+    X,  # (rows, C) in: x or, without MEAN, y
     W,  # (C,) in, or None
     MEAN,  # (rows,) in, fp32, or None
     RSTD,  # (rows,) in, fp32
     DX,  # (rows, C) out
-    DRESIDUAL,  # (rows, C) out when its dtype is not that of dx, else None
+    DRESIDUAL,  # (rows, C) out: dx in another dtype, or None if both have one dtype
     DW,  # (programs, C) out, fp32, or None
     DB,  # (programs, C) out, fp32, or None
     rows,
@@ -209,18 +301,19 @@ def _norm_backward_kernel(
 ):
     program = tl.program_id(0)
     tiles: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
-    ws, inverses = (), ()
-    dws, dbs = (), ()  # sums for each row of a tile, so that no warp waits for another's
+    ws, inverse_ws = (), ()
+    # Each of the ROWS rows has a separate sum, so warps do not wait for each other in the loop.
+    dws, dbs = (), ()
     for i in tl.static_range(tiles):
         if W is not None:
             w = _load_parameter(W, i, C, COLUMNS, ROWS)
             if MEAN is None:
                 w = _away_from_zero(w)
-                inverses = inverses + (1 / w,)
+                inverse_ws = inverse_ws + (1 / w,)
             ws = ws + (w,)
         dws = dws + (tl.zeros((ROWS, COLUMNS), tl.float32),)
         dbs = dbs + (tl.zeros((ROWS, COLUMNS), tl.float32),)
-    # With two stages the next rows travel to shared memory while these are computed.
+    # With two stages, the next rows are loaded into shared memory during the arithmetic for these.
     for first in tl.range(program * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = tl.arange(0, ROWS).to(tl.int64) + first
         if MEAN is not None:
@@ -230,10 +323,11 @@ def _norm_backward_kernel(
         for i in tl.static_range(tiles):
             dys = dys + (_load(DY, row, dy_stride, rows, i, C, COLUMNS),)
             x = _load(X, row, x_stride, rows, i, C, COLUMNS)
-            # Beyond C xhat is not 0, but dy is.
-            xhats = xhats + (x * inverses[i] if MEAN is None else (x - mean[:, None]) * rstd[:, None],)
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        total_xhat = tl.zeros((ROWS, COLUMNS), tl.float32)
+            # Without MEAN, xhat = y / weight. There must be no bias: to subtract one from y would cancel the
+            # digits of a small xhat. Beyond column C xhat may not be 0, but dy is 0.
+            xhats = xhats + (x * inverse_ws[i] if MEAN is None else (x - mean[:, None]) * rstd[:, None],)
+        sum_g = tl.zeros((ROWS, COLUMNS), tl.float32)
+        sum_g_xhat = tl.zeros((ROWS, COLUMNS), tl.float32)
         next_dws, next_dbs = (), ()
         for i in tl.static_range(tiles):
             g = dys[i]
@@ -241,16 +335,17 @@ def _norm_backward_kernel(
             next_dbs = next_dbs + (dbs[i] + g,)
             if W is not None:
                 g *= ws[i]
-            total += g
-            total_xhat += g * xhats[i]
+            sum_g += g
+            sum_g_xhat += g * xhats[i]
         dws, dbs = next_dws, next_dbs
-        along_mean = tl.sum(total, 1) / C
-        along_xhat = tl.sum(total_xhat, 1) / C
+        mean_g = tl.sum(sum_g, 1) / C
+        mean_g_xhat = tl.sum(sum_g_xhat, 1) / C
         for i in tl.static_range(tiles):
             g = dys[i]
             if W is not None:
                 g *= ws[i]
-            dx = (g - along_mean[:, None] - xhats[i] * along_xhat[:, None]) * rstd[:, None]
+            # xhat does not change if x is shifted or scaled. So dx is orthogonal to (1, ..., 1) and to xhat.
+            dx = (g - mean_g[:, None] - xhats[i] * mean_g_xhat[:, None]) * rstd[:, None]
             if DSUMMED is not None:
                 dx += _load(DSUMMED, row, dsummed_stride, rows, i, C, COLUMNS)
             _store(DX, dx, row, rows, i, C, COLUMNS)
@@ -266,24 +361,25 @@ def _norm_backward_kernel(
 
 @jit
 def _norm_sum_kernel(
-    PARTS,  # (n, programs, C) in, fp32
-    DW,  # (C,) out: the sum of the first, or None
-    DB,  # (C,) out: the sum of the last, or None
+    PARTIAL_SUMS,  # (1 or 2, programs, C) in, fp32: of dweight and dbias
+    DW,  # (C,) out, or None
+    DB,  # (C,) out, or None
     programs,
     C,
     COLUMNS: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """One launch for both sums and for rounding them, where PyTorch would need four."""
+    """Adds up the partial sums and rounds the result. PyTorch would need four launches."""
     col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     which = tl.program_id(1)
     total = tl.zeros((PROGRAMS, COLUMNS), tl.float32)
     for first in range(0, programs, PROGRAMS):
         program = first + tl.arange(0, PROGRAMS)
-        at = (which * programs + program[:, None]) * C + col[None, :]
-        total += tl.load(PARTS + at, mask=(program < programs)[:, None] & (col < C)[None, :], other=0)
+        offsets = (which * programs + program[:, None]) * C + col[None, :]
+        mask = (program < programs)[:, None] & (col < C)[None, :]
+        total += tl.load(PARTIAL_SUMS + offsets, mask=mask, other=0)
     gradient = tl.sum(total, 0)
-    # Branches, not masks: the interpreter of Triton 3.9 makes an int32 of a scalar condition in a mask.
+    # Branches, because the interpreter of Triton 3.9 turns a scalar condition in a mask into an int32.
     if DW is not None:
         if which == 0:
             tl.store(DW + col, round_to(gradient, DW.dtype.element_ty), mask=col < C)
@@ -292,11 +388,13 @@ def _norm_sum_kernel(
             tl.store(DB + col, round_to(gradient, DB.dtype.element_ty), mask=col < C)
 
 
-# Widest row -> (rows a program, warps, columns a tile) forward, and the same with programs a multiprocessor
-# and stages backward. A row is cut into tiles of columns, not padded to a power of two: 768 is three of 256.
-# A tile of 256 columns is 16 bytes for each lane of a warp in half precision, so that a warp has a row to
-# itself and its sums need no shared memory. What is not tuned was chosen for at least 48 KiB in flight a
-# multiprocessor and no spills; no tensor core is involved, so all architectures start alike.
+# Widest row -> forward:  (rows per program, warps, columns per tile)
+#               backward: (the same three, programs per multiprocessor, stages)
+#
+# A row is cut into tiles rather than padded to a power of 2: 768 columns are three tiles of 256. In half
+# precision a tile of 256 columns is 16 bytes for each thread of a warp. So one warp can have a whole row, and
+# its sums need no shared memory. Tiles that are not tuned have no spills and at least 48 KiB of loads in
+# flight per multiprocessor. They are the same on all architectures, because a norm does not use tensor cores.
 _UNTUNED = {
     512: ((4, 4, 256), (4, 4, 256, 4, 1)),
     1024: ((4, 4, 256), (4, 4, 256, 3, 1)),
@@ -313,7 +411,7 @@ TILES = {
 
 
 def _rows(x: Tensor) -> Tensor:
-    """(..., C) -> (rows, C) whose rows are contiguous: a view wherever that is possible."""
+    """(..., C) -> (rows, C) with contiguous rows: a view if possible."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
@@ -336,9 +434,9 @@ def _launch_forward(
     dtype: torch.dtype,
     carrier: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> normed in `dtype`, summed (empty without a residual), mean and rstd (rows,), the next carrier.
+    """-> normed in `dtype`, summed, mean (rows,), rstd (rows,), next carrier.
 
-    mean is empty with a carrier; the next carrier is empty without one.
+    summed is empty without a residual, mean with a carrier, and next carrier without a carrier.
     """
     outputs = _fake_forward(input, residual, weight, bias, eps, dtype, carrier)
     normed, summed, mean, rstd, next_carrier = outputs
@@ -367,9 +465,9 @@ def _launch_backward(
     input_dtype: torch.dtype,
     residual_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dinput, dresidual (empty when dinput serves for both), dweight and dbias (empty without one).
+    """-> dinput, dresidual (empty if dinput is both), dweight and dbias (empty without weight and bias).
 
-    x is what was normalised; without a mean it is the output.
+    x is the input of the norm or, without a mean, its output.
     """
     dinput, dresidual, dweight, dbias = _fake_backward(
         dnormed, dsummed, x, weight, bias_dtype, mean, rstd, input_dtype, residual_dtype
@@ -380,19 +478,19 @@ def _launch_backward(
     tile, warps, columns, programs, stages = tiles_for(x, TILES)[_width(C)][1]
     programs = max(1, min(programs * multiprocessors(x), -(-rows // tile)))
     sums = [out if out.numel() else None for out in (dweight, dbias)]
-    parts = x.new_empty(sum(out is not None for out in sums), programs, C, dtype=torch.float32)
+    partial_sums = x.new_empty(sum(out is not None for out in sums), programs, C, dtype=torch.float32)
     launch(
         _norm_backward_kernel, (programs,),
         dy, ds, x, _dense(weight), mean, rstd, dinput,
         dresidual if dresidual.numel() else None,
-        None if sums[0] is None else parts[0], None if sums[1] is None else parts[-1],
+        None if sums[0] is None else partial_sums[0], None if sums[1] is None else partial_sums[-1],
         rows, dy.stride(0), 0 if ds is None else ds.stride(0), x.stride(0),
         C=C, COLUMNS=columns, ROWS=tile, STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    if parts.numel():
+    if partial_sums.numel():
         launch(
-            _norm_sum_kernel, (-(-C // SUM_COLUMNS), len(parts)),
-            parts, *sums, programs, C, COLUMNS=SUM_COLUMNS, PROGRAMS=128, num_warps=8,
+            _norm_sum_kernel, (-(-C // SUM_COLUMNS), len(partial_sums)),
+            partial_sums, *sums, programs, C, COLUMNS=SUM_COLUMNS, PROGRAMS=128, num_warps=8,
         )  # fmt: skip
     return dinput, dresidual, dweight, dbias
 
@@ -404,7 +502,7 @@ def _fake_forward(input, residual, weight, bias, eps, dtype, carrier=None):
         summed = input.new_empty(input.shape, dtype=torch.promote_types(input.dtype, residual.dtype))
     mean = input.new_empty(rows if carrier is None else 0, dtype=torch.float32)
     rstd = input.new_empty(rows, dtype=torch.float32)
-    # A carrier is a single 0, expanded to the full shape: only its gradient has full size.
+    # A carrier is one 0, expanded to the full shape. Only its gradient takes memory.
     next_carrier = input.new_empty(0) if carrier is None else carrier.new_empty(1).expand(carrier.shape)
     return input.new_empty(input.shape, dtype=dtype), summed, mean, rstd, next_carrier
 
@@ -430,7 +528,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     else:
         ctx.save_for_backward(normed, weight, None, rstd)
     ctx.dtypes = [None if t is None else t.dtype for t in (input, residual, bias, carrier)]
-    ctx.set_materialize_grads(False)  # the last sum of a network has no gradient of its own: don't read zeros
+    # The last sum of a model has no gradient. Without this, the kernel would read a tensor of zeros.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(
@@ -449,7 +548,7 @@ def _backward(
         dx, _, dweight, _ = _backward_op(
             dnormed, dcarrier, x, weight, None, None, rstd, carrier_dtype, carrier_dtype
         )
-        # Without a residual the input is the stream, whose gradient is the carrier's.
+        # Without a residual, the input is the stream, and its gradient goes to the carrier alone.
         return (None if residual_dtype is None else dx), None, dweight, None, None, None, dx
     has_residual = residual_dtype is not None
     dinput, dresidual, dweight, dbias = _backward_op(
@@ -472,92 +571,6 @@ def _backward(
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """`F.layer_norm` over the last dimension: input (..., C), weight and bias (C,) or None -> (..., C).
-
-    C is at most 8192. The result has the input's dtype, under autocast the autocast dtype (fp32 inside the
-    kernel either way); weight and bias may have another dtype than the input. Raises ValueError for what it
-    cannot do.
-    """
-    if tuple(normalized_shape) != tuple(input.shape[-1:]):
-        raise ValueError(
-            f"layer_norm: normalized_shape is {tuple(normalized_shape)} and input {tuple(input.shape)}; "
-            "only the last dimension can be normalised"
-        )
-    _check("layer_norm", input, weight, bias)
-    return _forward_op(input, None, weight, bias, eps, autocast_dtype(input), None)[0]
-
-
-def add_layer_norm(
-    input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
-    """Adds `input` (..., C) to the residual stream (..., C) and normalises the sum: (normed, summed).
-
-    `summed` has the dtype that input and residual promote to, and so has `normed`, but under autocast
-    `normed` has the autocast dtype. Raises ValueError for what it cannot do.
-    """
-    if input.shape != residual.shape:
-        raise ValueError(
-            f"add_layer_norm: input {tuple(input.shape)} and residual {tuple(residual.shape)} "
-            "must have one shape"
-        )
-    _check("add_layer_norm", input, weight, bias, residual)
-    dtype = torch.promote_types(input.dtype, residual.dtype)
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = autocast_dtype(input)
-    return _forward_op(input, residual, weight, bias, eps, dtype, None)[:2]
-
-
-def add_layer_norm_mixed(
-    input: Tensor | None, residual: Tensor, carrier: Tensor, weight: Tensor, eps: float = 1e-5
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`add_layer_norm` on a fp32 stream whose gradient is bfloat16: -> (normed, summed, the next carrier).
-
-    Autograd gives a gradient the dtype of its tensor. So residual (..., C), which is fp32, is detached, and
-    the gradient of the stream flows through `carrier` (..., C) instead, in its dtype: bfloat16 or fp32, which
-    `input` and `normed` share, autocast or not. Its values are never used; those of the next are all zeros.
-    `input` is None before the first layer, which adds nothing. Raises ValueError for what it cannot do.
-    """
-    name = "add_layer_norm_mixed"
-    _check(name, residual, weight, None)
-    if residual.dtype != torch.float32:
-        raise ValueError(f"{name}: residual is {residual.dtype}; it must be float32")
-    if carrier.dtype not in (torch.bfloat16, torch.float32):
-        raise ValueError(f"{name}: carrier is {carrier.dtype}; bfloat16 and float32 are allowed")
-    for argument, tensor in (("input", input), ("carrier", carrier)):
-        if tensor is not None and (tensor.shape, tensor.dtype) != (residual.shape, carrier.dtype):
-            raise ValueError(
-                f"{name}: {argument} is {tuple(tensor.shape)} {tensor.dtype}; it must have the shape of "
-                f"residual, {tuple(residual.shape)}, and the dtype of carrier, {carrier.dtype}"
-            )
-    residual = residual.detach()
-    if input is None:
-        normed, _, _, _, carrier = _forward_op(residual, None, weight, None, eps, carrier.dtype, carrier)
-        return normed, residual, carrier
-    normed, summed, _, _, carrier = _forward_op(input, residual, weight, None, eps, carrier.dtype, carrier)
-    return normed, summed.detach(), carrier
-
-
-def _check(
-    name: str, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None
-) -> None:
-    check_tensors(name, input=input, residual=residual, weight=weight, bias=bias)
-    if input.dim() == 0 or not 1 <= input.shape[-1] <= MAX_C:
-        raise ValueError(f"{name}: input {tuple(input.shape)} must be (..., C) with C from 1 to {MAX_C}")
-    for argument, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != input.shape[-1:]:
-            raise ValueError(
-                f"{name}: {argument} is {tuple(parameter.shape)}; input {tuple(input.shape)} "
-                f"needs ({input.shape[-1]},)"
-            )
-
-
 def _inputs(
     dtype: torch.dtype,
     device: str,
@@ -567,7 +580,7 @@ def _inputs(
     add: bool = False,
     mixed: bool = False,
 ) -> dict[str, Any]:
-    """With `mixed`, the residual stream and the parameters are fp32, as in a training under autocast."""
+    """With `mixed`, the residual stream and the parameters are fp32, as in training under autocast."""
 
     def random(*size: int, mean: float = 0.0) -> Tensor:
         return (torch.randn(*size, device=device) + mean).to(torch.float32 if mixed else dtype)
@@ -588,7 +601,7 @@ def _add_inputs(dtype: torch.dtype, device: str, **sample: Any) -> dict[str, Any
 def _mixed_inputs(
     dtype: torch.dtype, device: str, shape: tuple[int, ...], add: bool = True, zeros: bool = False
 ) -> dict[str, Any]:
-    """With `zeros`, every third weight is 0 or so small that it counts as 0."""
+    """With `zeros`, every third weight is 0, and some are near the limit of `_away_from_zero`."""
     dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
     call = _inputs(dtype, device, shape, bias=False, add=True, mixed=True)
     call["carrier"] = torch.zeros(shape, device=device, dtype=dtype)
@@ -605,7 +618,7 @@ def _cost(input: Tensor, weight: Tensor | None = None, residual: Tensor | None =
     if residual is not None:
         stream = residual.element_size()
         forward = 2 * size + 2 * stream
-        # one gradient serves both where they have one dtype
+        # If input and residual have one dtype, they share one gradient.
         backward = size + 3 * stream + (0 if stream == size else size)
     return Cost(forward * n, backward * n, 8 * n, 12 * n)
 
@@ -632,8 +645,8 @@ def _run_all(input, residual=None, weight=None, bias=None, eps=1e-5, normalized_
 def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
     C, table = input.shape[-1], tiles_for(input, TILES)
     yield Slot("forward (rows, warps, columns)", table, _width(C), tuple(_candidates(C, 64)), 0)
-    # Backward holds six values for each of a lane's columns, so a warp has 256 columns of one row. It waits
-    # for both sums of a row. Either many programs fill that time, 8 to 16 warps, or the second stage does.
+    # Backward needs six registers for each column of a thread, so a warp has 256 columns of one row. It waits
+    # for two sums per row. To fill that time, 8 to 16 warps share a multiprocessor, or there are two stages.
     lean = [tile for tile in _candidates(C, 56) if tile[0] * tile[2] == 256 * tile[1] and tile[0] <= 2]
     resident = tuple(
         (*t, p, s) for t, p, s in product(lean, (1, 2, 3, 4, 6, 8), (1, 2)) if 8 <= t[1] * p <= 16
@@ -642,7 +655,7 @@ def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
 
 
 def _candidates(C: int, most: int) -> Iterator[tuple[int, int, int]]:
-    """(rows, warps, columns) with up to `most` values of a row or two in a lane, a quarter of them idle."""
+    """(rows, warps, columns) with 8 to `most` values per thread and at most a quarter of them unused."""
     for rows, warps, columns in product((1, 2, 4), (1, 2, 4, 8), (256, 512, 1024, 2048)):
         tiles = -(-C // columns)
         values = rows * columns * tiles // (32 * warps)
@@ -676,7 +689,7 @@ LAYER_NORM = Op(
     launches=_LAUNCHES,
     large_sample={"shape": (4099, 1600)},
     benchmark_shapes=_BENCHMARK_SHAPES,
-    # One width shows that the absence of the add, which needs more registers, changes nothing.
+    # The add needs more registers, so its shapes are the harder test: here one width is enough.
     production_shapes=({"shape": (65536, 768)},),
     slots=_slots,
 )
@@ -692,7 +705,7 @@ ADD_LAYER_NORM = Op(
     launches=_LAUNCHES,
     large_sample={"shape": (4099, 1600)},
     benchmark_shapes=({"shape": (65536, 768), "mixed": True}, *_BENCHMARK_SHAPES),
-    # The dtypes of a training, then a width for each tile.
+    # First the dtypes of training, then one width for each tile.
     production_shapes=(
         {"shape": (65536, 768), "mixed": True, "bias": False},
         *({"shape": (65536, C)} for C in (512, 768, 1024, 1600, 4096, 8192)),

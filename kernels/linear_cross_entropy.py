@@ -4,20 +4,17 @@
 
     loss = cross_entropy(input @ linear_weight.T, target)
 
-The (N, V) logits never exist at once. For each chunk of rows: cuBLAS forms its logits, the kernel of
-cross_entropy.py writes their gradient G over them, and two products take it on:
+The (N, V) logits never exist at once. Forward takes the rows in chunks and computes the gradients too, so no
+logits need to be saved or computed again. For each chunk:
 
-    dinput[chunk] = G @ linear_weight        dlinear_weight += G.T @ input[chunk], in fp32
+    logits = input[chunk] @ linear_weight.T           a product of cuBLAS
+    G = softmax(logits) - one_hot(target[chunk])      written over the logits by cross_entropy.py
+    dinput[chunk] = G @ linear_weight
+    dlinear_weight += G.T @ input[chunk]              in fp32
 
-so forward computes the gradients, when they are wanted, and the logits are never formed again. G is that of
-the *sum* of the losses, softmax minus one-hot: the 1 / N of the mean and the upstream gradient are applied
-in fp32 at the end, where fp16 would have underflowed before. With reduction="none" every row has an
-upstream gradient of its own, which forward cannot know: backward forms each chunk's logits again.
+The arguments have the order of `F.linear_cross_entropy` of PyTorch 2.13.
 
-Few large chunks: each reads and writes the whole fp32 weight gradient. An H200 took 22.8 ms with 16384 rows
-a chunk, 23.5 with 8192 and 26.1 with 2048 (65536 rows, 50304 classes, C = 768). The argument order is that of
-`F.linear_cross_entropy` of torch 2.13. Source: Liger Kernel, https://arxiv.org/abs/2410.10989; Cut
-Cross-Entropy, https://arxiv.org/abs/2411.09009.
+Source: Liger Kernel, https://arxiv.org/abs/2410.10989; Cut Cross-Entropy, https://arxiv.org/abs/2411.09009
 """
 
 import functools
@@ -38,9 +35,57 @@ from kernels.cross_entropy import (
 )
 from kernels.op import Cost, Op, autocast_dtype, check_tensors, device_memory, operator
 
-BUDGET = 2 << 30  # bytes of logits at a time, at most: room for 16384 rows of 50304 in half precision
-SHARE = 50  # and at most a fiftieth of the GPU's memory
-ALIGN = 64  # elements: every row of a chunk's logits starts on a 128-byte line
+# The logits of a chunk take at most 2 GiB, which is 16384 rows of 50304 logits in half precision, and at most
+# 1/50 of the GPU's memory. Large chunks are faster, because each chunk reads and writes the whole fp32
+# gradient of the weight. On an H200, with 65536 rows, V = 50304 and C = 768: 22.8 ms with chunks of 16384
+# rows, 23.5 ms with 8192 and 26.1 ms with 2048.
+BUDGET = 2 << 30
+SHARE = 50
+# Rows of logits are padded to a multiple of 64 elements, so each one starts on a 128-byte line.
+ALIGN = 64
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+) -> Tensor:
+    """cross_entropy(F.linear(input, linear_weight), target) without the (N, V) logits -> () or (N,), fp32.
+
+    input (N, C), linear_weight (V, C), target (N,) int64. `chunk_size` is the number of rows per chunk; by
+    default the logits of a chunk take 2 GiB, or 2% of the GPU's memory if that is less. Under autocast the
+    products have the autocast dtype, otherwise input and linear_weight must have one dtype. A gradient has
+    the dtype of its tensor: a fp32 weight gets the sum over the chunks without rounding. Gradients that are
+    not needed are not computed. A target out of range is treated as in `cross_entropy`. PyTorch's
+    linear_bias, weight, label_smoothing and options are not supported. Raises ValueError for bad arguments.
+    """
+    check_tensors("linear_cross_entropy", input=input, linear_weight=linear_weight)
+    if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1:] != linear_weight.shape[1:]:
+        raise ValueError(
+            f"linear_cross_entropy: input {tuple(input.shape)} and linear_weight "
+            f"{tuple(linear_weight.shape)} must be (N, C) and (V, C)"
+        )
+    if linear_weight.numel() == 0:
+        raise ValueError(
+            f"linear_cross_entropy: linear_weight {tuple(linear_weight.shape)} has no classes or no features"
+        )
+    check_targets("linear_cross_entropy", input, target, reduction)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"linear_cross_entropy: chunk_size={chunk_size} must be at least 1 row")
+    dtype = autocast_dtype(input)
+    if not torch.is_autocast_enabled(input.device.type) and input.dtype != linear_weight.dtype:
+        raise ValueError(
+            f"linear_cross_entropy: input is {input.dtype} and linear_weight {linear_weight.dtype}; "
+            "without autocast they must be the same"
+        )
+    needs_gradient = [torch.is_grad_enabled() and t.requires_grad for t in (input, linear_weight)]
+    op = _rows_op if reduction == "none" else _sum_op
+    loss, *_ = op(input, linear_weight, target, ignore_index, chunk_size, dtype, *needs_gradient)
+    return loss if reduction == "none" else reduce(loss, target, ignore_index, reduction)
 
 
 def linear_cross_entropy_reference(
@@ -52,27 +97,22 @@ def linear_cross_entropy_reference(
     reduction: str = "mean",
     chunk_size: int | None = None,
 ) -> Tensor:
-    """input (N, C), linear_weight (V, C), target (N,) int64; the loss is () or, for "none", (N,).
-
-    Forms all the (N, V) logits at once, whatever `chunk_size` says.
-    """
+    """`linear_cross_entropy` by PyTorch. It computes all (N, V) logits at once and ignores `chunk_size`."""
     logits = F.linear(input, linear_weight)
     return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
 
 
 def chunk_rows(N: int, V: int, itemsize: int, memory: float | None = None) -> int:
-    """Rows a chunk: as many as the budget holds, then the same number in every chunk, in multiples of 128.
-
-    `memory` is that of the GPU in bytes.
-    """
+    """Rows per chunk, a multiple of 128. `memory` is the GPU's, in bytes."""
     budget = BUDGET if memory is None else min(BUDGET, int(memory) // SHARE)
-    most = max(128, budget // (-(-V // ALIGN) * ALIGN * itemsize) // 128 * 128)
-    chunks = -(-N // most)
+    max_rows = max(128, budget // (-(-V // ALIGN) * ALIGN * itemsize) // 128 * 128)
+    # As few chunks as fit the budget, and all of about the same size.
+    chunks = -(-N // max_rows)
     return N if chunks <= 1 else -(-N // chunks // 128) * 128
 
 
 class _Chunks:
-    """The products of one call, chunk by chunk, in `dtype`; gradients only where they are wanted."""
+    """The matrix products of one call, chunk by chunk, in `dtype`."""
 
     def __init__(
         self,
@@ -83,38 +123,38 @@ class _Chunks:
         d_input: bool,
         d_weight: bool,
     ) -> None:
-        # Under autocast dtype is autocast's: it then leaves the products below as they are.
+        # Under autocast `dtype` is the autocast dtype, so autocast does not change the products below.
         self.input, self.weight = input, weight.to(dtype)
         N, V = input.shape[0], weight.shape[0]
         self.rows = min(N, chunk_size or chunk_rows(N, V, dtype.itemsize, device_memory(input)))
         self.logits = input.new_empty(self.rows, -(-V // ALIGN) * ALIGN, dtype=dtype)[:, :V]
         self.dinput = input.new_empty(input.shape if d_input else 0)
-        # The first chunk's product is written over what is there: only a batch of no rows needs zeros.
+        # The first chunk overwrites dweight. If there are no rows, it must be zeros.
         allocate = weight.new_empty if N else weight.new_zeros
         self.dweight = allocate(weight.shape if d_weight else 0, dtype=torch.float32)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows of the chunk, its logits): in the same memory for all chunks, the caller's to overwrite."""
+        """Yields (chunk, its logits). All chunks share the logits' memory, and callers may overwrite it."""
         for start in range(0, self.input.shape[0], max(1, self.rows)):
-            part = slice(start, start + self.rows)
-            x = self.input[part].to(self.logits.dtype)
-            yield part, torch.mm(x, self.weight.t(), out=self.logits[: len(x)])
+            chunk = slice(start, start + self.rows)
+            x = self.input[chunk].to(self.logits.dtype)
+            yield chunk, torch.mm(x, self.weight.t(), out=self.logits[: len(x)])
 
-    def take(self, part: slice, gradient: Tensor) -> None:
-        """Adds what the gradient of a chunk's logits gives to the gradients of input and weight."""
+    def accumulate(self, chunk: slice, gradient: Tensor) -> None:
+        """Computes dinput[chunk] and adds to dweight, from the gradient of the chunk's logits."""
         if self.dinput.numel():
-            dinput = self.dinput[part]
+            dinput = self.dinput[chunk]
             if dinput.dtype == gradient.dtype:
                 torch.mm(gradient, self.weight, out=dinput)
             else:
                 dinput.copy_(torch.mm(gradient, self.weight))
         if self.dweight.numel():
-            x = self.input[part].to(gradient.dtype)
-            add_product(self.dweight, gradient.t(), x, first=part.start == 0)
+            x = self.input[chunk].to(gradient.dtype)
+            add_product(self.dweight, gradient.t(), x, first=chunk.start == 0)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """Adds a @ b to `total`, in fp32; the `first` product is written over what is there."""
+    """Adds a @ b to the fp32 matrix `total`, or overwrites `total` if this is the `first` product."""
     if a.dtype == torch.float32 or not (a.is_cuda and _mixes_precisions(a.device)):
         total.addmm_(a.float(), b.float(), beta=0 if first else 1)
     elif first:
@@ -125,10 +165,8 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 @functools.cache
 def _mixes_precisions(device: torch.device) -> bool:
-    """Whether this PyTorch adds a product of half precision to a fp32 matrix in place, as from 2.10 on.
-
-    Its checks come before any work on the device (https://github.com/pytorch/pytorch/pull/167931).
-    """
+    """Whether PyTorch can add a half-precision product to a fp32 matrix in place, as it can from 2.10 on."""
+    # If it cannot, it says so before any work on the device: https://github.com/pytorch/pytorch/pull/167931
     half, single = (torch.zeros(16, 16, dtype=d, device=device) for d in (torch.bfloat16, torch.float32))
     try:
         torch.mm(half, half, out_dtype=torch.float32, out=single)
@@ -148,13 +186,15 @@ def _launch_sum(
     d_input: bool,
     d_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> the sum of the losses () fp32, and its gradients: dinput, and dweight in fp32 (or empty)."""
+    """-> the sum of the losses () fp32, dinput, dweight in fp32. A gradient that is not needed is empty."""
+    # The gradients here are those of the *sum* of the losses. `_backward_of_sum` multiplies them in fp32 by
+    # the upstream gradient, which includes the 1 / N of a mean. In fp16, G / N would underflow.
     losses = input.new_empty(input.shape[0], dtype=torch.float32)
     chunks = _Chunks(input, weight, chunk_size, dtype, d_input, d_weight)
-    for part, logits in chunks:
+    for chunk, logits in chunks:
         gradient = d_input or d_weight
-        losses[part], _ = loss_and_gradient_(logits, target[part], ignore_index, gradient)
-        chunks.take(part, logits)
+        losses[chunk], _ = loss_and_gradient_(logits, target[chunk], ignore_index, gradient)
+        chunks.accumulate(chunk, logits)
     return losses.sum(), chunks.dinput, chunks.dweight
 
 
@@ -168,10 +208,12 @@ def _launch_rows(
     d_input: bool,
     d_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> the losses and the log-sum-exps, both (N,) fp32; d_input and d_weight are for backward to know."""
+    """-> losses, lse: both (N,) fp32. Only backward uses d_input and d_weight."""
+    # With reduction="none" every row has a different upstream gradient, which forward cannot know. So
+    # backward computes the logits of each chunk again.
     losses, lse = (input.new_empty(input.shape[0], dtype=torch.float32) for _ in range(2))
-    for part, logits in _Chunks(input, weight, chunk_size, dtype, False, False):
-        losses[part], lse[part] = loss_and_gradient_(logits, target[part], ignore_index, gradient=False)
+    for chunk, logits in _Chunks(input, weight, chunk_size, dtype, False, False):
+        losses[chunk], lse[chunk] = loss_and_gradient_(logits, target[chunk], ignore_index, gradient=False)
     return losses, lse
 
 
@@ -188,9 +230,9 @@ def _launch_rows_backward(
     d_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     chunks = _Chunks(input, weight, chunk_size, dtype, d_input, d_weight)
-    for part, logits in chunks:
-        write_gradient(dlosses[part], logits, target[part], lse[part], ignore_index, out=logits)
-        chunks.take(part, logits)
+    for chunk, logits in chunks:
+        write_gradient(dlosses[chunk], logits, target[chunk], lse[chunk], ignore_index, out=logits)
+        chunks.accumulate(chunk, logits)
     return chunks.dinput, chunks.dweight
 
 
@@ -219,14 +261,14 @@ _rows_backward_op = operator("linear_cross_entropy_rows_backward", _launch_rows_
 
 
 def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.wanted, ctx.weight_dtype = inputs[-2:], inputs[1].dtype
+    ctx.needs_gradient, ctx.weight_dtype = inputs[-2:], inputs[1].dtype
     ctx.save_for_backward(*output[1:])
-    ctx.set_materialize_grads(False)  # the gradients have no gradient: don't fill their like with zeros
+    ctx.set_materialize_grads(False)  # dinput and dweight have no gradients: autograd need not fill any
 
 
 def _backward_of_sum(ctx: Any, dtotal: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     dinput, dweight = ctx.saved_tensors
-    d_input, d_weight = ctx.wanted
+    d_input, d_weight = ctx.needs_gradient
     return (
         _scaled(dinput, dtotal, dinput.dtype) if d_input else None,
         _scaled(dweight, dtotal, ctx.weight_dtype) if d_weight else None,
@@ -235,8 +277,9 @@ def _backward_of_sum(ctx: Any, dtotal: Tensor, *_: None) -> tuple[Tensor | None,
 
 
 def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * factor, a fp32 number, computed in fp32 and rounded to `dtype` in one pass over memory."""
-    # With one dimension the factor takes part in the promotion of dtypes; with none it would be rounded.
+    """x * factor, a fp32 scalar: computed in fp32 and rounded to `dtype`, in one pass over memory."""
+    # A tensor without dimensions does not take part in type promotion: PyTorch would round it to the dtype of
+    # x.
     return torch.mul(x, factor.reshape(1), out=torch.empty_like(x, dtype=dtype))
 
 
@@ -258,50 +301,6 @@ def _backward_of_rows(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None
 
 _sum_op.register_autograd(_backward_of_sum, setup_context=_setup_sum)
 _rows_op.register_autograd(_backward_of_rows, setup_context=_setup_rows)
-
-
-def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    chunk_size: int | None = None,
-) -> Tensor:
-    """cross_entropy(F.linear(input, linear_weight), target) without the (N, V) logits: () or (N,), fp32.
-
-    input (N, C), linear_weight (V, C), target (N,) int64; `chunk_size` is a number of rows, by default as
-    many as 2 GiB of logits hold, or 2% of the GPU's memory where that is less. Under autocast the products
-    are computed in the autocast dtype, whatever the dtypes of input and weight; without it the two must have
-    one dtype. Gradients come back in the dtype of their tensor, so that a fp32 master weight receives what
-    was accumulated in fp32. Gradients that nobody wants (a frozen tensor, no_grad) are not computed. torch's
-    linear_bias, weight, label_smoothing and options are not accepted. Targets out of range are answered as in
-    cross_entropy. Raises ValueError for what it cannot do.
-    """
-    check_tensors("linear_cross_entropy", input=input, linear_weight=linear_weight)
-    if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1:] != linear_weight.shape[1:]:
-        raise ValueError(
-            f"linear_cross_entropy: input {tuple(input.shape)} and linear_weight "
-            f"{tuple(linear_weight.shape)} must be (N, C) and (V, C)"
-        )
-    if linear_weight.numel() == 0:
-        raise ValueError(
-            f"linear_cross_entropy: linear_weight {tuple(linear_weight.shape)} has no classes or no features"
-        )
-    check_targets("linear_cross_entropy", input, target, reduction)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"linear_cross_entropy: chunk_size={chunk_size} must be at least 1 row")
-    dtype = autocast_dtype(input)
-    if not torch.is_autocast_enabled(input.device.type) and input.dtype != linear_weight.dtype:
-        raise ValueError(
-            f"linear_cross_entropy: input is {input.dtype} and linear_weight {linear_weight.dtype}; "
-            "without autocast they must be the same"
-        )
-    needs_gradient = [torch.is_grad_enabled() and t.requires_grad for t in (input, linear_weight)]
-    op = _rows_op if reduction == "none" else _sum_op
-    loss, *_ = op(input, linear_weight, target, ignore_index, chunk_size, dtype, *needs_gradient)
-    return loss if reduction == "none" else reduce(loss, target, ignore_index, reduction)
 
 
 def _inputs(
@@ -345,7 +344,7 @@ LINEAR_CROSS_ENTROPY = Op(
         {"N": 9, "C": 16, "V": 50},
         {"N": 4, "C": 8, "V": 5003, "chunk_size": 2},
     ),
-    # three chunks, whose gradients forward computes
+    # Forward launches one kernel for each of three chunks.
     launches=([*CROSS_ENTROPY.launches[0]] * 3, []),
     large_sample={"N": 2000, "C": 256, "V": 50257, "chunk_size": 512},
     benchmark_shapes=tuple(

@@ -1,11 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (a Triton kernel's arguments have no Python types)
-"""What the operations of this folder share: how one is described, launched and counted.
+"""Shared by all operations: how to describe, launch, register and check one.
 
-`Op` describes an operation to its tests and benchmarks. `launch` is the only way a kernel starts, so `record`
-sees every launch: tests count them, and `bench.aot` learns from them what to compile for a GPU that is not
-there. The two Triton functions `round_to` and `dot` are what makes bfloat16 right under Triton's
-interpreter.
+`Op` describes an operation to its tests and benchmarks. Every kernel starts through `launch`, so `record`
+sees all launches: tests count them, and `bench.aot` compiles them for GPUs that this machine does not have.
+`round_to` and `dot` make bfloat16 correct in Triton's interpreter.
 """
 
 import functools
@@ -26,20 +25,25 @@ try:
 
     INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
     jit = triton.jit
-except ImportError:  # PyTorch's own operations, and the checks of ours, work without Triton
+except ImportError:  # without Triton, PyTorch's operations still work
     triton, tl, TensorDescriptor, INTERPRETED = None, SimpleNamespace(constexpr=float), None, False
 
     def jit(fn=None, **_):
         return fn or jit
 
 
-INTERPRETER = 0  # an "architecture" with small tiles, so that small tests cross their borders
-UNTUNED = -1  # the row of a table of tiles for the architectures that nobody has tuned
+# Tables of tiles have a row for each architecture: 80 is sm_80. Two more keys stand for the interpreter,
+# whose tiles are so small that small tests need several, and for every architecture that has not been tuned.
+INTERPRETER = 0
+UNTUNED = -1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# GPUs have an instruction for 2^x, and e^x = 2^(x LOG2E). So softmaxes work in base 2, where the factor LOG2E
+# joins a scale that is applied anyway.
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 class Cost(NamedTuple):
-    """What an operation must move and compute at the least, for one call forward and one backward."""
+    """The least memory traffic and arithmetic of one forward and one backward call."""
 
     forward_bytes: int
     backward_bytes: int
@@ -49,7 +53,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Slot:
-    """An entry of a table of tiles, `table[key]` or `table[key][index]`, and what may stand there."""
+    """A tile to tune: its place in a table, `table[key]` or `table[key][index]`, and the tiles to try."""
 
     name: str
     table: dict[Any, Any]
@@ -67,36 +71,37 @@ class Slot:
 
 @dataclass(frozen=True)
 class Op:
-    """An operation, as its tests and benchmarks need to know it.
+    """Everything that tests and benchmarks need to know about an operation.
 
-    A *call* is a dict of keyword arguments that every implementation and the reference accept. A *sample*
-    is a dict that `make(dtype, device, **sample)` turns into a call with random inputs.
+    A *call* is a dict of keyword arguments for every implementation and for the reference. A *sample* is a
+    dict of sizes and options: `make(dtype, device, **sample)` returns a call with random inputs.
     """
 
     name: str
-    # What a load spec calls it.
+    # The group of operations in a load spec, such as "attention".
     family: str
     implementations: Mapping[str, Callable[..., Any]]
     reference: Callable[..., Any]
     make: Callable[..., dict[str, Any]]
     cost: Callable[..., Cost]  # cost(**call)
-    run_all: Callable[..., Any]  # run_all(**call) launches every kernel once, on meta tensors too
-    # What the tests run: small and awkward. The first stands for all where the shape is not the question.
+    # run_all(**call) launches the forward and the backward kernels once. It accepts meta tensors.
+    run_all: Callable[..., Any]
+    # Small, awkward sizes for the tests. Tests that do not depend on the shape use only the first.
     samples: tuple[dict[str, Any], ...]
-    # The kernels that samples[0] launches forward, and those that it launches backward.
+    # The kernels that samples[0] launches: (forward, backward).
     launches: tuple[Sequence[Any], Sequence[Any]]
-    # What a GPU's tests run: many programs, so that a race would show.
+    # For tests on a GPU: enough programs to expose a race.
     large_sample: dict[str, Any]
-    # What bench.kernels times. The first shape decides how fast the 124M trains.
+    # For bench.kernels. The first is the shape of the 124M model.
     benchmark_shapes: tuple[dict[str, Any], ...]
-    # What bench.aot compiles and bench.sweep tunes: together they launch every kernel with every tile. The
-    # first is what the 124M launches.
+    # For bench.aot and bench.sweep: together they launch every kernel with every tile. The first is the shape
+    # of the 124M model.
     production_shapes: tuple[dict[str, Any], ...]
     differentiable: bool = True
-    # slots(**call): the tiles of such a call that bench.sweep may change.
+    # slots(**call) yields the tiles that bench.sweep may tune for this call.
     slots: Callable[..., Iterable[Slot]] = lambda **_: ()
-    # Kernel -> the most instructions an element in half precision on sm_90. bench.aot checks it; the kernel's
-    # argument BLOCK is the number of elements of a program.
+    # Kernel name -> the most instructions per element allowed in half precision on sm_90. bench.aot checks
+    # the limit; the kernel's argument BLOCK must be the number of elements per program.
     instructions: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -109,15 +114,15 @@ class Launch:
 
 
 _records: list[list[Launch]] = []
-_assumed: list[int] = []  # the architectures of the dry runs in progress
+_assumed: list[int] = []  # the architectures of the dry runs in progress, innermost last
 
 
 @contextmanager
 def record(assume: int | None = None) -> Iterator[list[Launch]]:
-    """Every launch made inside the `with`, in order, on any thread.
+    """Records every launch inside the `with`, in order and on any thread.
 
-    With `assume`, an architecture such as 90, nothing runs: tiles are chosen as that GPU would have them, and
-    the tensors may be on the meta device.
+    With `assume`, an architecture such as 90, this is a dry run: the launches use the tiles of that GPU but
+    nothing executes, and the tensors may be on the meta device.
     """
     launches: list[Launch] = []
     _records.append(launches)
@@ -132,31 +137,32 @@ def record(assume: int | None = None) -> Iterator[list[Launch]]:
 
 
 def launch(kernel, grid: tuple[int, ...], *args, num_warps: int, num_stages: int = 1, **constants) -> None:
-    """Runs `kernel` on the device of its first tensor, which need not be the current one."""
+    """Launches `kernel` on the device of its first tensor."""
     for launches in _records:
         arguments = dict(zip(kernel.arg_names, args)) | constants
         launches.append(Launch(kernel, arguments, num_warps, num_stages))
     if _assumed:
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else nullcontext():
+    # Triton launches on the current device, which may be another one.
+    switch = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if switch else nullcontext():
         kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why the Triton operations cannot run on `device`, or None when they can."""
+    """The reason why Triton kernels cannot run on `device`, or None if they can."""
     if triton is None:
-        return "Triton is not installed (pip install triton; it exists for Linux)"
+        return "Triton is not installed (on Linux: pip install triton)"
     if INTERPRETED:
         return _interpreter_fault()
     if device.type != "cuda":
         return (
-            f"Triton needs a GPU and the device is {device}; set TRITON_INTERPRET=1 before "
-            "Python starts to run the kernels, very slowly, in Triton's interpreter"
+            f"Triton needs a GPU and the device is {device}; to use Triton's interpreter instead, "
+            "which is very slow, set TRITON_INTERPRET=1 before Python starts"
         )
     if torch.version.hip or not torch.cuda.is_available():
-        return "Triton kernels here are for NVIDIA GPUs, and torch sees none"
+        return "the Triton kernels need an NVIDIA GPU, and torch finds none"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the GPU {device} is sm_{major}{minor} and the Triton kernels need sm_80 (A100) or newer"
@@ -164,9 +170,10 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def _interpreter_fault() -> str | None:
-    """Why Triton's interpreter does not run here, or None: that of 3.6 makes a range of an array."""
+    """The reason why Triton's interpreter fails here, or None."""
     import numpy
 
+    # The interpreter of Triton 3.6 passes arrays of one element to range(), which NumPy 2.4 refuses.
     version, other = triton.__version__, numpy.__version__
     if version.startswith("3.6.") and numpy.lib.NumpyVersion(other) >= "2.4.0":
         return f"the interpreter of Triton {version} fails with numpy {other}; install numpy<2.4"
@@ -175,31 +182,32 @@ def _interpreter_fault() -> str | None:
 
 @functools.cache
 def _gpu(device: torch.device) -> tuple[int, int, int | None]:
-    """(architecture whose tiles fit, number of multiprocessors, bytes of memory), or ValueError."""
+    """(architecture, number of multiprocessors, bytes of memory). Raises ValueError if kernels cannot run."""
     reason = unavailable(device)
     if reason is not None:
         raise ValueError(reason)
     if INTERPRETED:
         return INTERPRETER, 3, None
     major, minor = torch.cuda.get_device_capability(device)
-    # By shared memory a block: sm_86, sm_89 and sm_120 have 99 KiB, sm_80 163, sm_90 and sm_100 227.
+    # Shared memory decides which tiles fit. A block may use 99 KiB on sm_86, sm_89 and sm_120, 163 KiB on
+    # sm_80 and sm_87, and 227 KiB on sm_90, sm_100 and sm_110.
     architecture = {(8, 0): 80, (8, 7): 80}.get((major, minor), {9: 90, 10: 100, 11: 100}.get(major, 89))
     properties = torch.cuda.get_device_properties(device)
     return architecture, properties.multi_processor_count, properties.total_memory
 
 
 def architecture(tensor: Tensor) -> int:
-    """80, 89, 90 or 100: the key of the tile tables; INTERPRETER without a GPU."""
+    """The key of the tile tables: 80, 89, 90 or 100, or INTERPRETER."""
     return architecture_of(tensor.device)
 
 
 def architecture_of(device: torch.device) -> int:
-    """The same of a device that can run Triton's kernels. Raises ValueError for another."""
+    """`architecture` for a device. Raises ValueError if Triton kernels cannot run on it."""
     return _assumed[-1] if _assumed else _gpu(device)[0]
 
 
 def tiles_for(tensor: Tensor, table: dict[int, dict[Any, Any]]) -> dict[Any, Any]:
-    """The row of `table` for the tensor's architecture."""
+    """The row of `table` for the architecture of the tensor's device."""
     return table.get(architecture(tensor), table[UNTUNED])
 
 
@@ -208,30 +216,30 @@ def multiprocessors(tensor: Tensor) -> int:
 
 
 def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """`function` as the operator `tritongpt::name`, which torch.compile treats as opaque.
+    """Registers `function` as the operator `tritongpt::name`, which torch.compile does not trace into.
 
-    `fake` takes the same arguments and returns empty tensors like the results.
+    `fake` takes the same arguments and returns empty tensors of the same shapes, dtypes and strides.
     """
-    # The arguments arrive with the strides that they have without torch.compile.
+    # torch.compile may pass tensors with other strides than eager mode. This tag forbids it.
     tags = (torch.Tag.needs_exact_strides,)
-    made = torch.library.custom_op(f"tritongpt::{name}", function, mutates_args=(), tags=tags)
+    op = torch.library.custom_op(f"tritongpt::{name}", function, mutates_args=(), tags=tags)
 
-    @made.register_fake
+    @op.register_fake
     def _(*args):
-        # A compiler asks for the fake result before anything else.
+        # torch.compile calls the fake before it lowers the operator.
         _lower_explicitly(getattr(torch.ops.tritongpt, name).default)
         return fake(*args)
 
-    return made
+    return op
 
 
 def _lower_explicitly(overload: Any) -> None:
-    """Tells Inductor, when it is in use, to call the operator as it is.
+    """Tells Inductor, if it is loaded, to call the operator as it is.
 
-    Inductor decides so by itself when it first meets the operator in a graph. But up to PyTorch 2.12 it then
-    formats a log message that nobody reads, with the whole history of the arguments as text. Every operator
-    that reads two results of the one before doubles that text, and add_layer_norm is one: 2 layers compile in
-    seconds, 12 never finish. PyTorch 2.13 formats the message only when somebody logs it.
+    Inductor would do so anyway when it first meets the operator. But up to PyTorch 2.12 it then formats a
+    debug message that contains the expressions of all arguments. An operator that reads two results of the
+    one before it, such as add_layer_norm, doubles the message: 2 layers compile in seconds, 12 never finish.
+    PyTorch 2.13 formats the message only if it is logged.
     """
     inductor = sys.modules.get("torch._inductor.lowering")
     if inductor is not None and overload not in inductor.lowerings:
@@ -239,41 +247,42 @@ def _lower_explicitly(overload: Any) -> None:
 
 
 def device_memory(tensor: Tensor) -> int | None:
-    """Bytes of the memory of the tensor's GPU; None without one."""
+    """Bytes of memory of the tensor's GPU, or None without a GPU."""
     return None if _assumed else _gpu(tensor.device)[2]
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that autocast wants on the tensor's device; outside of autocast, the tensor's own."""
+    """The autocast dtype of the tensor's device, or the tensor's dtype if autocast is off."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def check_tensors(name: str, **tensors: Tensor | None) -> None:
-    """All on one device and of a dtype the kernels compute in, else ValueError."""
-    given = {k: t for k, t in tensors.items() if t is not None}
-    for argument, tensor in given.items():
+    """Raises ValueError unless all tensors are on one device and have a dtype of `DTYPES`."""
+    present = {k: t for k, t in tensors.items() if t is not None}
+    for argument, tensor in present.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(f"{name}: {argument} is {tensor.dtype}; float32, float16, bfloat16 are allowed")
-    if len({t.device for t in given.values()}) > 1:
-        places = ", ".join(f"{k} on {t.device}" for k, t in given.items())
+    if len({t.device for t in present.values()}) > 1:
+        places = ", ".join(f"{k} on {t.device}" for k, t in present.items())
         raise ValueError(f"{name}: all tensors must be on one device, not {places}")
 
 
 @jit
 def round_to(x, dtype: tl.constexpr):
-    """x in `dtype`, to nearest even: the interpreter would truncate fp32 to bf16."""
+    """Rounds x to `dtype`, to the nearest even. The interpreter would truncate fp32 to bf16."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        # The low half is cleared: the interpreter makes 1e-38 of a denormal number, and 0 + 0x7FFF is one.
+        # bf16 is the upper half of fp32. Add half of the last place, then clear the lower half: 0 + 0x7FFF
+        # would be a denormal number, which the interpreter turns into 1e-38.
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 
 @jit
 def dot(a, b, acc=None):
-    """acc + a @ b in fp32, without tf32; the interpreter would multiply the bit patterns of bf16."""
-    if INTERPRETED:
+    """acc + a @ b in fp32, without tf32."""
+    if INTERPRETED:  # the interpreter would multiply the bit patterns of bf16
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")

@@ -1,12 +1,20 @@
-"""A training run small enough for a test, and the environment of one in another process."""
+"""Training runs small enough for a test: in this process, or in forked ones that need not import torch."""
 
+import importlib
+import multiprocessing
 import os
+import sys
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import distributed as dist
 
-from train import distributed
+from gpt import cli
+from train import distributed, metrics
 from train.config import parse
 from train.loop import train
 
@@ -15,12 +23,15 @@ TINY = """
     --gradient_accumulation_steps=2 --max_iters=8 --lr_decay_iters=8 --warmup_iters=2 --learning_rate=1e-2
     --eval_interval=4 --eval_iters=2
 """.split()
+FORKS = multiprocessing.get_context("forkserver")
+# The last two are imported late: by the first optimizer and by the command line.
+FORKS.set_forkserver_preload(["tests.runs", "train.__main__", "train.evaluate", "torch._dynamo", "tyro"])
 
 
 def surroundings(**more: str) -> dict[str, str]:
     """The environment in which a program of the project starts in any folder.
 
-    What PYTHONPATH names already stays in it: a machine without packages of its own may have tyro from there.
+    What PYTHONPATH names already stays in it.
     """
     path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"} | more
@@ -30,4 +41,102 @@ def run(*flags: str, out_dir: str = "out") -> dict[str, Any]:
     """Trains in this process with TINY's settings and `flags`; returns the checkpoint."""
     config, given = parse([*TINY, f"--out_dir={out_dir}", *flags])
     train(config, distributed.start("auto", config.device), given)
-    return torch.load(f"{out_dir}/ckpt.pt", weights_only=True)
+    return load(out_dir)
+
+
+def run_ranks(*flags: str, ranks: int = 2, module: str = "train.__main__") -> str:
+    """Runs `start` to its end. Returns what was printed; every process must have exited with code 0."""
+    launch = start(*flags, ranks=ranks, module=module)
+    codes = launch.wait()
+    assert codes == [0] * len(codes), launch.printed()
+    return launch.printed()
+
+
+def start(*flags: str, ranks: int = 0, module: str = "train.__main__") -> "Launch":
+    """Starts a command, on `ranks` processes with the environment of torchrun, or on a plain one.
+
+    `module` has the command's `main`; `train` gets TINY's settings before `flags`. The processes work in this
+    one's folder, on CPUs. They are forked from a server that has imported torch and the project once, so a
+    rank starts in milliseconds where torchrun needs seconds.
+    """
+    Path("printed.txt").write_text("")
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if ranks else None
+    words = [*(TINY if module == "train.__main__" else ()), *flags]
+    processes: list[BaseProcess] = []
+    for rank in range(max(ranks, 1)):
+        environment: dict[str, str] = {}
+        if store is not None:  # torchrun's agent has a store for its ranks too
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+            environment["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+        arguments = (module, words, environment, os.getcwd())
+        process = FORKS.Process(target=_command, args=arguments, daemon=True)
+        with mock.patch.dict(os.environ, surroundings(TRITON_INTERPRET="1")):  # for the server's start
+            process.start()
+        processes.append(process)
+    return Launch(processes, store)
+
+
+@dataclass
+class Launch:
+    processes: list[BaseProcess]  # by rank
+    store: dist.Store | None  # where the ranks meet
+
+    def wait(self) -> list[int | None]:
+        """Exit codes, by rank; a process that has not ended within two minutes is killed, which is -9."""
+        for process in self.processes:
+            process.join(120)
+            process.kill()
+            process.join()
+        return [process.exitcode for process in self.processes]
+
+    @staticmethod
+    def printed() -> str:
+        """What all processes wrote to stdout and stderr."""
+        return Path("printed.txt").read_text()
+
+
+def _command(module: str, words: list[str], environment: dict[str, str], folder: str) -> None:
+    """Runs in the forked process."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    printed = os.open("printed.txt", os.O_WRONLY | os.O_APPEND)
+    for descriptor in (1, 2):
+        os.dup2(printed, descriptor)
+    sys.argv = [module, *words]
+    cli.run(importlib.import_module(module).main)
+
+
+def load(out_dir: str, name: str = "ckpt.pt") -> dict[str, Any]:
+    return torch.load(Path(out_dir, name), weights_only=True)
+
+
+def records(out_dir: str) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the machine."""
+    machine = {"ms", "tokens_per_s", "mfu", "memory_gb"}
+    lines = metrics.read(Path(out_dir, "metrics.jsonl"))
+    return [{key: value for key, value in line.items() if key not in machine} for line in lines]
+
+
+def assert_same_weights(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Bit for bit, of two checkpoints."""
+    for name, weight in first["model"].items():
+        assert torch.equal(weight, second["model"][name]), name
+
+
+def assert_same_state(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Everything that decides how a run goes on, bit for bit, of two checkpoints."""
+    assert_same_weights(first, second)
+    for i, moments in first["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, second["optimizer"]["state"][i][name]), f"{name} of {i}"
+    assert all(torch.equal(a["cpu"], b["cpu"]) for a, b in zip(first["rng"], second["rng"], strict=True))
+    for key in ("iter_num", "position", "skipped", "best_val_loss", "scaler"):
+        assert first[key] == second[key], key
+
+
+def assert_same_run(first: str, second: str) -> None:
+    """The latest checkpoint and the best of two folders bit for bit, and all of the metrics."""
+    for name in ("ckpt.pt", "best.pt"):
+        assert_same_state(load(first, name), load(second, name))
+    assert records(first) == records(second)

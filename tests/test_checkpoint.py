@@ -221,8 +221,8 @@ def test_damage_anywhere_in_a_file_leads_to_one_that_can_be_read(workplace):
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         latest.write_bytes(damaged)
-        found = checkpoint.newest_whole(latest)
-        assert read(found).iter_num == (4 if found == latest else 2)
+        found, saved = checkpoint.newest_whole(latest)
+        assert saved.iter_num == (4 if found == latest else 2)
         fell_back += found != latest
     assert fell_back > 75
 
@@ -286,7 +286,7 @@ class Hostile:
 
 def test_a_checkpoint_that_would_run_code_is_refused(workplace):
     torch.save({"model": {}, "model_args": {}, "extra": Hostile()}, "hostile.pt")
-    with pytest.raises(ValueError, match=r"hostile.pt holds more than plain values"):
+    with pytest.raises(ValueError, match=r"hostile.pt .* holds objects, which could run code"):
         run("--init_from=hostile.pt")
     Path("raw.pt").write_bytes(pickle.dumps(Hostile()))
     with pytest.raises(ValueError, match=r"raw.pt"):
@@ -497,7 +497,7 @@ def test_one_checkpoint_that_cannot_be_read_is_not_replaced_either(workplace, na
     Path("out", name).write_bytes(b"damaged")
     sentence = {
         "scratch": rf"out/{name} is the checkpoint of another run \(unreadable, saved",
-        "auto": "there is no checkpoint out/ckpt.pt; no checkpoint beside it is whole either",
+        "auto": rf"out/{name} .* is truncated .*; no checkpoint beside it is whole either",
     }[source]
     with pytest.raises(ValueError, match=sentence):
         run(f"--init_from={source}")

@@ -99,7 +99,7 @@ def test_a_switch_alone_is_true_and_values_may_be_spelled_in_many_ways(workplace
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--n_layers=3", ["--n_layers=3", "Perhaps you meant", "--n_layer"]),
+        ("--n_layers=3", ["there is no flag --n_layers", "did you mean --n_layer?"]),
         ("--dropout=x", ["dropout=x", "a number"]),
         ("--compile=maybe", ["compile=maybe", "True or False", "auto"]),
         *((f"--max_iters={value}", ["a whole number"]) for value in ("6.5", "inf", "nan", "1e30", "x")),
@@ -110,7 +110,7 @@ def test_a_flag_of_another_name_or_type_ends_with_2_and_says_why(monkeypatch, ca
     code, out, err = command(training.main, monkeypatch, capsys, flag)
     assert (code, out) == (2, "")
     for word in words:
-        assert word in " ".join(err.replace("│", " ").split()), err
+        assert word in err and err.count("\n") == 1, err
 
 
 def test_every_preset_parses_by_name_and_assigns_only_flags(capsys):

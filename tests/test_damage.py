@@ -156,6 +156,28 @@ def test_a_damaged_checkpoint_is_used_by_no_program(workplace):
     assert Path("out/ckpt.pt").read_bytes() == content and not Path("converted.pt").exists()
 
 
+def test_a_resumed_run_checks_its_checkpoint_once(workplace, monkeypatch):
+    run(*SMALL)
+    check, checked = checkpoint._whole_members, []
+    monkeypatch.setattr(checkpoint, "_whole_members", lambda path: checked.append(str(path)) or check(path))
+    assert run(*SMALL, "--init_from=resume", "--max_iters=2")["iter_num"] == 2
+    assert checked == ["out/ckpt.pt"]
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("raise GeneratorExit('odd')", "line 2: GeneratorExit: odd"),
+        ("raise SystemExit", "line 2: SystemExit"),
+        ("while True: import signal; signal.raise_signal(signal.SIGINT)", "line 2: KeyboardInterrupt"),
+    ],
+)
+def test_a_config_file_that_ends_python_or_does_not_end_is_one_sentence(tmp_path, statement, message):
+    (tmp_path / "c.py").write_text(f"n_layer = 3\n{statement}\n")
+    with pytest.raises(ValueError, match=rf"c.py, {message}$"):
+        parse([str(tmp_path / "c.py")])
+
+
 def test_damaged_token_files_beside_their_meta_json(workplace, dice):
     folder = Path("data/tiny")
     path, meta = folder / "val.bin", folder / "meta.json"
@@ -176,7 +198,7 @@ def test_damaged_token_files_beside_their_meta_json(workplace, dice):
             # What a bit flip has made of an id cannot be seen, but where it cannot be an id.
             if result is not None:
                 assert result == np.frombuffer(content[begin:], width).tolist()
-                assert len(result) == len(expected)
+                assert len(result) == len(expected) and max(result) < 21
     path.write_bytes(whole)
     for content in with_other_types(json.loads(right_meta), dice):
         meta.write_text(json.dumps(content))
@@ -184,6 +206,13 @@ def test_damaged_token_files_beside_their_meta_json(workplace, dice):
     for content in damaged(right_meta.encode(), dice):
         meta.write_bytes(content)
         assert attempt(ids) in (None, expected)
+
+
+def test_an_id_past_the_vocabulary_is_refused_where_the_model_has_rows_for_it(workplace):
+    with open("data/tiny/val.bin", "r+b") as file:
+        file.write(struct.pack("<H", 30))
+    with pytest.raises(ValueError, match=r"val.bin holds the token id 30, and meta.json .* vocabulary of 21"):
+        preflight({"val": Split(Path("data/tiny/val.bin"), 64)}, {})
 
 
 def test_damaged_tokenizers(workplace, dice):
@@ -269,6 +298,21 @@ def test_damaged_folders_of_hugging_face(tmp_path, dice):
             (folder / name).write_bytes(raw)
             attempt(lambda: tokenizer.check(pretrained.hugging_face_tokenizer(str(folder)), folder), name)
         (folder / name).write_text(json.dumps(right))
+
+
+def test_a_damaged_merges_txt_is_refused_or_read_right(tmp_path, dice):
+    bpe = pytest.importorskip("tokenizers").ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["the king and queen of hearts " * 50], 280, special_tokens=["<|endoftext|>"])
+    bpe.save_model(str(tmp_path))
+    right = tokenizer.describe_folder(tmp_path)
+    path = tmp_path / "merges.txt"
+    refused = 0
+    for content in damaged(path.read_bytes(), dice):
+        path.write_bytes(content)
+        described = attempt(lambda: tokenizer.describe_folder(tmp_path))
+        assert described in (None, right), content
+        refused += described is None
+    assert refused > ROUNDS
 
 
 def test_damaged_hellaswag(tmp_path, dice):

@@ -115,7 +115,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_resuming_equals_never_havin
     process.send_signal(getattr(signal, name))
     out, _ = finish(process)
     stopped = load("stopped")["iter_num"]
-    assert f"stopped by {name} after {stopped} steps: --init_from=resume goes on from stopped/ckpt.pt" in out
+    assert f"stopped by {name} after {stopped} steps: stopped/ckpt.pt goes on by" in out
     assert 0 < stopped < 300
     run(*flags, "--init_from=resume", out_dir="stopped")
     assert_same_run("straight", "stopped")

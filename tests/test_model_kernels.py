@@ -123,7 +123,6 @@ def test_a_training_has_the_losses_of_pytorchs_operations(device):
 @pytest.mark.gpu
 def test_a_run_records_its_kernels_and_evaluates_with_them(workplace, device):
     """On a CPU the test of two ranks shows it."""
-    pytest.importorskip("tyro")  # a GPU machine may have no command line
     flags = [
         "--max_iters=2",
         "--eval_iters=1",
@@ -146,7 +145,6 @@ def test_a_run_records_its_kernels_and_evaluates_with_them(workplace, device):
 def test_a_head_size_that_our_attention_does_not_take_is_refused_before_anything_is_written(
     workplace, device
 ):
-    pytest.importorskip("tyro")
     sentence = "head sizes n_embd / n_head from 16 to 128, not 8; choose another n_head, or --kernels=t"
     with pytest.raises(ValueError, match=sentence):
         run("--kernels=triton", "--n_embd=16", f"--device={device}")
@@ -158,7 +156,6 @@ def test_a_head_size_that_our_attention_does_not_take_is_refused_before_anything
 
 def test_auto_asks_for_the_heads_of_the_model_and_for_its_precision(monkeypatch):
     """As on an H100: at 128, and in float32, attention is PyTorch's, and the model's config says so."""
-    pytest.importorskip("tyro")
     monkeypatch.setattr("kernels.unavailable", lambda device: None)
     monkeypatch.setattr("kernels.op._gpu", lambda device: (90, 132))
     size = dict(block_size=8, vocab_size=9, n_layer=1, n_embd=128)
@@ -182,7 +179,6 @@ def test_two_runs_have_the_same_bits_and_a_resumed_one_too(workplace):
 
     Inductor may choose the tile of a reduction by timing it, and keeps the choice on disk: the runs share it.
     """
-    pytest.importorskip("tyro")
     flags = """
         --device=cuda --dtype=bfloat16 --compile=True --kernels=triton --n_layer=4 --n_head=2 --n_embd=128
         --block_size=128 --batch_size=32 --eval_interval=10 --lr_decay_iters=20 --max_iters=20 --bias=True
@@ -212,7 +208,6 @@ def test_accumulation_under_loss_scaling(device):
 
 
 def test_two_ranks_with_loss_scaling_on_our_kernels_equal_one_on_pytorchs(workplace):
-    pytest.importorskip("tyro")
     flags = [
         "--dtype=float16",
         "--max_iters=2",

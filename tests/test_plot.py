@@ -55,7 +55,8 @@ def test_every_series_is_that_of_the_records():
         [(x, y)] = lines(figure, field)
         assert x.tolist() == [0, 25, 50]
         np.testing.assert_array_equal(y, values, field)
-    assert legend(figure) == ["training loss, evaluated", "validation loss, lowest 2.4000 at step 50"]
+    validation = "validation loss, lowest 2.4000 at step 50"
+    assert legend(figure) == ["training loss", "training loss, evaluated", validation]
 
 
 def test_tokens_and_time_add_up_what_each_step_took():

@@ -36,7 +36,7 @@ def test_every_module_can_be_imported_with_torch_and_numpy_alone():
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES]
     script = (
         "import sys, importlib, torch\n"
-        "names = 'tyro tiktoken rich matplotlib transformers wandb datasets tokenizers pyarrow'\n"
+        "names = 'tiktoken rich matplotlib transformers wandb datasets tokenizers pyarrow'\n"
         "for name in names.split():\n    sys.modules[name] = None\n"
         "torch.cuda.is_available = torch.cuda.get_device_properties = lambda *a: 1 / 0\n"
         f"for name in {[n.removesuffix('.__init__') for n in names if '.test_' not in n]!r}:\n"
@@ -102,6 +102,6 @@ def test_an_interrupted_install_is_made_again_and_a_whole_one_is_not(run_make, t
 def test_quickstart_goes_on_with_the_standard_library_where_the_plays_cannot_be_had(run_make, code, dataset):
     result, log = run_make("quickstart", PREPARE_ENDS_WITH=code)
     trainings = [line for line in log.splitlines() if line.startswith("-m train quickstart")]
-    expected = f"-m train quickstart --dataset={dataset} --out_dir=out-quickstart-{dataset}"
-    assert trainings == ([expected] if dataset else []), result.stderr
+    assert len(trainings) == (dataset is not None), result.stderr
+    assert all(f" --dataset={dataset} --out_dir=out-quickstart-{dataset}" in line for line in trainings)
     assert (result.returncode == 0) == (dataset is not None)

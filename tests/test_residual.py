@@ -156,7 +156,6 @@ def test_weights_of_bfloat16_have_a_stream_of_bfloat16(device):
 
 
 def test_a_run_records_it_and_goes_on_with_the_same_bits(workplace, capsys):
-    pytest.importorskip("tyro")
     flags = ["--dtype=bfloat16", "--bias=False", "--residual_dtype=mixed", "--kernels=torch"]
     flags += ["--n_layer=1", "--eval_interval=2", "--compile=False", "--init_from=auto"]
     whole = run(*flags, "--max_iters=4", out_dir="whole")

@@ -123,9 +123,9 @@ def test_every_line_in_a_pipe(workplace, capsys):
     evaluation = r"step {}: train loss \d\.\d{{4}}, val loss \d\.\d{{4}}"
     expected = [
         r"number of parameters: 0\.03M \(2 layers, 2 heads, 32 wide, block 16, 21 symbols\)",
-        r"tokens per iteration will be: 128 \(1/389\.1 of the data\)",
+        r"tokens per iteration will be: 128 \(389 steps = one epoch\)",
         rf"data tiny: 49,801 tokens to train on, {number} to validate",
-        rf"run 8 steps, 1,024 tokens: 0\.02 epochs, 0\.0 a parameter \(Chinchilla: 20, or {number} tokens\)",
+        r"run 8 steps, 1,024 tokens: 0\.02 epochs, 0\.0 tokens per parameter \(Chinchilla-optimal: 20\)",
         r"cost 1\.65e\+05 FLOPs a token, 1\.69e\+08 in the run",
         "device cpu x 1, dtype float32, compile False, kernels torch",
         evaluation.format(0),
@@ -135,6 +135,9 @@ def test_every_line_in_a_pipe(workplace, capsys):
         r"time left: about \ds, by the time of the first steps",
         *(step.format(i) for i in (6, 7)),
         evaluation.format(8),
+        r"the run is done: out/ckpt.pt has made 8 steps, lowest validation loss \d\.\d{4}",
+        r"  sample from it  \S*python -m gpt\.sample out",
+        r"  train further   \S*python -m train out/config\.py .* --max_iters=16 --lr_decay_iters=16",
     ]
     for line, pattern in zip(capsys.readouterr().out.splitlines(), expected, strict=True):
         assert re.fullmatch(pattern, line), (line, pattern)

@@ -23,7 +23,8 @@ def main() -> None:
                 print(text, end="")
         else:
             with open_view() as view, checkpoint.locked_folder(config, ranks):
-                train(config, ranks, given, StopRequest(), view)
+                stop = StopRequest(view.stopping) if ranks.is_main else StopRequest()
+                train(config, ranks, given, stop, view)
     except (RuntimeError, MemoryError) as error:
         if fit.out_of_memory(error):
             raise ValueError(fit.explain(error, config)) from error

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gpt import tokenizer
 from gpt.atomic import flush, replacing
-from gpt.checkpoint import Checkpoint, model_args, read, write
+from gpt.checkpoint import Checkpoint, missing, model_args, read, write
 from gpt.model import GPT, RUN_OPTIONS
 from gpt.pretrained import (
     GPT2_NAMES,
@@ -74,6 +74,9 @@ class Start(NamedTuple):
     source: str  # scratch, resume, or what else init_from says
     latest: Path  # the checkpoint to resume
     dataset: str  # the data to train on
+    saved: Checkpoint | None = (
+        None  # what the first rank has read of `latest`: to check a large one takes time
+    )
 
 
 def find_start(config: TrainConfig, given: Container[str], ranks: Ranks) -> Start:
@@ -81,35 +84,37 @@ def find_start(config: TrainConfig, given: Container[str], ranks: Ranks) -> Star
 
     Raises ValueError where a new run would replace the checkpoints of another one.
     """
-    return ranks.broadcast(_find_start(config, given) if ranks.is_main else None)
+    start = _find_start(config, given) if ranks.is_main else None
+    shared = ranks.broadcast(start and start._replace(saved=None))
+    return start or shared
 
 
 def _find_start(config: TrainConfig, given: Container[str]) -> Start:
     source, dataset, latest = config.init_from, config.dataset, Path(config.out_dir, "ckpt.pt")
-    if source in ("auto", "resume"):
-        latest = newest_whole(latest)
+    saved = None
     if source == "auto":
-        source = "resume" if latest.exists() else "scratch"
+        source = "resume" if _candidates(latest) else "scratch"
     if source == "resume":
-        recorded = read(latest).config.get("dataset")
+        latest, saved = newest_whole(latest)
+        recorded = saved.config.get("dataset")
         if recorded and "dataset" not in given and recorded != dataset:
             print(f"dataset: {recorded}, as in {latest}", flush=True)
             dataset = recorded
     elif not config.eval_only:
-        _refuse_to_replace(Path(config.out_dir))
+        _refuse_to_replace(latest)
     if config.init_from == "scratch" and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         print(
             "torchrun starts this run again if a rank dies, and a run from scratch does not replace a "
             "checkpoint: --init_from=auto goes on",
             flush=True,
         )
-    return Start(source, latest, dataset)
+    return Start(source, latest, dataset, saved)
 
 
-def _refuse_to_replace(folder: Path) -> None:
+def _refuse_to_replace(latest: Path) -> None:
     """Raises ValueError where there are checkpoints, which a new run would replace."""
-    candidates = [folder / "ckpt.pt", *_numbered(folder).values(), folder / "best.pt"]
-    newest = max((path for path in candidates if path.exists()), key=_modified, default=None)
+    folder = latest.parent
+    newest = max(_candidates(latest), key=_modified, default=None)
     if newest is None:
         return
     try:
@@ -137,7 +142,7 @@ def initial_model(
     flags, checkpoint and data disagree.
     """
     options, device = config.model, ranks.device
-    source, latest, _ = start
+    source, latest, _, saved_before = start
     nothing = Checkpoint(model={}, model_args={})
     if source == "scratch":
         vocab_size = options.vocab_size or tokenizer.padded_vocab_size(tokens)
@@ -154,7 +159,7 @@ def initial_model(
         if not source_path.suffix and not source_path.exists():
             known = ", ".join(("scratch", "resume", "auto", *GPT2_NAMES))
             raise ValueError(f"init_from={source!r} is none of {known}, or the path of a ckpt.pt")
-        model, saved = from_checkpoint(source_path, device, config.dtype, **overrides)
+        model, saved = from_checkpoint(source_path, device, config.dtype, saved_before, **overrides)
         trained_with = saved.tokenizer or tokens
     where = str(latest) if source == "resume" else source
     if not tokenizer.fits(trained_with, tokens):
@@ -177,30 +182,37 @@ def initial_model(
     return model, saved if source == "resume" else nothing
 
 
-def newest_whole(latest: Path) -> Path:
-    """`latest`, or the newest undamaged checkpoint beside it; prints a line for each damaged one.
+def newest_whole(latest: Path) -> tuple[Path, Checkpoint]:
+    """(path, content) of `latest`, or of the newest undamaged checkpoint beside it.
 
-    Raises ValueError where there are checkpoints and none is whole.
+    Prints a line for each damaged one. Raises FileNotFoundError where there are no checkpoints, ValueError
+    where none is whole.
     """
-    numbered = sorted(_numbered(latest.parent).items(), reverse=True)
-    candidates = [latest, *(path for _, path in numbered), latest.with_name("best.pt")]
-    if not any(path.exists() for path in candidates):
-        return latest  # its reader says so
     problems: list[Exception] = []
+    candidates = _candidates(latest)
+    if candidates and not latest.exists():
+        print(f"{latest} is not there: looking for the one before", flush=True)
     for path in candidates:
         try:
-            read(path)
-            return path
+            return path, read(path)
         except PermissionError:
             raise
         except (ValueError, OSError) as error:
             problems.append(error)
-            reason = f"is damaged ({error})" if path.exists() else "is not there"
-            print(f"{path} {reason}: looking for the one before", flush=True)
+            print(f"{path} is damaged ({error}): looking for the one before", flush=True)
+    if not problems:
+        raise missing(latest)
     raise ValueError(
         f"{problems[0]}; no checkpoint beside it is whole either: put a copy of one in its place, or start a "
         "new run in another --out_dir"
     )
+
+
+def _candidates(latest: Path) -> list[Path]:
+    """The checkpoints that are there, the newest first: `latest`, the numbered ones beside it, the best."""
+    numbered = sorted(_numbered(latest.parent).items(), reverse=True)
+    paths = [latest, *(path for _, path in numbered), latest.with_name("best.pt")]
+    return [path for path in paths if path.exists()]
 
 
 def contents(

@@ -5,6 +5,8 @@ is "auto", resolved once and recorded.
 """
 
 import math
+import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -12,8 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import kernels
-from gpt import cli
-from gpt.atomic import replacing
+from gpt import atomic, cli
 from gpt.cli import UserPath
 from gpt.device import DTYPES, resolve_compile, resolve_dtype
 from gpt.model import RUN_OPTIONS, GPTConfig
@@ -199,10 +200,29 @@ def config_file(config: TrainConfig, given: Mapping[str, Sequence[str]] | None =
     return heading + cli.config_text(TrainConfig, values)
 
 
+def resume_command(config: TrainConfig, ranks: Ranks, **changes: Any) -> str:
+    """A command that goes on with this run, with some settings changed."""
+    own = Path(config.out_dir, "config.py")
+    words = [str(own) if own.exists() else f"--out_dir={config.out_dir}", "--init_from=resume"]
+    words += [f"--{name}={value}" for name, value in changes.items()]
+    if not ranks.backend:
+        return cli.command("train", *words)
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(ranks.world_size)
+    launch = f"--standalone --nproc_per_node={ranks.world_size}" if one_machine else "..."
+    return f"torchrun {launch} -m train {shlex.join(words)}"
+
+
+def twice_as_long(config: TrainConfig) -> dict[str, int]:
+    """The settings of twice as many steps, over which a learning rate that has ended is spread."""
+    longer = {"max_iters": 2 * config.max_iters}
+    if config.decay_lr and config.lr_decay_iters <= config.max_iters:
+        longer["lr_decay_iters"] = longer["max_iters"]
+    return longer
+
+
 def save_config(config: TrainConfig, folder: Path) -> None:
     """Writes `config_file` as config.py. Raises OSError."""
-    with replacing(folder / "config.py") as temporary:
-        temporary.write_text(config_file(config), "utf-8")
+    atomic.write(folder / "config.py", config_file(config))
 
 
 def _multiple(config: TrainConfig, ranks: Ranks) -> int:

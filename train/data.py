@@ -15,9 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpt import cli
 from gpt.model import GPTConfig
 from gpt.tokenizer import describe_dataset
 from train import shards
+from train.prepare.corpora import CORPORA
 
 U64 = NDArray[np.uint64]
 LOOKED_AT = (256, 1 << 17)  # pieces, and tokens in each: 34M tokens are read before a training starts
@@ -25,9 +27,26 @@ LOOKED_AT = (256, 1 << 17)  # pieces, and tokens in each: 34M tokens are read be
 
 def describe(folder: Path) -> dict[str, Any]:
     """The tokenizer of a data set, as `Tokenizer.to_dict` has it. Raises FileNotFoundError."""
-    for name in ("train.bin", "val.bin"):
-        shards.find(folder / name)
+    try:
+        for name in ("train.bin", "val.bin"):
+            shards.find(folder / name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}: {_how_to_prepare(folder)}") from None
     return describe_dataset(folder)
+
+
+def _how_to_prepare(folder: Path) -> str:
+    """The command that makes a data set, and which there are."""
+    name = folder.name
+    if name in CORPORA:
+        command = f"{cli.command('train.prepare', name)} prepares it, {CORPORA[name].help}"
+    else:
+        command = (
+            f"{cli.command('train.prepare', 'text', '--input=FILE', f'--name={name}')} makes it of a text"
+        )
+    names = sorted(path.parent.name for path in folder.parent.glob("*/train.bin"))
+    others = f"; --dataset={names[0]} is there" if names else ""
+    return f"{command}{others}; make quickstart begins with a small one"
 
 
 class Split:
@@ -162,6 +181,12 @@ def preflight(files: Mapping[str, Split], before: dict[str, dict[str, Any]]) -> 
             digest.update(ids.astype("<u4").data)
             largest = max(largest, int(ids.max(initial=0)))
         file.check_ids(largest)
+        # Of a vocabulary that the model pads, no token has the last ids.
+        if meta and largest >= meta["vocab_size"]:
+            raise ValueError(
+                f"{file.path} holds the token id {largest:,}, and meta.json beside it says a vocabulary of "
+                f"{meta['vocab_size']:,}: it is damaged; prepare the data again"
+            )
         data[split] = {"tokens": len(file), "sha256_of_pieces": digest.hexdigest()}
         if before.get(split, data[split]) != data[split]:
             raise ValueError(

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt import cli, pretrained, tokenizer
+from gpt import atomic, cli, pretrained, tokenizer
+from gpt.checkpoint import read
 from gpt.cli import UserPath
 from gpt.device import autocast, resolve_dtype
 from gpt.model import GPT
@@ -32,13 +33,14 @@ from train import distributed, fit
 from train.data import Split, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import to_json
+from train.view import progress_bar
 
 
 @dataclass
 class EvaluateConfig:
-    """Evaluate a trained model on tokens, on HellaSwag, or on both.
+    """Evaluate a trained model on tokens, on HellaSwag, or on both: python -m train.evaluate FOLDER
 
-    Flags are shown with their defaults. Of tokens: loss in nats, perplexity, bits a byte.
+    FOLDER is that of a run. Of tokens: loss in nats, perplexity, bits a byte.
     """
 
     # model
@@ -46,7 +48,7 @@ class EvaluateConfig:
     out_dir: UserPath = "out"  # where the checkpoint is
 
     # what to evaluate
-    data: UserPath = ""  # a token file, such as data/openwebtext/val.bin
+    data: UserPath = ""  # a token file, such as data/openwebtext/val.bin; without, the val.bin of the run
     stride: int = 0  # tokens from one window to the next; 0 is block_size, and the fastest
     hellaswag: UserPath = ""  # a jsonl file of ctx, endings and label; or hub, Hugging Face's validation set
     result: UserPath = ""  # a file for the JSON, beside printing it
@@ -67,9 +69,9 @@ class Row(NamedTuple):
 
 
 def main() -> None:
-    config = cli.parse(EvaluateConfig, sys.argv[1:], prog="python -m train.evaluate")
+    config = cli.parse(EvaluateConfig, sys.argv[1:], prog="python -m train.evaluate", path_flag="init_from")
     if not config.data and not config.hellaswag:
-        raise ValueError("nothing to evaluate on: give --data=FILE.bin, --hellaswag=FILE.jsonl, or both")
+        config.data = _own_data(pretrained.source_of(config.init_from, config.out_dir))
     cli.check_bounds(vars(config), {"batch_size": (1, 2**29), "stride": (0, 2**62)})
     ranks = distributed.start(config.backend, config.device)
     try:
@@ -79,10 +81,9 @@ def main() -> None:
             raise
         raise ValueError(f"out of memory: try a smaller batch_size than {config.batch_size}") from error
     if ranks.is_main:
-        text = to_json(result, indent=1)
-        print(text)
+        print(to_json(_rounded(result) if sys.stdout.isatty() else result, indent=1))
         if config.result:
-            Path(config.result).write_text(text + "\n", "utf-8")
+            atomic.write(Path(config.result), to_json(result, indent=1) + "\n")
         figures = (result.get("tokens", {}).get("loss", 0), result.get("hellaswag", {}).get("acc", 0))
         if not all(map(math.isfinite, figures)):
             raise ValueError(
@@ -94,11 +95,11 @@ def main() -> None:
 
 def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
     """The figures on `data` and on `hellaswag`, the same on every rank. Raises ValueError, OSError."""
-    resume = config.init_from == "resume"
-    source = str(pretrained.best_or_latest(Path(config.out_dir))) if resume else config.init_from
+    source = pretrained.source_of(config.init_from, config.out_dir)
     torch.backends.cuda.matmul.allow_tf32 = True
     dtype = resolve_dtype(config.dtype, ranks.device)
-    model, described = pretrained.load(source, ranks.device, dtype, dropout=0.0, kernels=config.kernels)
+    with cli.IfSlow(f"reading {source}", ranks.is_main):
+        model, described = pretrained.load(source, ranks.device, dtype, dropout=0.0, kernels=config.kernels)
     model.eval()
     result: dict[str, Any] = {"model": source, "dtype": dtype}
     with torch.no_grad(), autocast(ranks.device, dtype):
@@ -110,11 +111,29 @@ def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
     return result
 
 
+def _own_data(source: str) -> str:
+    """The val.bin of the data that a model was trained on. Raises ValueError where it does not say."""
+    path = pretrained.checkpoint_in(source)
+    dataset = "" if pretrained.is_hugging_face(path) else read(Path(path)).config.get("dataset")
+    if not dataset:
+        raise ValueError("nothing to evaluate on: give --data=FILE.bin, --hellaswag=FILE.jsonl, or both")
+    return str(Path("data", dataset, "val.bin"))
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits of each number, for a reader; programs get all."""
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def on_tokens(model: GPT, described: dict[str, Any], config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
     """Loss in nats, perplexity and bits per byte over all tokens of a file but the first."""
     path = Path(config.data)
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}: prepare the data first, see python -m train.prepare")
+        raise FileNotFoundError(
+            f"there is no {path}; {cli.command('train.prepare')} lists what prepares data"
+        )
     theirs = tokenizer.describe_dataset(path.parent)
     # GPT-2's leaves no trace beside the file.
     if not tokenizer.fits(described, theirs) and theirs["kind"] != "gpt2":
@@ -137,7 +156,9 @@ def on_tokens(model: GPT, described: dict[str, Any], config: EvaluateConfig, ran
                 yield Row(ids.tolist(), 1 if start == 0 else block_size - stride + 1)
 
     nats, count, size = 0.0, 0.0, 0.0
-    for batch in _batches(rows(), config.batch_size):
+    windows = sum(1 for _ in _starts(len(file), block_size, stride))
+    batches = _batches(rows(), config.batch_size)
+    for batch in _shown(batches, str(path), windows, config, ranks):
         nats += _losses(model, batch, ranks.device).cpu().double().sum().item()
         scored = [i for row in batch for i in row.ids[row.first :]]
         count += len(scored)
@@ -157,7 +178,8 @@ def on_hellaswag(model: GPT, tokens: Tokenizer, config: EvaluateConfig, ranks: R
     """Shares of the examples where the right ending has the least loss: a token (acc_norm), in sum (acc)."""
     examples = list(_hellaswag(config.hellaswag))
     right, right_norm = 0.0, 0.0
-    for batch in _batches(iter(examples[ranks.rank :: ranks.world_size]), config.batch_size):
+    batches = _batches(iter(examples[ranks.rank :: ranks.world_size]), config.batch_size)
+    for batch in _shown(batches, "HellaSwag", len(examples), config, ranks):
         rows = [row for context, endings, _ in batch for row in _endings(model, tokens, context, endings)]
         losses = _losses(model, rows, ranks.device).sum(1).tolist()
         if any(map(math.isnan, losses)):
@@ -184,6 +206,14 @@ def _starts(length: int, block_size: int, stride: int) -> Iterator[int]:
 
 def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
     return iter(lambda: list(islice(items, size)), [])
+
+
+def _shown(
+    batches: Iterator[Any], label: str, items: int, config: EvaluateConfig, ranks: Ranks
+) -> Iterator[Any]:
+    """The batches of this rank, of so many items over all ranks, under a progress bar of the first."""
+    total = -(-items // (config.batch_size * ranks.world_size))
+    return progress_bar(batches, label, total) if ranks.is_main else batches
 
 
 def _losses(model: GPT, rows: Sequence[Row], device: str) -> Tensor:

@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpt import cli
+from gpt.checkpoint import Checkpoint
 from gpt.device import autocast
 from gpt.model import GPT
 from gpt.sample import SampleConfig, generate
 from gpt.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, from_dict, unknown
 from train import checkpoint, distributed, fit
 from train.checkpoint import Progress
-from train.config import TrainConfig, resolve, save_config
+from train.config import TrainConfig, resolve, resume_command, save_config, twice_as_long
 from train.data import TokenFile, describe, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import Metrics
@@ -67,14 +69,16 @@ def train(
     # The beginning: new weights, the run's own checkpoint, or weights from elsewhere. Settings that this
     # machine cannot meet are refused before anything is written.
     config = resolve(config, ranks)
-    start = checkpoint.find_start(config, given, ranks)
+    with cli.IfSlow("checking the checkpoint", ranks.is_main):
+        start = checkpoint.find_start(config, given, ranks)
     if ranks.is_main:
         checkpoint.make_folder(out_dir)
     config = replace(config, dataset=start.dataset)
     data_dir = Path("data", config.dataset)
     tokenizer = describe(data_dir)
     resumes = start.source == "resume"
-    model, before = checkpoint.initial_model(config, given, tokenizer, ranks, start)
+    with cli.IfSlow("making the model", ranks.is_main):
+        model, before = checkpoint.initial_model(config, given, tokenizer, ranks, start)
     config = replace(config, model=model.config)
     tokenizer = known_tokenizer(tokenizer, before.tokenizer or tokenizer, model, data_dir)
     if ranks.differ(before.iter_num):
@@ -83,7 +87,7 @@ def train(
         )
     if resumes and before.iter_num >= config.max_iters and not config.eval_only:
         if ranks.is_main:
-            print(f"{out_dir} holds a finished run: all max_iters={config.max_iters} steps are made")
+            print(nothing_to_do(start.latest, before, config, ranks))
         return
 
     # What is trained, and by what.
@@ -104,17 +108,19 @@ def train(
         for split in ("train", "val")
     }
     same_data = before.config.get("dataset") == config.dataset
-    data = preflight(eval_files, before.data if same_data else {})
+    with cli.IfSlow("checking the data", ranks.is_main):
+        data = preflight(eval_files, before.data if same_data else {})
     micro_batches = read_ahead(train_file, progress.position, config.micro_batch, ranks)
     # gradient_accumulation_steps counts over all ranks, so that the step is the same on one GPU and on eight.
     accumulation = config.gradient_accumulation_steps // ranks.world_size
 
     # Logging. A run compiles before its first step, so that no step's time includes the compiler.
     metrics = Metrics(config, ranks, model, view or Lines(), progress, before.config)
-    del before  # its tensors are the old file, mapped into memory
+    resumed = f"resumed {start.latest} at step {progress.iter_num:,}" if resumes else ""
+    del before, start  # their tensors are the old file, mapped into memory
     metrics.start(len(train_file), len(eval_files["val"]))
-    if fitted:
-        metrics.print(fitted)
+    for line in filter(None, (resumed, fitted)):
+        metrics.print(line)
     if not config.eval_only:
         with metrics.paused("compiling" if config.compile else "starting"):
             seconds = distributed.first_pass(
@@ -139,7 +145,7 @@ def train(
         if due or last:
             profile.finish(progress.iter_num)
             with metrics.paused("evaluating"):
-                losses = estimate_loss(model, eval_files, config, ranks, precision)
+                losses = estimate_loss(model, eval_files, config, ranks, precision, metrics.part)
                 progress.evaluated = True
                 metrics.evaluation(progress.iter_num, losses, lr)
                 if sample_tokenizer is not None:
@@ -181,10 +187,13 @@ def train(
             saver.save(progress, best=False)
             break
 
-    saver.wait()
+    with metrics.paused("saving"):
+        saver.wait()
     profile.finish(progress.iter_num)
     if not last:
         metrics.stop(progress.iter_num, stop.received if stop else None)
+    elif not config.eval_only:
+        metrics.done(progress.iter_num, progress.best_val_loss)
     metrics.close()
 
 
@@ -252,17 +261,24 @@ def read_ahead(file: TokenFile, position: int, size: int, ranks: Ranks) -> Itera
 
 @torch.no_grad()
 def estimate_loss(
-    model: GPT, files: dict[str, TokenFile], config: TrainConfig, ranks: Ranks, precision: Precision
+    model: GPT,
+    files: dict[str, TokenFile],
+    config: TrainConfig,
+    ranks: Ranks,
+    precision: Precision,
+    part: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Mean loss over the first eval_iters micro-batches of each file: always the same, shared by all ranks.
 
-    Draws no random numbers: how often a run is evaluated changes nothing else in it.
+    Draws no random numbers: how often a run is evaluated changes nothing else in it. Calls `part` with the
+    micro-batches that are done, and with all of them.
     """
     model.eval()
     losses = {}
-    for split, file in files.items():
+    for number, (split, file) in enumerate(files.items()):
         total = torch.zeros((), device=ranks.device)
         for first in range(0, config.eval_iters, ranks.world_size):
+            part(number * config.eval_iters + first, len(files) * config.eval_iters)
             i = first + ranks.rank
             batch = file.batch(i * config.micro_batch, config.micro_batch)
             idx, targets = to_device(batch, ranks.device)
@@ -279,6 +295,20 @@ def estimate_loss(
 def asked_to_stop(stop: StopRequest | None, ranks: Ranks) -> bool:
     """Whether a signal has reached any rank: they stop after the same step."""
     return ranks.any(stop is not None and stop.received is not None)
+
+
+def nothing_to_do(latest: Path, saved: Checkpoint, config: TrainConfig, ranks: Ranks) -> str:
+    """Why a run that is resumed makes no step, and what makes some."""
+    planned = saved.config.get("max_iters", config.max_iters)
+    if saved.iter_num < planned:
+        position = f"at step {saved.iter_num:,} of {planned:,}, past max_iters={config.max_iters}"
+        return f"{latest} is {position}. To go on:\n  {resume_command(config, ranks, max_iters=planned)}"
+    longer = twice_as_long(replace(config, max_iters=saved.iter_num))
+    return (
+        f"{latest} is of a finished run: all {saved.iter_num:,} steps are made. To train further:\n"
+        f"  {resume_command(config, ranks, **longer)}\n"
+        f"To start over, delete {latest.parent}/*.pt, or give another --out_dir."
+    )
 
 
 def no_longer_learns(progress: Progress, skips: SkippedSteps, config: TrainConfig) -> str:

@@ -22,7 +22,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from io import TextIOWrapper
@@ -32,10 +32,11 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from gpt import cli
 from gpt.model import GPT
 from gpt.reading import regular
 from train.checkpoint import Progress
-from train.config import TrainConfig
+from train.config import TrainConfig, resume_command, twice_as_long
 from train.distributed import Ranks
 from train.view import Lines
 
@@ -99,10 +100,10 @@ class Metrics:
         backend = f", backend {config.backend}, strategy {config.strategy}" if self.ranks.backend else ""
         summary = {
             "parameters": f"{parameters / 1e6:.2f}M ({shape}, {c.vocab_size} symbols)",
-            "tokens a step": f"{step:,} (1/{train_tokens / step:,.1f} of the data)",
+            "tokens a step": f"{step:,} ({train_tokens / step:,.0f} steps = one epoch)",
             "data": f"{config.dataset}: {train_tokens:,} tokens to train on, {val_tokens:,} to validate",
             "run": f"{config.max_iters:,} steps, {tokens:,} tokens: {tokens / train_tokens:.2f} epochs, "
-            f"{tokens / parameters:.1f} a parameter (Chinchilla: 20, or {20 * parameters:,} tokens)",
+            f"{tokens / parameters:.1f} tokens per parameter (Chinchilla-optimal: 20)",
             "cost": f"{flops:.2e} FLOPs a token, {flops * tokens:.2e} in the run",
             "device": f"{config.device} x {self.ranks.world_size}{named}{backend}, {settings}",
         }
@@ -168,22 +169,41 @@ class Metrics:
         if self.ranks.is_main:
             reason = f"stopped by {signal}" if signal else "stopped with another rank"
             latest = Path(self.config.out_dir, "ckpt.pt")
-            how = f"--init_from=resume goes on from {latest}" if latest.exists() else "nothing is saved yet"
+            how = "nothing is saved yet, so the same command begins anew"
+            if latest.exists():
+                how = f"{latest} goes on by\n  {resume_command(self.config, self.ranks)}"
             self._write(_event("stop", step, reason=reason))
             self.view.close()
-            self.print(f"{reason} after {step} steps: {how}")
+            self.print(f"{reason} after {step:,} steps: {how}")
+
+    def done(self, step: int, best_val_loss: float) -> None:
+        """The run is finished: where its checkpoint is, and what can be done with it."""
+        latest = Path(self.config.out_dir, "ckpt.pt")
+        if self.ranks.is_main and latest.exists():
+            self.view.close()
+            self.print(
+                f"the run is done: {latest} has made {step:,} steps, "
+                f"lowest validation loss {best_val_loss:.4f}\n"
+                f"  sample from it  {cli.command('gpt.sample', self.config.out_dir)}\n"
+                f"  train further   {resume_command(self.config, self.ranks, **twice_as_long(self.config))}"
+            )
 
     @contextmanager
     def paused(self, doing: str) -> Iterator[None]:
         """What runs inside is not counted into the time of a step."""
         self._synchronize()
         paused = time.perf_counter()
-        with self.view.busy(doing):
+        with self.view.busy(doing) if self.ranks.is_main else nullcontext():
             yield
         self._synchronize()
         seconds = time.perf_counter() - paused
         self.pauses.setdefault(doing, []).append(seconds)
         self.started += seconds
+
+    def part(self, done: int, total: int) -> None:
+        """How much of what `paused` names is done."""
+        if self.ranks.is_main:
+            self.view.part(done, total)
 
     def flush(self) -> None:
         """Puts what was said onto the disk: called before the checkpoint that makes it history."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt import cli
+from gpt.checkpoint import runs_here
 from gpt.cli import UserPath
 from train.metrics import read
 
@@ -65,7 +66,7 @@ def main() -> None:
     config, paths = cli.parse_with_paths(PlotConfig, sys.argv[1:], prog)
     folders = [Path(path) for path in paths]
     if not folders:
-        raise ValueError("give the out_dir of a run: python -m train.plot OUT_DIR [OUT_DIR ...] [--x=tokens]")
+        raise ValueError(f"give the out_dir of a run: {prog} [--x=tokens]; {runs_here()}")
     default = folders[0] / "loss.png" if len(folders) == 1 else "compare.png"
     picture = Path(config.out or default)
     draw(load(folders), config.x).savefig(picture, dpi=120)
@@ -81,7 +82,7 @@ def load(folders: list[Path]) -> list[Run]:
     for folder, name, whole in zip(folders, names, paths):
         path = folder / "metrics.jsonl"
         if not path.exists():
-            raise FileNotFoundError(f"{folder} holds no metrics.jsonl: no run was made there")
+            raise FileNotFoundError(f"{folder} holds no metrics.jsonl: no run was made there; {runs_here()}")
         records = read(path)
         if not records:
             raise ValueError(f"{path} holds no step and no evaluation yet")
@@ -94,7 +95,7 @@ def load(folders: list[Path]) -> list[Run]:
 def draw(runs: list[Run], x: str = "step") -> Any:
     """A matplotlib Figure. The `gid` of a line is the field of metrics.jsonl it shows, or "smoothed"."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=(2, 1))
@@ -105,7 +106,7 @@ def draw(runs: list[Run], x: str = "step") -> Any:
         "tokens_per_s": figure.add_subplot(grid[1, 2], sharex=top, title="tokens/s"),
     }
     farthest = max(run.behind(x)(column(run.steps + run.evaluations, "iter")).max() for run in runs)
-    scale, unit = [u for u in UNITS[x] if u[0] <= max(farthest / 2, 1)][-1]
+    scale, unit = [u for u in UNITS[x] if u[0] <= max(farthest, 1)][-1]
     for i, run in enumerate(runs):
         colour, dashes = COLOURS[i % len(COLOURS)], "-" if i < len(COLOURS) else "--"
         at = run.behind(x)(column(run.steps, "iter")) / scale
@@ -113,10 +114,12 @@ def draw(runs: list[Run], x: str = "step") -> Any:
         loss = column(run.steps, "loss")
         alone, smooth = len(runs) == 1, len(loss) >= SMOOTHED
         faint = (0.25 if alone else 0.12) if smooth else 0.5
-        top.plot(at, loss, color=colour, lw=0.7, alpha=faint, gid="loss")
+        named = "training loss" if alone else None
+        top.plot(at, loss, color=colour, lw=0.7, alpha=faint, gid="loss", label=None if smooth else named)
         if smooth:
+            line = smoothed(loss, len(loss) // 50)
             clear = 0.8 if alone else 0.4
-            top.plot(at, smoothed(loss, len(loss) // 50), color=colour, lw=1.2, alpha=clear, gid="smoothed")
+            top.plot(at, line, color=colour, lw=1.2, alpha=clear, gid="smoothed", label=named)
         if alone:
             top.plot(
                 evaluated, column(run.evaluations, "train/loss"), "s", color=colour, mfc="white", ms=5,
@@ -138,6 +141,7 @@ def draw(runs: list[Run], x: str = "step") -> Any:
     panels["grad_norm"].yaxis.set_minor_formatter("")
     panels["tokens_per_s"].set_ylim(bottom=0)
     panels["tokens_per_s"].yaxis.set_major_formatter("{x:,.0f}")
+    top.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)))  # the small panels share it
     top.legend(loc="upper right")
     for axes in figure.axes:
         axes.set_xlabel(f"time of the steps, {unit}" if x == "time" else unit)

@@ -8,8 +8,12 @@ if "$PYTHON" -m train.prepare "$DATA"; then :; else
     DATA=stdlib_char
     "$PYTHON" -m train.prepare "$DATA"
 fi
-out="out-quickstart-$DATA"
-"$PYTHON" -m train quickstart --dataset="$DATA" --out_dir="$out"
+# A GPU gets a larger model, which takes it about as long as the small one takes a CPU: not timed yet.
+preset=quickstart
+"$PYTHON" -c 'import sys, torch; sys.exit(torch.cuda.is_available())' || preset=train_shakespeare_char
+out="out-$preset-$DATA"
+echo "Training into $out. Ctrl-C saves and stops; make quickstart goes on from there."
+"$PYTHON" -m train $preset --dataset="$DATA" --out_dir="$out" --init_from=auto --eval_sample=200
 "$PYTHON" -m train.plot "$out"
 echo
 echo "A sample of the trained model:"
@@ -19,15 +23,20 @@ import sys
 from pathlib import Path
 from train.metrics import read
 
-last = [r for r in read(Path(sys.argv[1], "metrics.jsonl")) if "val/loss" in r][-1]
-print(f"final validation loss: {last['val/loss']:.3f} nats a character, after {last['iter']} steps")
+records = read(Path(sys.argv[1], "metrics.jsonl"))
+end = [r for r in records if "val/loss" in r][-1]
+speed = [r for r in records if "tokens_per_s" in r][-1]
+mfu = "" if speed["mfu"] is None else f", {speed['mfu']:.0f}% of the GPU's peak (MFU)"
+print(f"final validation loss: {end['val/loss']:.3f} nats a character, after {end['iter']:,} steps")
+print(f"speed: {speed['tokens_per_s']:,.0f} tokens/s{mfu}")
 END
 cat <<END
 
-The run is in $out: ckpt.pt, metrics.jsonl, loss.png. What to try next, with .venv/bin/python:
-  more samples         -m gpt.sample --out_dir=$out --temperature=0.5
-  a text of your own   -m train.prepare text --input=FILE --tokenizer=char --name=mine
-                       -m train quickstart --dataset=mine --out_dir=out-mine
-  a larger model       -m train train_shakespeare_char --dataset=$DATA     (minutes on a GPU)
-  every setting        -m train --help
+The run is in $out: ckpt.pt, metrics.jsonl, loss.png. What to try next:
+  source .venv/bin/activate                                                        # once in a shell
+  python -m gpt.sample $out --temperature=0.5                                      # more samples
+  python -m train.prepare text --input=FILE --tokenizer=char --name=mine           # a text of your own, then
+  python -m train quickstart --dataset=mine --out_dir=out-mine                     # a model of it
+  python -m train train_shakespeare_char --dataset=$DATA --out_dir=out-larger      # larger: minutes on a GPU
+  python -m train --help                                                           # every setting
 END

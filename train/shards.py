@@ -31,6 +31,8 @@ def find(path: Path) -> list[Path]:
     """
     if path.exists():
         return [regular(path)]
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no {path}")
     own = WORDS.get(path.stem, {path.stem})
     other = set().union(*(words for split, words in WORDS.items() if split != path.stem))
     shards = []
@@ -49,7 +51,7 @@ def find(path: Path) -> list[Path]:
     if not shards:
         raise FileNotFoundError(
             f"there is no {path}, and no shard with the word {path.stem} in its name (such as "
-            f"web_{path.stem}_000001.bin) in its place: prepare the data first, see python -m train.prepare"
+            f"web_{path.stem}_000001.bin) in its place"
         )
     return shards
 

@@ -1,23 +1,35 @@
 """How a run looks: nanoGPT's lines in a pipe or a file, one live view below what scrolls on a terminal."""
 
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+
+from gpt import cli
+
+Item = TypeVar("Item")
 
 # Under these names nanoGPT prints what is told at the start.
 NANOGPT = {"parameters": "number of parameters:", "tokens a step": "tokens per iteration will be:"}
+PATIENCE = 5  # seconds in which a reader expects to see something
+STOPS = {"starting": "once the run has begun", "compiling": "once the run has begun"}
+STOPS |= {"evaluating": "after this evaluation", "training": "after this step"}
 
 
 class Lines:
     """Plain lines. Steps and evaluations come as the records of train/metrics.py."""
 
     estimated = False  # how long the run will take
+    doing = "starting"
+    says_if_slow = True
+    last_print = math.inf
 
     def print(self, text: str) -> None:
         print(text, flush=True)
+        self.last_print = time.monotonic()
 
     def start(self, summary: dict[str, str], done: int, steps: int, best: float) -> None:
         """Of a run of `steps` steps, `done` of them before; `best` is its lowest validation loss so far."""
@@ -26,11 +38,28 @@ class Lines:
 
     def advance(self, done: int) -> None:
         """So many steps are made."""
+        self.doing = "training"
 
     @contextmanager
     def busy(self, doing: str) -> Iterator[None]:
-        """What runs inside is no training."""
-        yield
+        """Shown while something other than training runs."""
+        before, self.doing = self.doing, doing
+        with cli.IfSlow(doing, self.says_if_slow):
+            yield
+        self.doing = before
+
+    def part(self, done: int, total: int) -> None:
+        """How much of what `busy` names is done."""
+        if time.monotonic() - self.last_print > PATIENCE:
+            self.print(f"{self.doing}: {done:,} of {total:,} batches")
+
+    def stopping(self, signal: str) -> None:
+        """Called by the handler of a signal, perhaps in the middle of a print, which allows no second."""
+        os.write(2, f"{self._answer(signal)}\n".encode())
+
+    def _answer(self, signal: str) -> str:
+        again = "; Ctrl-C again stops at once" if "RANK" not in os.environ else ""
+        return f"{signal}: stopping {STOPS.get(self.doing, 'after this step')}{again}"
 
     def step(self, record: dict[str, Any], left: float | None) -> None:
         """`left`: an estimate of the seconds to the end, None as long as there is none."""
@@ -51,6 +80,7 @@ class Lines:
 class LiveView(Lines):
     """The figures of the last logged step, redrawn in place; everything else scrolls by above them."""
 
+    says_if_slow = False
     CELL = 18  # columns of a label and its figure
     GAP = 2
 
@@ -60,7 +90,9 @@ class LiveView(Lines):
         from rich.live import Live
 
         self.console = Console(highlight=False)
-        self.done, self.steps, self.doing = 0, 1, "starting"
+        self.done, self.steps = 0, 1
+        self.parts: tuple[int, int] | None = None  # done and all, of what is not training
+        self.answer = ""
         self.figures: dict[str, str] = {}
         self.best = math.inf
         self.started = time.monotonic()
@@ -90,9 +122,17 @@ class LiveView(Lines):
 
     @contextmanager
     def busy(self, doing: str) -> Iterator[None]:
-        before, self.doing = self.doing, doing
-        yield
-        self.doing = before
+        with super().busy(doing):
+            yield
+        self.parts = None
+
+    def part(self, done: int, total: int) -> None:
+        self.parts = done, total
+
+    def stopping(self, signal: str) -> None:
+        self.answer = self._answer(signal)
+        if not self.live.is_started:
+            super().stopping(signal)
 
     def step(self, record: dict[str, Any], left: float | None) -> None:
         self.figures = {
@@ -129,8 +169,9 @@ class LiveView(Lines):
         progress = Table.grid(padding=(0, self.GAP, 0, 0), expand=True)
         for ratio in (None, 1, None):
             progress.add_column(no_wrap=True, ratio=ratio)
-        bar = ProgressBar(self.steps, self.done, complete_style="cyan", finished_style="green")
-        progress.add_row(Text(self.doing, "bold"), bar, f"{self.done:,}/{self.steps:,}")
+        done, total = self.parts or (self.done, self.steps)
+        bar = ProgressBar(total, done, complete_style="cyan", finished_style="green")
+        progress.add_row(Text(self.doing, "bold"), bar, f"{done:,}/{total:,}")
 
         now = time.monotonic()
         figures = self.figures | {"elapsed": _duration(now - self.started)}
@@ -147,7 +188,8 @@ class LiveView(Lines):
             table.add_column(min_width=self.CELL, no_wrap=True)
         for i in range(0, len(cells), per_row):
             table.add_row(*cells[i : i + per_row])
-        return Constrain(Group("", progress, table), width)
+        answer = [Text(self.answer, "yellow")] if self.answer and self.doing != "stopped" else []
+        return Constrain(Group("", progress, *answer, table), width)
 
 
 @contextmanager
@@ -165,6 +207,23 @@ def open_view() -> Iterator[Lines]:
         yield view
     finally:
         view.close()
+
+
+def progress_bar(
+    items: Iterable[Item], label: str, total: int, size: Callable[[Item], int] = lambda item: 1
+) -> Iterator[Item]:
+    """Yields the items; on a terminal, stderr has a bar of their sizes meanwhile, with the time left."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich import progress
+    from rich.console import Console
+
+    with progress.Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=total)
+        for item in items:
+            yield item
+            bar.advance(task, size(item))
 
 
 def _duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ inspect NAME        shows a data set
 text, tokenizer and each corpus take --help.
 """
 
+import difflib
 import os
 import sys
 from dataclasses import dataclass
@@ -69,13 +70,14 @@ def main() -> None:
     elif name == "inspect":
         if len(args) != 1:
             raise ValueError(f"inspect takes the name of one data set, as in: {prog} plays_char")
-        inspect(Path("data", args[0]))
+        with cli.IfSlow("reading all of it"):
+            inspect(Path("data", args[0]))
     elif name == "tokenizer":
-        train = cli.parse(TokenizerConfig, args, prog)
+        train = cli.parse(TokenizerConfig, args, prog, path_flag="input")
         corpus = documents.files(train.input, train.field)
         train_tokenizer(corpus, train.vocab_size, Path(train.output))
     elif name == "text":
-        config = cli.parse(PrepareConfig, args, prog)
+        config = cli.parse(PrepareConfig, args, prog, path_flag="input")
         folder = Path("data", config.name)
         if folder == Path("data"):
             raise ValueError(f"name={config.name!r} names no data set: give one, such as --name=mine")
@@ -86,9 +88,10 @@ def main() -> None:
         workers = cli.parse(CorpusConfig, args, prog).workers
         prepare_by_name(name, workers)
     else:
-        raise ValueError(
-            f"no corpus is called {name!r}: {', '.join(CORPORA)} or text --input=FILES --name=NAME"
-        )
+        close = difflib.get_close_matches(name, [*CORPORA, "text", "tokenizer", "inspect"], n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        known = f"{', '.join(CORPORA)}, and text --input=FILES --name=NAME takes your own"
+        raise ValueError(f"no corpus is called {name!r}{hint}; the corpora are {known}")
 
 
 def prepare_by_name(name: str, workers: int) -> None:

@@ -2,6 +2,7 @@
 
 import platform
 import re
+import sys
 import sysconfig
 import urllib.request
 from collections.abc import Callable
@@ -43,6 +44,7 @@ def _capitalized(speaker: str) -> str:
 
 def shakespeare() -> str:
     """tiny-shakespeare, from where nanoGPT takes it: 1,115,394 characters."""
+    print(f"downloading {TINY_SHAKESPEARE}", file=sys.stderr)
     try:
         with urllib.request.urlopen(TINY_SHAKESPEARE, timeout=30) as response:
             return response.read().decode()

@@ -75,7 +75,8 @@ def files(inputs: str, field: str = "text", val_fraction: float = 0.1) -> Corpus
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction={val_fraction} must be above 0 and below 1")
     paths = find(inputs)
-    source = f"{inputs}: {len(paths):,} files, {sum(p.stat().st_size for p in paths):,} bytes"
+    number = "1 file" if len(paths) == 1 else f"{len(paths):,} files"
+    source = f"{inputs}: {number}, {sum(p.stat().st_size for p in paths):,} bytes"
     texts = [p for p in paths if _kind(p) not in READERS]
     if len(paths) == len(texts) == 1:
         characters = sum(map(len, _read(paths[0])))

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from gpt import tokenizer
+from gpt import atomic, tokenizer
 from train import shards
 from train.prepare import documents
 from train.prepare.documents import Corpus, Pieces
+from train.view import progress_bar
 
 Batch = list[str | None]  # pieces of documents; None ends one
 Ids = NDArray[np.uint32]  # (tokens,)
@@ -91,7 +91,7 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
     encode_batch = _encoder(described, endoftext)
     with _removed_if_it_fails(folder), ThreadPoolExecutor(workers) as pool:
         for name, split in (("train", corpus.train), ("val", corpus.val)):
-            pieces = _with_progress_bar(count_marks(split.pieces()), str(folder / name), split.size)
+            pieces = progress_bar(count_marks(split.pieces()), str(folder / name), split.size, _size)
             ids = _map_in_order(pool, encode_batch, _batches(pieces), ahead=2 * workers)
             tokens, sha256 = _write(folder / f"{name}.bin.partial", ids, dtype)
             if tokens == 0:
@@ -196,19 +196,9 @@ def _write(path: Path, arrays: Iterable[Ids], dtype: DTypeLike) -> tuple[int, st
         return tokens, hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _with_progress_bar(pieces: Pieces, label: str, total: int) -> Pieces:
-    """On a terminal, a bar of the bytes of text that were read, with the time left."""
-    if not sys.stderr.isatty():
-        yield from pieces
-        return
-    from rich import progress
-    from rich.console import Console
-
-    with progress.Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task(label, total=total)
-        for piece in pieces:
-            yield piece
-            bar.advance(task, len((piece or "").encode()))
+def _size(piece: str | None) -> int:
+    """Bytes of text that were read."""
+    return len((piece or "").encode())
 
 
 def _finish(folder: Path, described: dict[str, Any], meta: dict[str, Any]) -> None:
@@ -217,9 +207,9 @@ def _finish(folder: Path, described: dict[str, Any], meta: dict[str, Any]) -> No
     (folder / "meta.pkl").unlink(missing_ok=True)
     (folder / "tokenizer.json").unlink(missing_ok=True)
     if described["kind"] == "json":
-        (folder / "tokenizer.json").write_text(described["json"], "utf-8")
+        atomic.write(folder / "tokenizer.json", described["json"])
     if described["kind"] == "char":
         tokenizer.write_meta(folder / "meta.pkl", described["symbols"])
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
+    atomic.write(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
     for name in ("val", "train"):
         (folder / f"{name}.bin.partial").replace(folder / f"{name}.bin")

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from gpt.atomic import replacing
+from gpt import atomic
 from gpt.tokenizer import ENDS_OF_TEXT
 from train.prepare.documents import Corpus
 
@@ -33,8 +33,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, path: Path) -> None:
         special_tokens=[ENDS_OF_TEXT[0]],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(bpe.to_str(pretty=True), "utf-8")
+    atomic.write(path, bpe.to_str(pretty=True))
     tokens = bpe.get_vocab_size()
     few = "" if tokens == vocab_size else f": the text gives no more than that, not {vocab_size:,}"
     print(f"{path}: {tokens:,} tokens{few}")
