@@ -476,14 +476,9 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(small_pieces, type_in):
 
 @pytest.mark.parametrize(
     ("missing", "args"),
-    [
-        ("datasets", ["text", "--input=a.jsonl", "--name=x"]),
-        ("tokenizers", ["tokenizer", "--input=a.txt"]),
-        ("tokenizers", ["text", "--input=a.txt", "--tokenizer=wide.json", "--name=x"]),
-    ],
+    [("datasets", ["text", "--input=a.jsonl", "--name=x"]), ("tokenizers", ["tokenizer", "--input=a.txt"])],
 )
 def test_a_missing_package_is_one_sentence(small_pieces, monkeypatch, missing, args, type_in):
-    wide_tokenizer()
     Path("a.txt").write_text("some text " * 20)
     Path("a.jsonl").write_text('{"text": "b"}\n' * 3)
     # A folder of its name in the working folder imports as an empty package.
