@@ -373,7 +373,7 @@ def test_a_config_file_sees_what_was_set_before_it_and_its_own_names_set_nothing
     config, given = parse([*flags, *map(str, files)])
     assert (config.min_lr, config.out_dir, config.model.n_embd, config.max_iters) == (1e-3, "x-a", 64, 2000)
     assert (config.seed, config.model.n_layer, config.batch_size) == (7, 12, 12)
-    # beta1 is asked for, although it is the default: a checkpoint that differs is an error, not a surprise.
+    # beta1 is given, although it is the default: a checkpoint that differs is an error, not a surprise.
     assert given.keys() == {
         "learning_rate", "out_dir", "max_iters", "seed", "min_lr", "beta1", "n_embd",
     }  # fmt: skip
@@ -393,7 +393,7 @@ def test_a_byte_order_mark_in_a_prompt_or_a_config_file_is_left_out(tmp_path):
         sample._prompts(sample.SampleConfig(prompts=f"{tmp_path}/a.txt"))
 
 
-def test_what_is_typed_in_a_locale_of_another_encoding_is_read_as_either():
+def test_a_typed_line_is_read_as_utf8_or_in_the_encoding_of_the_locale():
     for typed in ("größe", "größe".encode().decode("latin-1")):
         assert cli.typed_text(typed, "latin-1") == "größe"
     assert cli.typed_text("größe", "utf-8") == cli.typed_text("größe", "ascii") == "größe"
@@ -488,14 +488,14 @@ def test_text_appears_as_it_is_drawn(trained, monkeypatch):
     model, tokens = sample.load(sample.SampleConfig(), "cpu")
     events, choose = [], generation.choose
     monkeypatch.setattr(generation, "choose", lambda *a: events.append("draw") or choose(*a))
-    monkeypatch.setattr("builtins.print", lambda *a, **k: events.append(("shown", *a)))
+    monkeypatch.setattr("builtins.print", lambda *a, **k: events.append(("print", *a)))
     sample.show(model, tokens, [tokens.encode("king")], sample.SampleConfig(num_samples=1, max_new_tokens=3))
-    assert events[:2] == [("shown", "king"), "draw"]
-    kinds = [e if e == "draw" else "shown" for e in events[1:7]]
-    assert kinds == ["draw", "shown"] * 3 and all(len(e[1]) == 1 for e in events[2:7:2])
+    assert events[:2] == [("print", "king"), "draw"]
+    kinds = [e if e == "draw" else "print" for e in events[1:7]]
+    assert kinds == ["draw", "print"] * 3 and all(len(e[1]) == 1 for e in events[2:7:2])
 
 
-def test_a_prompt_longer_than_the_context_is_told(drawn):
+def test_a_prompt_longer_than_the_context_is_continued_with_a_warning(drawn):
     prompt = "the king and queen of hearts"
     samples, err = drawn(f"--start={prompt}", "--num_samples=1")
     assert samples[0].startswith(prompt) and "28 tokens" in err and "last 16" in err

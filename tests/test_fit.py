@@ -39,7 +39,7 @@ def test_what_was_set_before_auto_says_how_many_sequences_a_step_has(tmp_path):
 
 @pytest.fixture
 def memory_for(monkeypatch):
-    """A device that can be asked for its memory, where so many sequences fit; returns the sizes tried."""
+    """A device with memory for so many sequences; returns the sizes tried."""
 
     def set_limit(most):
         sizes = []
@@ -127,7 +127,7 @@ def test_out_of_memory_at_any_time_is_a_sentence(workplace, monkeypatch, capsys,
     assert err.endswith(f"; {saved}\n")
 
 
-def test_out_of_memory_in_an_evaluation_of_its_own_is_a_sentence(monkeypatch, capsys):
+def test_out_of_memory_in_train_evaluate_is_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: torch.empty(1 << 50, dtype=torch.int8))
     code, _, err = command(evaluate.main, monkeypatch, capsys, "--data=x", "--device=cpu")
     assert code == 1 and err.startswith("error: out of memory") and "batch_size than 8" in err
@@ -180,6 +180,6 @@ def test_the_peak_of_a_trial_is_measured_and_memory_that_ends_is_infinite():
     assert total == torch.cuda.mem_get_info()[1]
     assert total // 8 <= fit.peak_bytes(taken, total // 8, model, ranks) < total // 8 + (64 << 20)
     assert fit.peak_bytes(taken, 2 * total, model, ranks) == math.inf
-    assert fit.peak_bytes(taken, 1 << 20, model, ranks) < 64 << 20, "each trial has a peak of its own"
+    assert fit.peak_bytes(taken, 1 << 20, model, ranks) < 64 << 20, "each trial has its own peak"
     with pytest.raises(RuntimeError, match="size"):
         fit.peak_bytes(lambda *_: torch.ones(2) @ torch.ones(3), 1, model, ranks)

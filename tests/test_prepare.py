@@ -138,7 +138,7 @@ def test_a_meta_file_that_would_run_code_is_refused(tmp_path):
         tokenizer.read_meta(path)
 
 
-def test_a_tokenizer_of_ones_own_from_its_training_to_a_sample(workplace, monkeypatch, capsys, text, type_in):
+def test_an_own_tokenizer_goes_from_its_training_to_a_sample(workplace, monkeypatch, capsys, text, type_in):
     Path("mine.txt").write_text(text + "été 東京 <|endoftext|>")
     flags = ["tokenizer", "--input=mine.txt", "--vocab_size=300", "--output=own/bpe.json"]
     assert type_in(*flags)[1] == "own/bpe.json: 300 tokens\n"

@@ -100,7 +100,7 @@ def test_hugging_face_to_a_checkpoint_and_back_bit_for_bit(kind):
     assert GPT.from_pretrained("a", {"dropout": 0.1}).config.dropout == 0.1
 
 
-def test_biases_that_were_trained_elsewhere_are_kept():
+def test_biases_that_were_trained_elsewhere_stay():
     """A model without, fine-tuned by transformers, has some."""
     from transformers import GPT2LMHeadModel
 
@@ -155,10 +155,10 @@ def test_masks_and_the_names_of_wrappers_are_left_out_and_the_tied_weight_may_be
 def test_a_folder_of_a_run_stands_for_its_checkpoint_and_one_of_hugging_face_for_its_model(
     workplace, monkeypatch, capsys
 ):
-    """For the best checkpoint where the run was told so; in sampling, converting and training."""
+    """For its best checkpoint after always_save_checkpoint=False; in sampling, converting and training."""
     run("--max_iters=4", "--always_save_checkpoint=False")
     best = torch.load("out/best.pt", weights_only=True)
-    best["model"]["transformer.wpe.weight"] += 1  # to be told from ckpt.pt
+    best["model"]["transformer.wpe.weight"] += 1  # now it differs from ckpt.pt
     Path("out/best.pt").unlink()
     torch.save(best, "out/best.pt")
     convert.convert("out", Path("converted.pt"))
@@ -181,7 +181,7 @@ def test_a_folder_of_a_run_stands_for_its_checkpoint_and_one_of_hugging_face_for
 
 
 def other_language(folder, rows=300):
-    """A GPT-2 in the shape of Hugging Face's, with a byte-pair encoding of its own."""
+    """A GPT-2 in the shape of Hugging Face's, with its own byte-pair encoding."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -194,7 +194,7 @@ def other_language(folder, rows=300):
 
 
 @pytest.mark.parametrize("layout", ["tokenizer.json", "vocab.json", "of class GPT2Tokenizer"])
-def test_a_tokenizer_in_a_folder_is_kept_whatever_its_layout_and_class(monkeypatch, capsys, layout):
+def test_the_tokenizer_in_a_folder_goes_along_whatever_its_layout_and_class(monkeypatch, capsys, layout):
     from transformers import AutoTokenizer
 
     bpe = other_language("hf")
@@ -246,7 +246,7 @@ def test_gpt2s_encoding_is_known_by_its_ids_and_goes_along():
     assert theirs(text).input_ids == tokenizer.GPT2Tokenizer().encode(text)
     assert theirs.eos_token_id == 50256 == json.loads(Path("hf/config.json").read_text())["eos_token_id"]
     assert tokenizer.describe_folder(Path("hf")) == GPT2
-    # tokens added to it are kept where the embedding has rows for them
+    # tokens that were added stay where the embedding has rows for them
     Path("hf/added_tokens.json").write_text('{"<pad>": 50257}')
     more = tokenizer.describe_folder(Path("hf"), 50258)
     assert tokenizer.from_dict(more).encode("Hello<pad>") == [15496, 50257]

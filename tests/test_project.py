@@ -60,7 +60,7 @@ esac
 
 @pytest.fixture
 def run_make(tmp_path):
-    """Runs make with a Python that only writes down what it is asked."""
+    """Runs make with a Python that only writes down its arguments."""
     (tmp_path / "python").write_text(FAKE_PYTHON)
     (tmp_path / "python").chmod(0o755)
     shutil.copytree(ROOT / "train", tmp_path / "train", ignore=shutil.ignore_patterns("*.py", "__pycache__"))

@@ -192,7 +192,7 @@ def test_a_start_records_what_was_resolved_and_a_stop_why(workplace):
 
 
 class StandIn(types.ModuleType):
-    """As much of wandb as is used: without a key it refuses to start unless told to stay offline."""
+    """As much of wandb as is used: without a key it refuses to start except offline."""
 
     class Error(Exception):
         pass
