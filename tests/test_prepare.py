@@ -427,48 +427,41 @@ def test_inspect_shows_what_is_there(workplace, text, type_in):
 
 # ---- mistakes
 
-MISTAKES = {
-    "shakespear": "no corpus is called 'shakespear'",
-    "text --input=a.txt --name=": "name='' names no data set",
-    "text --input=empty": "there is no .txt, .jsonl or .parquet in empty",
-    "text --input=nowhere*.txt": "there is no file nowhere*.txt",
-    "text --input=empty.txt": "the text has 0 characters",
-    "text --input=a.txt --tokenizer=gpt": "'gpt' is neither gpt2, char, nor the path",
-    "text --input=a.txt --tokenizer=a.txt": "a.txt is not a tokenizer.json",
-    "text --input=a.txt --val_fraction=1": "val_fraction=1.0 must be above 0 and below 1",
-    "text --input=a.jsonl": "no column 'text'; choose by --field among n, body",
-    "text --input=bad.jsonl": "bad.jsonl, line 2: Expecting value at column",
-    "text --input=cut.jsonl": "cut.jsonl, line 3, the last one (the file may be cut",
-    "text --input=u.jsonl": "u.jsonl is UTF-16",
-    "text --input=number.jsonl": "number.jsonl, line 3: 'text' is 5, not text",
-    "text --input=none.jsonl": "none.jsonl has no rows",
-    "text --input=be32.txt": "iconv -f UTF-32BE -t UTF-8",
-    "text --input=latin.txt": "latin.txt is not UTF-8 text: byte 402 cannot be read",
-    "text --input=z.txt": "z.txt is compressed (zstd)",
-    "text --input=cut.txt.gz": "cut.txt.gz is not a whole .gz file",
+BAD_FILES = {  # name -> content, message
+    "empty.txt": (b"", "the text has 0 characters"),
+    "latin.txt": (b"e" * 400 + b"t\xe9", "latin.txt is not UTF-8 text: byte 401 cannot be read"),
+    "be32.txt": ("some text".encode("utf-32-be"), "iconv -f UTF-32BE -t UTF-8"),
+    "z.txt": (b"\x28\xb5\x2f\xfd rest", "z.txt is compressed (zstd)"),
+    "cut.txt.gz": (gzip.compress(bytes(range(256)))[:-20], "cut.txt.gz is not a whole .gz file"),
+    "none.jsonl": (b"", "none.jsonl has no rows"),
+    "other.jsonl": (b'{"n": 1, "body": "b"}\n' * 3, "no column 'text'; choose by --field among n, body"),
+    "bad.jsonl": (b'{"text": "b"}\n{"text": \n', "bad.jsonl, line 2: Expecting value at column"),
+    "cut.jsonl": (b'{"text": "b"}\n{"text": "d', "cut.jsonl, line 2, the last one (the file may be cut"),
+    "u.jsonl": ('{"text": "b"}\n'.encode("utf-16"), "u.jsonl is UTF-16"),
+    "number.jsonl": (b'{"text": "b"}\n{"text": 5}\n', "number.jsonl, line 2: 'text' is 5, not text"),
+}
+BAD_FLAGS = {
+    "shakespear": "'shakespear'",
+    "text --name=x --input=nowhere*.txt": "there is no file nowhere*.txt",
+    "text --name=x --input=folder": "there is no .txt, .jsonl or .parquet in folder",
+    "text --name= --input=a.txt": "name='' names no data set",
+    "text --name=x --input=a.txt --tokenizer=gpt": "'gpt' is neither gpt2, char, nor the path",
+    "text --name=x --input=a.txt --tokenizer=a.txt": "a.txt is not a tokenizer.json",
+    "text --name=x --input=a.txt --val_fraction=1": "val_fraction=1.0 must be above 0 and below 1",
     "tokenizer --input=a.txt --output=a.txt": "a.txt is there already",
-    "inspect nothing": "there is no data/nothing/train.bin",
+    "inspect nothing": "data/nothing/train.bin",
     "inspect": "inspect takes the name of one data set",
 }
 
 
 def test_a_mistake_is_one_sentence_and_leaves_nothing(small_pieces, type_in):
-    Path("empty").mkdir()
-    Path("empty.txt").touch()
+    Path("folder").mkdir()
     Path("a.txt").write_text("some text " * 20)
-    Path("a.jsonl").write_text('{"n": 1, "body": "b"}\n' * 3)
-    Path("bad.jsonl").write_text('{"text": "b"}\n{"text": \n')
-    Path("cut.jsonl").write_text('{"text": "b"}\n{"text": "c"}\n{"text": "d')
-    Path("u.jsonl").write_bytes('{"text": "b"}\n'.encode("utf-16"))
-    Path("be32.txt").write_bytes(("some text " * 20).encode("utf-32-be"))
-    Path("number.jsonl").write_text('{"text": "b"}\n' * 2 + '{"text": 5}\n{"text": "c"}\n')
-    Path("none.jsonl").touch()
-    Path("latin.txt").write_bytes(b"e" * 400 + "et\xe9 d\xe9j\xe0".encode("latin-1"))
-    Path("z.txt").write_bytes(b"\x28\xb5\x2f\xfd rest")
-    Path("cut.txt.gz").write_bytes(gzip.compress(os.urandom(900))[:-20])
-    for line, message in MISTAKES.items():
-        args = line.split() + ["--name=x"] * (line.startswith("text") and "--name" not in line)
-        code, _, err = type_in(*args)
+    for name, (content, _) in BAD_FILES.items():
+        Path(name).write_bytes(content)
+    of_files = {f"text --name=x --input={name}": message for name, (_, message) in BAD_FILES.items()}
+    for line, message in (of_files | BAD_FLAGS).items():
+        code, _, err = type_in(*line.split())
         last = err.splitlines()[-1]  # what comes before is the data set library's progress
         assert code == 1 and message in last and last.startswith("error: "), (line, err)
     assert not Path("data").exists() or not list(Path("data").iterdir())
@@ -485,6 +478,5 @@ def test_a_missing_package_is_one_sentence(small_pieces, monkeypatch, missing, a
     for module in (None, types.ModuleType(missing)):
         monkeypatch.setitem(sys.modules, missing, module)
         code, _, err = type_in(*args)
-        assert (
-            code == 1 and err.count("\n") == 1 and f"the package {missing}: pip install -e '.[data]'" in err
-        )
+        assert code == 1 and err.count("\n") == 1, err
+        assert f"the package {missing}: pip install -e '.[data]'" in err
