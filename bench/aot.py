@@ -2,7 +2,7 @@
 
     python -m bench.aot                                 a line a kernel: registers, spills, shared memory, ...
     python -m bench.aot --check                         and exit code 1 where a rule below is broken
-    python -m bench.aot --check --quick                 of all but sm_90 one build a kernel
+    python -m bench.aot --check --quick                 one build a kernel; on sm_90 one a path through it
     python -m bench.aot --only sm_90 --only _attention_dq_kernel
 
 What to compile is not listed here: each operation's `run_all` gets meta tensors, and `kernels.op.record`
@@ -148,13 +148,17 @@ def builds() -> list[Build]:
     return list(found.values())
 
 
-def first_of_each(found: list[Build]) -> list[Build]:
-    """All builds of the architecture that was measured; of the others the first of each kernel."""
-    kept: dict[tuple[Any, ...], Build] = {}
-    for build in found:
-        rest = build.key if build.architecture == MEASURED else build.launch.kernel.__name__
-        kept.setdefault((build.architecture, rest), build)
-    return list(kept.values())
+def first_of_each(all_builds: list[Build]) -> list[Build]:
+    """One build of each kernel, and for the architecture that was measured one of each path through it."""
+    first: dict[tuple[Any, ...], Build] = {}
+    for build in all_builds:
+        signature, constants, _ = build.source
+        # Types, absent arguments and flags choose the path; sizes do not.
+        path = [*signature.values(), *(v for v in constants.values() if v is None or isinstance(v, bool))]
+        measured = build.architecture == MEASURED
+        key = build.architecture, build.launch.kernel.__name__, str(path) if measured else ""
+        first.setdefault(key, build)
+    return list(first.values())
 
 
 def compile_build(build: Build) -> Figures:
@@ -314,7 +318,7 @@ _BUILDS: list[Build] = []  # what the forked workers find: a Triton kernel canno
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--check", action="store_true", help="exit code 1 where a rule is broken")
-    parser.add_argument("--quick", action="store_true", help="one build a kernel for all but sm_90")
+    parser.add_argument("--quick", action="store_true", help="one build a kernel; on sm_90 one a path")
     parser.add_argument("--only", action="append", default=[], help="lines that contain this, e.g. sm_90")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     options = parser.parse_args()

@@ -317,6 +317,7 @@ def test_gelu_before_rounding_is_within_a_millionth(approximate, device):
         assert (error / exact.abs())[tail].max() < 0.005
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)
 def test_gelu_of_numbers_of_any_size(approximate, dtype, device):
