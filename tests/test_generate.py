@@ -1,4 +1,4 @@
-"""Generation with a cache against the model without one, against formulas and against transformers."""
+"""Generation with a cache against the model without one and against formulas; text as it comes."""
 
 import gc
 import itertools
@@ -195,47 +195,11 @@ def test_a_mistake_is_one_sentence(call, sentence):
         call()
 
 
-# ---- against transformers
-
-
-@pytest.fixture(scope="module")
-def hugging_face(tmp_path_factory):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    size = dict(vocab_size=41, n_positions=48, n_layer=2, n_head=2, n_embd=32)
-    hf = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=None)).eval()
-    stir(hf)
-    folder = tmp_path_factory.mktemp("hf")
-    hf.save_pretrained(folder)
-    return hf, GPT.from_pretrained(str(folder), {}).eval()
-
-
-@pytest.mark.parametrize("sampling", [GREEDY, RANDOM, Sampling(0.9, 12, 0.8)], ids=str)
-def test_tokens_are_those_of_transformers(hugging_face, sampling):
-    hf, model = hugging_face
-    start = torch.stack(prompts(7, 7, 7))
-    options = dict(do_sample=False)
-    if sampling is not GREEDY:
-        options = dict(do_sample=True, temperature=sampling.temperature)
-        options |= dict(top_k=sampling.top_k or 0, top_p=sampling.top_p or 1.0)
-    torch.manual_seed(11)
-    expected = hf.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=40, **options)
-    torch.manual_seed(11)
-    found = torch.stack(list(stream(model, list(start), 40, sampling)), 1)
-    assert_same(found, expected[:, 7:])
-
-
 # ---- text as it comes
 
 
 class Bytes:
     """A tokenizer whose ids are the bytes of UTF-8."""
-
-    vocab_size, start_id = 256, 10
-
-    def encode(self, text):
-        return list(text.encode())
 
     def decode(self, ids):
         return bytes(ids).decode(errors="replace")
@@ -263,23 +227,21 @@ def test_only_whole_characters_and_nothing_of_the_stop_text_is_shown(stop):
 
 
 def test_text_is_shown_as_soon_as_it_is_certain():
-    steps, _ = shown("abc")
-    assert steps == ["a", "ab", "abc"]
-    steps, _ = shown("a\nb", stop="\n\n")
-    assert steps == ["a", "a", "a\nb"]
+    assert shown("abc")[0] == ["a", "ab", "abc"]
+    assert shown("a\nb", stop="\n\n")[0] == ["a", "a", "a\nb"]
 
 
-def test_half_a_character_at_the_end_and_symbols_that_do_not_exist():
-    continuation = Continuation(Bytes(), "")
-    for byte in "é".encode()[:1]:
-        continuation.add(byte)
-    assert continuation.text == ""
-    continuation.finish()
-    assert continuation.text == "\ufffd"
-    padded = Continuation(CharTokenizer("ab"), "")
-    for token in (0, 5, 1):
-        padded.add(token)
-    assert padded.text == "a\ufffdb"
+def test_half_a_character_and_a_symbol_that_does_not_exist_are_shown_as_such():
+    for tokenizer, ids, text in (
+        (Bytes(), "é".encode()[:1], ""),
+        (CharTokenizer("ab"), (0, 5, 1), "a\ufffdb"),
+    ):
+        continuation = Continuation(tokenizer, "")
+        for token in ids:
+            continuation.add(token)
+        assert continuation.text == text
+        continuation.finish()
+        assert continuation.text == (text or "\ufffd")
 
 
 @pytest.mark.gpu

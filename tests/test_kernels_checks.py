@@ -21,7 +21,6 @@ QUERY, CACHE, LENGTHS = torch.randn(2, 3, 16), torch.randn(2, 3, 9, 16), torch.t
 WRONG = [
     ("layer_norm", (X, (4, 8)), r"normalized_shape is \(4, 8\) and input \(4, 8\)"),
     ("layer_norm", (torch.zeros(1, 8193), (8193,)), r"input \(1, 8193\) must be .* C from 1 to 8192"),
-    ("layer_norm", (torch.zeros(3, 0), (0,)), "C from 1 to 8192"),
     ("layer_norm", (X, (8,), W[:7]), r"weight is \(7,\); input \(4, 8\) needs \(8,\)"),
     ("layer_norm", (X.double(), (8,)), "input is torch.float64; float32, float16, bfloat16 are allowed"),
     ("layer_norm", (X, (8,), W.to("meta")), "not input on cpu, weight on meta"),
@@ -34,7 +33,6 @@ WRONG = [
     ("causal_attention", (QKV.long(),), "qkv is torch.int64"),
     ("causal_attention", (QKV[:, :, :2],), r"qkv \(1, 5, 2, 2, 16\) must be \(B, T, 3, H, D\)"),
     ("causal_attention", (QKV[..., :8],), "has D=8; D from 16 to 128 is allowed"),
-    ("causal_attention", (torch.zeros(1, 2, 3, 1, 160),), "has D=160"),
     ("causal_attention", (QKV, 1.0), "dropout_p=1.0 must be at least 0 and less than 1"),
     ("cross_entropy", (X[None], TARGET), r"input \(1, 4, 8\) must be \(N, V\)"),
     ("cross_entropy", (X[:, :0], TARGET), "V at least 1"),
@@ -45,7 +43,6 @@ WRONG = [
     ("linear_cross_entropy", (X, HEAD[:0], TARGET), r"linear_weight \(0, 8\) has no classes"),
     ("linear_cross_entropy", (X.half(), HEAD, TARGET), "input is torch.float16 and linear_weight torch.f"),
     ("embedding", (X, HEAD), "input is torch.float32 on cpu; it must be torch.int64 or torch.int32 on cpu"),
-    ("embedding", (TARGET.to("meta"), HEAD), "input is torch.int64 on meta"),
     ("embedding", (TARGET, W), r"weight \(8,\) must be \(V, C\)"),
     ("decode_attention", (QUERY, CACHE[:, :1], CACHE[:, :1], LENGTHS), r"k_cache \(2, 1, 9, 16\) must be"),
     ("decode_attention", (QUERY, CACHE[:, :, :0], CACHE[:, :, :0], LENGTHS), "with T at least 1"),
@@ -154,19 +151,6 @@ def test_unknown_spec(spec, sentence, monkeypatch):
     with pytest.raises(ValueError) as error:
         kernels.load(spec)
     assert sentence in str(error.value)
-
-
-def test_an_interpreter_that_fails_with_this_numpy_is_refused(monkeypatch):
-    monkeypatch.setattr(kernels_op, "INTERPRETED", True)
-    reason = "the interpreter of Triton 3.6.0 fails with numpy 2.4.6; install numpy<2.4"
-    for triton, numpy, expected in (
-        ("3.6.0", "2.4.6", reason),
-        ("3.6.0", "2.3.9", None),
-        ("3.7.1", "2.4.6", None),
-    ):
-        monkeypatch.setattr("triton.__version__", triton)
-        monkeypatch.setattr("numpy.__version__", numpy)
-        assert kernels_op.unavailable(torch.device("cpu")) == expected
 
 
 def test_old_gpu(monkeypatch):
