@@ -15,17 +15,16 @@ from kernels.linear_cross_entropy import chunk_rows
 from kernels.op import architecture, launch
 from tests.kernel_cases import BY_NAME, distance, floating, judge, leaves, make, run, upstream
 
-INT32 = 2**31
-
 # ---- int32 offsets: Liger 803, FlashAttention 714 and 1500, PyTorch 190857. A huge tensor that is touched
 # in few places costs nothing; what lies below 2^31 elements before it is where a wrapped offset would read
 # and write.
 
 
 def _far_apart(x, dim=0):
-    """The same values, so far from each other along `dim` that the last lies beyond 2^31 elements."""
+    """The same values, so far from each other along `dim` that the last ones lie beyond 2^31 elements."""
     strides = list(x.contiguous().stride())
-    strides[dim] = INT32 // (x.shape[dim] - 1) // 8 * 8 + 16
+    # Attention makes a copy from a stride of 2^24 on, and its last tile must begin beyond 2^31, too.
+    strides[dim] = int(1.2 * 2**31) // (x.shape[dim] - 1) // 8 * 8
     storage = x.new_empty((x.shape[dim] - 1) * strides[dim] + x.select(dim, 0).numel())
     return storage.as_strided(x.shape, strides).copy_(x)
 
