@@ -115,6 +115,16 @@ def test_a_mixed_stream_has_the_bits_of_fp32_forward_and_saves_no_fp32_activatio
     assert (count, mixed_count) == (5, 0)  # the input of the first norm and the sums of the others
 
 
+def test_weights_of_bfloat16_have_a_stream_of_bfloat16(device):
+    """As shards have them."""
+    losses = []
+    for model in (build(NORMS, device, **MIXED), build(NORMS, device, **MIXED).bfloat16()):
+        with torch.autocast(device, torch.bfloat16):
+            losses.append(model(*batch(device))[1])
+        losses[-1].backward()
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+
+
 def test_auto_is_mixed_for_our_norms_in_bfloat16_without_biases(device):
     def choose(spec=NORMS, dtype="bfloat16", bias=False):
         return build(spec, device, dtype, bias=bias).config.residual_dtype
