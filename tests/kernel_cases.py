@@ -27,7 +27,7 @@ def make(op: Op, dtype: torch.dtype, device: str, sample: dict[str, Any], seed: 
 
 
 def leaves(call: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """The call with every floating tensor a leaf that wants a gradient, its strides kept."""
+    """The same call, in which every floating tensor is a leaf that requires a gradient."""
     return {
         k: (v if dtype is None else v.to(dtype)).detach().requires_grad_() if floating(v) else v
         for k, v in call.items()

@@ -72,14 +72,14 @@ def test_rules(architecture, change, sentence):
     assert sentence in fault
 
 
-def test_waits_after_every_product_are_found():
+def test_waits_after_every_product_are_seen():
     product, wait = "HGMMA.64x64x16.F32.BF16", "WARPGROUP.DEPBAR.LE"
     assert waits_after_every_product([product, "MOV", wait, product, wait])
     assert not waits_after_every_product([product, wait, product, "MOV", product, wait])
     assert not waits_after_every_product(["HMMA.16816.F32.BF16", "HMMA.16816.F32.BF16"])
 
 
-def test_loops_are_found_in_sass():
+def test_loops_are_seen_in_sass():
     """A spill before the loop is outside, one between the label and the branch back to it inside."""
     sass = """
         /*0000*/                   STL [R1], R2 ;

@@ -64,7 +64,7 @@ def autocast(device, dtype):
     ids=str,
 )
 def test_loss_and_gradients_are_pytorchs_by_the_kernels_that_are_named(spec, dtype, options, device):
-    """Half precision is held to float32: twice as far from it as PyTorch's operations are, at most."""
+    """In half precision ours may be twice as far from float32 as PyTorch's operations are."""
     idx, targets = batch(device)
 
     def gradients(spec, dtype, **options):
