@@ -263,9 +263,9 @@ def test_a_low_temperature_takes_the_likeliest_token(temperature):
 
 
 def test_the_draw_in_float16_is_that_of_the_same_logits_in_float32():
-    logits = torch.randn(64, 8192, generator=torch.Generator().manual_seed(0)).half()
+    logits = torch.randn(20000, 41, generator=torch.Generator().manual_seed(0)).half()
     half, single = (
-        choose(x, Sampling(top_p=0.5), torch.Generator().manual_seed(1)) for x in (logits, logits.float())
+        choose(x, Sampling(0.3, top_k=30), torch.Generator().manual_seed(1)) for x in (logits, logits.float())
     )
     assert torch.equal(half, single)
 
