@@ -148,6 +148,16 @@ def test_output_is_the_same_without_gradients(op, device, poisoned):
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
+@every_op
+def test_cost_is_at_least_that_of_reading_the_arguments_and_writing_their_gradients(op):
+    for sample in op.benchmark_shapes:
+        call = op.make(**{"dtype": torch.bfloat16, "device": "meta"} | sample)
+        cost, read = op.cost(**call), sum(v.nbytes for v in call.values() if floating(v) and v.dim() > 1)
+        assert read <= cost.forward_bytes <= 3 * read
+        assert cost.backward_bytes >= read * op.differentiable
+        assert cost.backward_flops >= cost.forward_flops * op.differentiable
+
+
 QKV_LAYOUTS = {  # how qkv lies in memory, and whether a descriptor can read it
     "packed": (lambda x: x, True),
     "q, k, v one after another": (lambda x: torch.stack(x.unbind(2)).permute(1, 2, 0, 3, 4), True),

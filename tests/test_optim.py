@@ -87,7 +87,10 @@ def test_muon_steps_as_defined_and_the_rest_as_adamw_does():
         )
         mean = optimizer.state[p]["momentum_buffer"]
         torch.testing.assert_close(mean.double(), torch.cat(means[name]), rtol=1e-5, atol=1e-6)
-        assert optimizer.state[p].keys() == {"momentum_buffer"}
+    for each in (optimizer, adamw):
+        for group in each.param_groups:
+            names = {*each.moments(group)}
+            assert all(each.state[p].keys() - {"step"} == names for p in group["params"])
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
