@@ -97,7 +97,7 @@ for part in ${parts//,/ }; do
             workers=()
             $python -c "import xdist" 2>/dev/null && workers=(-n $(((processors + 1) / 2)))
             run tests 140 env TORCHINDUCTOR_COMPILE_THREADS=1 "${pytest[@]}" ${workers[@]+"${workers[@]}"} \
-                tests/test_model_kernels.py tests/test_kernels.py tests/test_gelu.py tests/test_kernels_bugs.py \
+                tests/test_model_kernels.py tests/test_kernels.py tests/test_kernels_bugs.py \
                 tests/test_kernels_checks.py &
             side+=($!) ;;
         warm)
