@@ -1,4 +1,4 @@
-"""What somebody meets who tries the project for the first time: hints, messages, wrong commands."""
+"""The first hour with the project: hints, error messages, commands that go wrong."""
 
 import os
 import signal
@@ -21,16 +21,16 @@ from train.view import Lines
 
 
 @pytest.fixture(autouse=True)
-def handlers_as_before():
-    """A training in this process listens to signals."""
+def restore_signal_handlers():
+    """A training in this process handles signals."""
     handlers = {number: signal.getsignal(number) for number in STOPPING}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def test_without_pytorch_each_program_says_how_to_install_it(tmp_path):
-    """A Python without site-packages is one without PyTorch."""
+def test_each_program_explains_how_to_install_pytorch(tmp_path):
+    """A Python without site-packages has no PyTorch."""
     for module in ("train", "train.plot", "train.prepare", "gpt.sample", "bench.kernels"):
         result = subprocess.run(
             [sys.executable, "-S", "-m", module],
@@ -47,12 +47,12 @@ def test_a_missing_package_is_one_sentence(monkeypatch, capsys):
 
 
 def printed_command(text):
-    """The flags of the first command of `python -m train` in a text."""
+    """The words after the first `python -m train` in a text."""
     line = next(line for line in text.splitlines() if " -m train " in line)
     return line.partition(" -m train ")[2].split()
 
 
-def test_the_command_of_a_stop_goes_on_and_that_of_the_end_trains_twice_as_long(
+def test_the_command_after_a_stop_resumes_and_the_one_at_the_end_doubles_the_run(
     workplace, monkeypatch, capsys
 ):
     def stop_at_2(view, record, left):
@@ -75,7 +75,7 @@ def test_the_command_of_a_stop_goes_on_and_that_of_the_end_trains_twice_as_long(
     assert "resumed out/ckpt.pt at step 8\n" in out and "done: out/ckpt.pt has made 16 steps" in out
 
 
-def test_fewer_steps_than_are_made_is_not_a_finished_run(workplace, capsys):
+def test_a_checkpoint_past_max_iters_is_not_a_finished_run(workplace, capsys):
     run("--max_iters=4")
     state = torch.load("out/ckpt.pt", weights_only=True)
     state["config"]["max_iters"] = 100
@@ -87,7 +87,7 @@ def test_fewer_steps_than_are_made_is_not_a_finished_run(workplace, capsys):
     assert printed_command(out)[1:] == ["--init_from=resume", "--max_iters=100"]
 
 
-def test_a_long_evaluation_shows_how_far_it_is(workplace, monkeypatch, capsys):
+def test_a_long_evaluation_prints_its_progress(workplace, monkeypatch, capsys):
     monkeypatch.setattr("train.view.PATIENCE", -1)
     _, out, _ = command(training.main, monkeypatch, capsys, *TINY, "--eval_only", "--eval_iters=3")
     lines = [line for line in out.splitlines() if line.startswith("evaluating")]
@@ -104,7 +104,7 @@ def test_ctrl_c_is_answered_at_once(workplace, monkeypatch, capfd):
     training.main()
 
 
-def test_training_without_data_names_the_command_that_prepares_them(tmp_path, monkeypatch, capsys):
+def test_training_without_data_names_the_command_that_prepares_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for flags, hint in (
         ([], "-m train.prepare openwebtext prepares it"),
@@ -115,19 +115,24 @@ def test_training_without_data_names_the_command_that_prepares_them(tmp_path, mo
         assert code == 1 and hint in err and "make quickstart" in err and err.count("\n") == 1
 
 
-def test_sampling_and_evaluation_take_the_folder_of_a_run(workplace, monkeypatch, capsys):
+def test_sampling_and_evaluation_take_the_folder_of_a_run_and_say_what_is_wrong(
+    workplace, monkeypatch, capsys
+):
     run("--max_iters=1", out_dir="out-mine")
     few = ["--num_samples=1", "--max_new_tokens=3", "--start=king", "--device=cpu"]
     code, out, _ = command(sample.main, monkeypatch, capsys, "out-mine", *few)
     assert code == 0 and out.startswith("king")
     code, out, _ = command(evaluate.main, monkeypatch, capsys, "out-mine", "--device=cpu")
     assert code == 0 and '"file": "data/tiny/val.bin"' in out
+    Path("prompts.txt").write_text("the king\n\nthe queen\n")
+    code, _, err = command(sample.main, monkeypatch, capsys, "out-mine", "--prompts=prompts.txt", *few[3:])
+    assert code == 1 and err.startswith("error: prompts.txt, line 2: the prompt is empty")
     for main in (sample.main, evaluate.main):
         code, _, err = command(main, monkeypatch, capsys)
         assert code == 1 and "there is no checkpoint out/ckpt.pt; the runs here are out-mine" in err
 
 
-def test_a_wrong_flag_has_the_same_answer_in_every_program(tmp_path, monkeypatch, capsys):
+def test_every_program_explains_a_wrong_flag_in_the_same_way(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for main, args, answer in (
         (training.main, ["--n_layers=3"], "there is no flag --n_layers (did you mean --n_layer?)"),
@@ -141,21 +146,13 @@ def test_a_wrong_flag_has_the_same_answer_in_every_program(tmp_path, monkeypatch
         assert code == 2 and err.startswith(f"error: {answer}") and err.count("\n") == 1, err
 
 
-def test_a_prompt_that_cannot_be_continued_is_named_by_its_file_and_line(workplace, monkeypatch, capsys):
-    run("--max_iters=1")
-    Path("prompts.txt").write_text("the king\n\nthe queen\n")
-    code, _, err = command(sample.main, monkeypatch, capsys, "--prompts=prompts.txt", "--device=cpu")
-    assert code == 1 and err.startswith("error: prompts.txt, line 2: the prompt is empty")
-
-
-@pytest.mark.parametrize("place", ["python", "below"])
-def test_a_printed_command_names_the_python_that_runs(tmp_path, monkeypatch, place):
+def test_a_printed_command_names_the_python_that_runs(tmp_path, monkeypatch):
     python = tmp_path / "env" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/sh\n")
     python.chmod(0o755)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setenv("PATH", str(python.parent) if place == "python" else "/nowhere")
-    expected = "python" if place == "python" else "env/bin/python"
-    assert cli.command("gpt.sample", "a b") == f"{expected} -m gpt.sample 'a b'"
+    for path, expected in ((str(python.parent), "python"), ("/nowhere", "env/bin/python")):
+        monkeypatch.setenv("PATH", path)
+        assert cli.command("gpt.sample", "a b") == f"{expected} -m gpt.sample 'a b'"
