@@ -172,26 +172,21 @@ def unknown(vocab_size: int, why: str) -> dict[str, Any]:
 
 def check(description: dict[str, Any], source: str | Path) -> None:
     """Raises ValueError when a description from `source` is not one of `to_dict` or `unknown`."""
-    kinds: dict[Any, dict[str, type]] = {
+    types: dict[str, dict[str, type]] = {
         "char": {"symbols": list},
         "gpt2": {},
         "json": {"vocab_size": int, "json": str},
         "unknown": {"vocab_size": int, "why": str},
     }
-    kind = description.get("kind")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"{source} has a tokenizer of an unknown kind, {kind!r}; update this project")
-    for key, expected in kinds[kind].items():
-        if type(description.get(key)) is not expected:
-            raise ValueError(f"{source}: its tokenizer's {key} must be of type {expected.__name__}")
-    if kind == "char" and not all(isinstance(symbol, str) for symbol in description["symbols"]):
-        raise ValueError(f"{source}: its tokenizer's symbols must be texts")
-    if description.get("vocab_size", 1) < 1:
-        raise ValueError(f"{source}: its tokenizer's vocab_size must be at least 1")
-    if kind == "json" and _json_vocab_size(description["json"], source) > description["vocab_size"]:
-        raise ValueError(
-            f"{source}: its tokenizer has more symbols than vocab_size={vocab_size(description)}"
-        )
+    with _problem(f"{source} has a tokenizer that this project does not know"):
+        for key, expected in types[description["kind"]].items():
+            if type(description[key]) is not expected:
+                raise TypeError(f"{key} must be of type {expected.__name__}")
+        if not all(isinstance(symbol, str) for symbol in description.get("symbols", [])):
+            raise TypeError("symbols must be texts")
+        n_ids = _json_vocab_size(description["json"], source) if description["kind"] == "json" else 1
+        if vocab_size(description) < n_ids:
+            raise ValueError(f"vocab_size={vocab_size(description)} must be at least {n_ids}")
 
 
 def vocab_size(description: dict[str, Any]) -> int:
