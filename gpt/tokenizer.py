@@ -95,7 +95,7 @@ class GPT2Tokenizer:
         return self.bpe.encode(text, allowed_special={"<|endoftext|>"})
 
     def encode_ordinary(self, text: str) -> NDArray[np.uint32]:
-        """For a corpus: `<|endoftext|>` in the text is text."""
+        """For a corpus: `<|endoftext|>` is text, since a web page may mention it without ending there."""
         return self.bpe.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -208,7 +208,7 @@ def name(description: dict[str, Any]) -> str:
 
 
 def fits(model: dict[str, Any], data: dict[str, Any]) -> bool:
-    """Whether the ids of data stand for the tokens of a model's tokenizer, as far as is known.
+    """Whether the ids in data are the same tokens to a model's tokenizer, as far as is known.
 
     A tokenizer that adds tokens to GPT-2's encoding fits GPT-2's data.
     """
