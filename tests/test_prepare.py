@@ -236,7 +236,8 @@ def test_the_files_of_a_folder_that_are_left_out_are_named(small_pieces, capsys)
         Path("texts", name).write_text("[]")
     assert documents.find("texts") == [Path("texts/a.txt")]
     assert capsys.readouterr().err == (
-        "texts: only .txt, .jsonl and .parquet are read; left out: 2 .json, 1 without an ending\n"
+        "texts: only .txt, .jsonl and .parquet are read; left out: 2 .json, 1 without an ending "
+        "(a glob takes them)\n"
     )
 
 

@@ -109,7 +109,8 @@ def _files_in(folder: Path) -> list[Path]:
     others = Counter(_kind(p) for p in paths if _kind(p) not in KINDS and not p.name.startswith("."))
     if others:
         counts = ", ".join(f"{n:,} {kind or 'without an ending'}" for kind, n in others.most_common())
-        print(f"{folder}: only .txt, .jsonl and .parquet are read; left out: {counts}", file=sys.stderr)
+        problem = f"{folder}: only .txt, .jsonl and .parquet are read; left out: {counts}"
+        print(f"{problem} (a glob takes them)", file=sys.stderr)
     return [p for p in paths if _kind(p) in KINDS]
 
 
