@@ -83,7 +83,7 @@ def is_hugging_face(source: str) -> bool:
 
 
 def hugging_face_tokenizer(name: str) -> dict[str, Any]:
-    """The tokenizer of one of OpenAI's GPT-2s or of a folder, by `to_dict`: unknown where it has none."""
+    """The tokenizer of one of OpenAI's GPT-2s or of a folder: unknown where it has none."""
     if not Path(name).is_dir():
         return {"kind": "gpt2"}
     rows = read_json(Path(name, "config.json")).get("vocab_size", 50257)
@@ -95,7 +95,7 @@ def hugging_face_tokenizer(name: str) -> dict[str, Any]:
 def load(
     source: str, device: str = "cpu", dtype: str = "bfloat16", **overrides: Any
 ) -> tuple[GPT, dict[str, Any]]:
-    """The model that `source` names, on `device`, and the tokenizer it was trained with, by `to_dict`.
+    """The model that `source` names, on `device`, and the description of the tokenizer it was trained with.
 
     `source` is the path of a ckpt.pt, of a run's folder, of a folder of Hugging Face's, or the name of one of
     OpenAI's GPT-2s; `dtype` is the precision that it will compute in, `overrides` are dropout and kernels.

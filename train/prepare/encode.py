@@ -28,7 +28,7 @@ Ids = NDArray[np.uint32]  # (tokens,)
 
 
 def describe_tokenizer(kind: str, corpus: Corpus) -> dict[str, Any]:
-    """The tokenizer that `kind` names, in the form of `Tokenizer.to_dict`. Raises ValueError and OSError.
+    """The description of the tokenizer that `kind` names. Raises ValueError and OSError.
 
     `kind` is gpt2, char (an id for each symbol of the corpus), the path of a tokenizer.json, or a Hugging
     Face folder that has a tokenizer.
@@ -40,7 +40,7 @@ def describe_tokenizer(kind: str, corpus: Corpus) -> dict[str, Any]:
         for split in (corpus.train, corpus.val):
             for piece in split.pieces():
                 symbols.update("\n" if piece is None else piece)  # a new line ends a document
-        return tokenizer.CharTokenizer(sorted(symbols)).to_dict()
+        return {"kind": "char", "symbols": sorted(symbols)}
     if Path(kind).is_dir():
         return tokenizer.describe_folder(Path(kind))
     if not Path(kind).is_file():
