@@ -89,10 +89,10 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
                 marks[mark] += (piece or "").count(mark)
             yield piece
 
-    with _making(folder), ExitStack() as files, ThreadPoolExecutor(workers) as pool:
+    with _making(folder), ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
         for name, split in (("train", corpus.train), ("val", corpus.val)):
             # The stack renames the first file last: once train.bin is there, everything is.
-            path = files.enter_context(atomic.replacing(folder / f"{name}.bin"))
+            path = stack.enter_context(atomic.replacing(folder / f"{name}.bin"))
             pieces = progress_bar(counting_marks(split.pieces()), str(folder / name), split.size, _size)
             ids = _map_in_order(pool, encode_batch, _batches(pieces), ahead=2 * workers)
             n_tokens, sha256 = _write(path, ids, dtype)
@@ -110,9 +110,7 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
         form = "one token each" if endoftext else f"text of {length} tokens each"
         print(f"the text has {end_mark} {n_marks:,} times: {form}")
         if is_token and not endoftext:
-            print(
-                "if it ends documents, remove the data and prepare it with --endoftext=True: one token each"
-            )
+            print("if it ends documents, remove the data and prepare it with --endoftext=True")
     if n_marks := marks[BYTE_ORDER_MARK]:
         print(f"the text has a byte-order mark (U+FEFF) in {n_marks:,} places, as where files were joined")
     return meta
