@@ -65,7 +65,7 @@ def test_the_command_of_a_stop_goes_on_and_that_of_the_end_trains_twice_as_long(
     assert code == 0 and "stopped by SIGINT after 4 steps: to resume from out/ckpt.pt:" in out
     code, out, _ = command(training.main, monkeypatch, capsys, *printed_command(out))
     assert code == 0 and "resumed out/ckpt.pt at step 4\n" in out and "iter 4:" in out
-    assert "done: out/ckpt.pt has made 8 steps" in out and "gpt.sample out\n" in out
+    assert "finished after 8 steps: out/ckpt.pt" in out and "gpt.sample out\n" in out
     longer = printed_command(out)
     assert longer[1:] == ["--init_from=resume", "--max_iters=16", "--lr_decay_iters=16"]
     code, out, _ = command(training.main, monkeypatch, capsys, *longer[:2])
