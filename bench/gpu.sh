@@ -19,7 +19,7 @@
 #   large      time the step of 350M, 774M and 1.5B
 #   generate   time prefill and decode
 #
-# It needs python with torch, triton, numpy and tyro, and for the tests pytest and better pytest-xdist; it needs no network.
+# It needs python with torch, triton and numpy, and for the tests pytest and better pytest-xdist; it needs no network.
 # PYTHON=... chooses the python. The results go to DIR (bench/results by default) as JSON files, named by GPU and commit,
 # beside one log. If the checkout has no .git, name the commit by --commit. A part that is done is not run again, so
 # repeat the command, with the same DIR, to finish a call that was cut short: `sweep` and the kernels go on where they stopped.
