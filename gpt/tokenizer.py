@@ -95,7 +95,7 @@ class GPT2Tokenizer:
         return self.bpe.encode(text, allowed_special={"<|endoftext|>"})
 
     def encode_ordinary(self, text: str) -> NDArray[np.uint32]:
-        """For a corpus: `<|endoftext|>` in the text is text."""
+        """For a corpus: `<|endoftext|>` is text, since a web page may mention it without ending there."""
         return self.bpe.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -172,26 +172,21 @@ def unknown(vocab_size: int, why: str) -> dict[str, Any]:
 
 def check(description: dict[str, Any], source: str | Path) -> None:
     """Raises ValueError when a description from `source` is not one of `to_dict` or `unknown`."""
-    kinds: dict[Any, dict[str, type]] = {
+    types: dict[str, dict[str, type]] = {
         "char": {"symbols": list},
         "gpt2": {},
         "json": {"vocab_size": int, "json": str},
         "unknown": {"vocab_size": int, "why": str},
     }
-    kind = description.get("kind")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"{source} has a tokenizer of an unknown kind, {kind!r}; update this project")
-    for key, expected in kinds[kind].items():
-        if type(description.get(key)) is not expected:
-            raise ValueError(f"{source}: its tokenizer's {key} must be of type {expected.__name__}")
-    if kind == "char" and not all(isinstance(symbol, str) for symbol in description["symbols"]):
-        raise ValueError(f"{source}: its tokenizer's symbols must be texts")
-    if description.get("vocab_size", 1) < 1:
-        raise ValueError(f"{source}: its tokenizer's vocab_size must be at least 1")
-    if kind == "json" and _json_vocab_size(description["json"], source) > description["vocab_size"]:
-        raise ValueError(
-            f"{source}: its tokenizer has more symbols than vocab_size={vocab_size(description)}"
-        )
+    with _problem(f"{source} has a tokenizer that this project does not know"):
+        for key, expected in types[description["kind"]].items():
+            if type(description[key]) is not expected:
+                raise TypeError(f"{key} must be of type {expected.__name__}")
+        if not all(isinstance(symbol, str) for symbol in description.get("symbols", [])):
+            raise TypeError("symbols must be texts")
+        n_ids = _json_vocab_size(description["json"], source) if description["kind"] == "json" else 1
+        if vocab_size(description) < n_ids:
+            raise ValueError(f"vocab_size={vocab_size(description)} must be at least {n_ids}")
 
 
 def vocab_size(description: dict[str, Any]) -> int:
@@ -213,7 +208,7 @@ def name(description: dict[str, Any]) -> str:
 
 
 def fits(model: dict[str, Any], data: dict[str, Any]) -> bool:
-    """Whether the ids of data stand for the tokens of a model's tokenizer, as far as is known.
+    """Whether the ids in data are the same tokens to a model's tokenizer, as far as is known.
 
     A tokenizer that adds tokens to GPT-2's encoding fits GPT-2's data.
     """

@@ -89,7 +89,7 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
                 marks[mark] += (piece or "").count(mark)
             yield piece
 
-    with _made(folder), ExitStack() as files, ThreadPoolExecutor(workers) as pool:
+    with _making(folder), ExitStack() as files, ThreadPoolExecutor(workers) as pool:
         for name, split in (("train", corpus.train), ("val", corpus.val)):
             # The stack renames the first file last: once train.bin is there, everything is.
             path = files.enter_context(atomic.replacing(folder / f"{name}.bin"))
@@ -119,7 +119,7 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
+def _making(folder: Path) -> Iterator[None]:
     """Makes `folder`. After an error inside, removes it again if it is empty."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
