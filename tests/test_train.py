@@ -137,9 +137,10 @@ def test_the_cosine_schedule_is_nanogpts():
     assert {learning_rate(it, constant) for it in (0, 5, 10**6)} == {constant.learning_rate}
 
 
-def test_wsd_warms_up_stays_and_comes_down():
-    sizes = dict(warmup_iters=10, lr_decay_iters=100, wsd_decay_iters=20, learning_rate=1.0, min_lr=0.1)
-    config = TrainConfig(schedule="wsd", **sizes)
+@pytest.mark.parametrize("wsd_decay_iters", [20, 0])
+def test_wsd_warms_up_stays_and_comes_down_over_a_fifth_by_default(wsd_decay_iters):
+    sizes = dict(warmup_iters=10, lr_decay_iters=100, learning_rate=1.0, min_lr=0.1)
+    config = TrainConfig(schedule="wsd", wsd_decay_iters=wsd_decay_iters, **sizes)
     rates = [learning_rate(it, config) for it in range(120)]
     assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
     assert set(rates[10:81]) == {1.0}
