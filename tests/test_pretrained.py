@@ -316,7 +316,7 @@ def test_a_model_that_computes_something_else_is_refused(folder):
     untied = GPT2LMHeadModel.from_pretrained("hf", tie_word_embeddings=False)
     untied.lm_head.weight = torch.nn.Parameter(untied.lm_head.weight + 1)
     untied.save_pretrained("untied")
-    with pytest.raises(ValueError, match="'untied' has an lm_head of its own"):
+    with pytest.raises(ValueError, match=r"'untied' has .*lm_head"):
         GPT.from_pretrained("untied", {})
 
 
