@@ -1,3 +1,3 @@
 """Measurements: nothing here is needed to train."""
 
-import gpt.model  # noqa: F401 - it says so where another package called kernels hides ours
+import gpt  # noqa: F401 - stops with a sentence if another package called kernels hides ours

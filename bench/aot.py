@@ -2,7 +2,7 @@
 
     python -m bench.aot                                 print registers, spills, shared memory, ...
     python -m bench.aot --check                         exit with 1 if a rule below is broken
-    python -m bench.aot --check --quick                 one build of a kernel for all but sm_90
+    python -m bench.aot --check --quick                 one build of a kernel; on sm_90 one of each path
     python -m bench.aot --only="sm_90 _attention_dq_kernel"
 
 The operations say what to build: `run_all` gets meta tensors, and `kernels.op.record` notes what it would
@@ -152,12 +152,16 @@ def builds() -> list[Build]:
 
 
 def first_of_each(every: list[Build]) -> list[Build]:
-    """All builds for the architecture that was measured, and one build of each kernel for the others."""
-    chosen: dict[tuple[Any, ...], Build] = {}
+    """One build of each kernel, and for the architecture that was measured one of each path through it."""
+    first: dict[tuple[Any, ...], Build] = {}
     for build in every:
-        rest = build.key if build.architecture == MEASURED else build.launch.kernel.__name__
-        chosen.setdefault((build.architecture, rest), build)
-    return list(chosen.values())
+        signature, constants, _ = build.source
+        # Types, absent arguments and flags choose the path; sizes do not.
+        path = [*signature.values(), *(v for v in constants.values() if v is None or isinstance(v, bool))]
+        measured = build.architecture == MEASURED
+        key = build.architecture, build.launch.kernel.__name__, str(path) if measured else ""
+        first.setdefault(key, build)
+    return list(first.values())
 
 
 def compile_build(build: Build) -> Figures:
@@ -319,7 +323,7 @@ class AotConfig:
     """Compile every kernel for every architecture: registers, spills, shared memory, tensor cores."""
 
     check: bool = False  # exit with 1 where a rule is broken
-    quick: bool = False  # one build of a kernel for every architecture but sm_90
+    quick: bool = False  # one build of each kernel, and on sm_90 one of each path through it
     only: str = ""  # only builds whose line has all of these words, such as "sm_90 _loss_kernel"
     jobs: int = os.cpu_count() or 1  # processes
 

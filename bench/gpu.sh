@@ -19,7 +19,7 @@
 #   large      time the step of 350M, 774M and 1.5B
 #   generate   time prefill and decode
 #
-# It needs python with torch, triton, numpy and tyro, and for the tests pytest and better pytest-xdist; it needs no network.
+# It needs python with torch, triton and numpy, and for the tests pytest and better pytest-xdist; it needs no network.
 # PYTHON=... chooses the python. The results go to DIR (bench/results by default) as JSON files, named by GPU and commit,
 # beside one log. If the checkout has no .git, name the commit by --commit. A part that is done is not run again, so
 # repeat the command, with the same DIR, to finish a call that was cut short: `sweep` and the kernels go on where they stopped.
@@ -97,7 +97,7 @@ for part in ${parts//,/ }; do
             workers=()
             $python -c "import xdist" 2>/dev/null && workers=(-n $(((processors + 1) / 2)))
             run tests 140 env TORCHINDUCTOR_COMPILE_THREADS=1 "${pytest[@]}" ${workers[@]+"${workers[@]}"} \
-                tests/test_model_kernels.py tests/test_kernels.py tests/test_gelu.py tests/test_kernels_bugs.py \
+                tests/test_model_kernels.py tests/test_kernels.py tests/test_kernels_bugs.py \
                 tests/test_kernels_checks.py &
             side+=($!) ;;
         warm)

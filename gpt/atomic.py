@@ -1,4 +1,4 @@
-"""A file is there whole or not at all, whatever happens while it is written."""
+"""Write files that appear complete or not at all, even after a crash."""
 
 import os
 import shutil
@@ -11,15 +11,15 @@ from gpt.reading import regular
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`, for the code inside to write to; at the end it becomes `path`.
+    """Yields a temporary path beside `path`, and renames it to `path` at the end.
 
-    Where the code inside fails, the temporary file is removed, and what `path` was before stays. It may be a
-    folder, where `path` is an empty one or not there. Raises OSError for a device and a pipe.
+    After an error inside, the temporary file is removed and `path` is as before. The temporary path may be
+    made a folder if `path` is an empty folder or not there. Raises OSError if `path` is a device or a pipe.
     """
     if path.exists() and not path.is_dir():
         regular(path)
     temporary = path.with_name(f"{path.name}.tmp")
-    # What a crash has left may be a second name of another file, which writing into it would change.
+    # A crash may have left it, even as a hard link to another file, which must not be written to.
     _remove(temporary)
     try:
         yield temporary
@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Replaces `path` by a file of this content; text is UTF-8."""
+    """Replaces `path` by a file with this content. Text is written as UTF-8."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -43,7 +43,7 @@ def _remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Makes what a file holds, or the names that a folder holds, outlive a power cut."""
+    """Makes the content of a file, or the names in a folder, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

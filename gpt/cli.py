@@ -105,7 +105,7 @@ def _setting(word: str, value: str | None, described: Mapping[str, Flag]) -> dic
         hint = f" (did you mean --{close[0]}?)" if close else ""
         raise ValueError(f"there is no flag {word}{hint}; --help lists them")
     if value is None:
-        raise ValueError(f"--{name} needs a value, as in --{name}={described[name].default}")
+        raise ValueError(f"--{name} needs a value: {described[name].help}")
     try:
         if described[name].type is not UserPath:  # names of files stay as the system gave them
             value = typed_text(value, sys.getfilesystemencoding())
@@ -377,6 +377,11 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def install(extra: str) -> str:
+    """The command that installs the packages of one of setup.py's extras."""
+    return command("pip", "install", "-e", f".[{extra}]")
+
+
 class IfSlow(threading.Timer):
     """Prints a line on a terminal where the code inside takes longer than five seconds."""
 
@@ -395,7 +400,7 @@ class IfSlow(threading.Timer):
 def command(module: str, *words: object) -> str:
     """A command of this project that can be pasted where this one was typed."""
     python = sys.executable
-    if shutil.which("python") == python:
+    if Path(shutil.which("python") or "").parent == Path(python).parent:  # torchrun's is python3
         python = "python"
     elif Path(python).is_relative_to(Path.cwd()):
         python = str(Path(python).relative_to(Path.cwd()))

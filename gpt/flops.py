@@ -1,9 +1,9 @@
-"""What a token costs, and what a GPU could give: the two halves of MFU (model FLOPs utilisation)."""
+"""The peak FLOP/s of GPUs, by which MFU (model FLOPs utilisation) is measured."""
 
-# Dense 16-bit tensor-core peak with fp32 accumulation, in TFLOP/s, as the vendor publishes it, halved
-# where that counts sparsity; for GeForce cards twice the fp32 rate. A100, H100 and H200 were compared
-# with a second source; the others were written from memory and want a check before they are quoted.
-# The longest name contained in the device's name counts, so "H100 PCIe" goes before "H100".
+# Dense 16-bit tensor-core peak with fp32 accumulation, in TFLOP/s, as the vendor publishes it; halved if the
+# vendor counts sparsity. For GeForce cards it is twice the fp32 rate. A100, H100 and H200 were compared with
+# a second source. The others were written from memory: check them before you quote them.
+# The longest name contained in the device's name is used, so "H100 PCIe" wins over "H100".
 PEAK_TFLOPS = {
     "V100": 125, "V100 PCIE": 112, "T4": 65,
     "A100": 312, "A800": 312, "A30": 165, "A40": 149.7, "A10": 125, "A10G": 70, "RTX A6000": 154.8,
@@ -20,24 +20,16 @@ PEAK_TFLOPS = {
 BEFORE_TF32 = {"V100", "V100 PCIE", "T4"}
 
 
-def flops_per_token(n_params: int, n_layer: int, n_embd: int, block_size: int) -> int:
-    """Floating-point operations of forward and backward for one token of a full context.
-
-    `n_params` counts without position embeddings. Source: PaLM, appendix B, https://arxiv.org/abs/2204.02311;
-    as nanoGPT counts: attention at full T x T, although the causal half is never computed.
-    """
-    return 6 * n_params + 12 * n_layer * n_embd * block_size
-
-
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """FLOP/s that a GPU (`torch.cuda.get_device_name()`) can give at most in `dtype`; None where unknown.
+    """The peak FLOP/s in `dtype` of a GPU, by its `torch.cuda.get_device_name()`. None if it is unknown.
 
-    "float32" is the TF32 peak, which is half the 16-bit one on every GPU that has it.
+    "float32" means TF32, which runs at half the 16-bit rate on every GPU that has it.
     """
-    if any(word in device_name for word in ("Laptop", "Max-Q", "MIG")):  # same names, other chips
+    # These have the names of faster GPUs.
+    if any(word in device_name for word in ("Laptop", "Max-Q", "MIG")):
         return None
-    words = device_name.replace("-", " ").split()
-    known = [name for name in PEAK_TFLOPS if _contains(words, name.split())]
+    words = device_name.replace("-", " ")
+    known = [name for name in PEAK_TFLOPS if f" {name} " in f" {words} "]
     if not known:
         return None
     name = max(known, key=len)
@@ -46,7 +38,3 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     if dtype == "bfloat16" and name in BEFORE_TF32:
         return None
     return PEAK_TFLOPS[name] * 1e12
-
-
-def _contains(words: list[str], name: list[str]) -> bool:
-    return any(words[i : i + len(name)] == name for i in range(len(words)))

@@ -1,4 +1,4 @@
-"""GPT-2 in the format of Hugging Face's transformers, in and out: a folder, or a name of OpenAI's models."""
+"""Reads and writes GPT-2 in the format of Hugging Face's transformers: a folder, or a model of OpenAI's."""
 
 import json
 from pathlib import Path
@@ -8,51 +8,58 @@ import torch
 
 from gpt import tokenizer
 from gpt.atomic import replacing
+from gpt.cli import install
 
 ACTIVATION = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # theirs -> ours
+# GPT-2 uses a Conv1D for these, whose weight is (in, out). A Linear has (out, in).
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-OWN_KEY = "tritongpt"  # in config.json: what a GPT2Config has no name for
-# Causal masks that older versions of transformers and nanoGPT have among the weights.
+# The key in config.json for options that GPT2Config lacks.
+OWN_KEY = "tritongpt"
+# Causal masks: older versions of transformers and nanoGPT save them with the weights.
 MASKS = (".attn.bias", ".attn.masked_bias")
 
 
 def read(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A GPT2LMHeadModel by name or folder: (fields of GPTConfig, weights by GPT's names, float32).
+    """A GPT2LMHeadModel by name or folder -> (fields of GPTConfig, float32 weights with GPT's names).
 
-    Raises ValueError for a model that is not a GPT-2, is not whole, or computes something else than GPT.
+    Raises ValueError for a model that is not a GPT-2, is incomplete, or computes something that GPT cannot.
     """
     try:
         from transformers import AutoConfig, GPT2LMHeadModel
     except ImportError:
-        raise ValueError(f"loading {name!r} needs the package transformers: pip install -e '.[hf]'") from None
+        raise ValueError(f"loading {name!r} needs the package transformers: {install('hf')}") from None
     try:
         c = AutoConfig.from_pretrained(name)
         if c.model_type != "gpt2":
-            raise ValueError(f"it is a {c.model_type}, and only GPT-2 is known here")
+            raise ValueError(f"it is a {c.model_type}; only GPT-2 is supported")
         loaded: Any = GPT2LMHeadModel.from_pretrained(
             name, config=c, dtype=torch.float32, output_loading_info=True
         )
         hf, info = loaded
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"it lacks {len(missing)} weights, {missing[0]} the first")
-    except Exception as error:  # transformers, safetensors and the hub each raise their own
+    except Exception as error:  # transformers, safetensors and the hub have their own exceptions
         hint = "" if Path(name).is_dir() else "; the path of a local folder works too"
-        raise ValueError(f"{name!r} could not be loaded: {_first_line(error)}{hint}") from None
-    known = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "layer_norm_epsilon": 1e-5}
-    for key, value in known.items():
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ValueError(f"{name!r} could not be loaded: {reason}{hint}") from None
+    required = {
+        "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "layer_norm_epsilon": 1e-5,
+    }  # fmt: skip
+    for key, value in required.items():
         if getattr(c, key) != value:
-            raise ValueError(f"{name!r} has {key}={getattr(c, key)}; only {value} is known here")
+            raise ValueError(f"{name!r} has {key}={getattr(c, key)}; only {value} is supported")
     if c.activation_function not in ACTIVATION:
         raise ValueError(
-            f"{name!r} has the activation {c.activation_function!r}; known: {', '.join(ACTIVATION)}"
+            f"{name!r} has the activation {c.activation_function!r}; supported: {', '.join(ACTIVATION)}"
         )
     weights = {
-        key: value.t() if key.endswith(CONV1D) else value  # GPT-2's Conv1D holds (in, out), Linear (out, in)
+        key: value.t() if key.endswith(CONV1D) else value
         for key, value in hf.state_dict().items()
         if not key.endswith(MASKS)
     }
     if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
-        raise ValueError(f"{name!r} has an lm_head of its own, and here it is tied to the embedding wte")
+        raise ValueError(f"{name!r} has an untied lm_head; GPT ties it to the embedding wte")
+    # GPT-2 always has biases. A model of ours without them was saved with zeros.
     ours = getattr(c, OWN_KEY, {"bias": True, "dropout": 0.0})
     biases = [key for key in weights if key.endswith(".bias")]
     has_bias = ours["bias"] or any(weights[key].any() for key in biases)
@@ -66,16 +73,16 @@ def read(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def write(
     config: dict[str, Any], weights: dict[str, torch.Tensor], described: dict[str, Any], folder: Path
 ) -> None:
-    """Writes a GPT's `config` and `weights` as a folder, with the tokenizer that `described` is.
+    """Writes a GPT's `config` and `weights` and the tokenizer `described` as a folder.
 
-    GPT-2 has biases everywhere; a model without gets zeros, and is read back without. Raises ValueError,
-    OSError.
+    GPT-2 always has biases, so a model without them gets zeros; `read` leaves them out again. Raises
+    ValueError, OSError.
     """
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
-        raise ValueError("writing a Hugging Face folder needs safetensors: pip install -e '.[hf]'") from None
+        raise ValueError(f"writing a Hugging Face folder needs safetensors: {install('hf')}") from None
     end = tokenizer.GPT2_END_OF_TEXT if described["kind"] == "gpt2" else None
     if described["kind"] == "json" and (own := tokenizer.end_of_text(described["json"])):
         end = own[1]
@@ -93,13 +100,13 @@ def write(
     weights = {
         key: (value.t() if key.endswith(CONV1D) else value).cpu().contiguous()
         for key, value in weights.items()
-        if key != "lm_head.weight"  # tied, which safetensors refuses to hold twice
+        if key != "lm_head.weight"  # tied to wte, and safetensors refuses to save a tensor twice
     }
     if not config["bias"]:
         norms_and_linears = [key for key in weights if not key.endswith(("wte.weight", "wpe.weight"))]
-        for key in norms_and_linears:  # the last dimension is the output's: Conv1D's is (in, out)
+        for key in norms_and_linears:  # Conv1D's weight is (in, out), so the bias has its last size
             weights[key.removesuffix("weight") + "bias"] = torch.zeros(weights[key].shape[-1])
-    # Before anything is written: the tokenizer may have to be fetched. An unknown one has no files.
+    # The tokenizer may have to be downloaded: do that before writing anything. An unknown one has no files.
     files = _tokenizer_files(described) if described["kind"] != "unknown" else {}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as temporary:
@@ -110,11 +117,11 @@ def write(
         try:
             save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"not all of {folder} could be written; is the disk full? {error}") from None
+            raise OSError(f"{folder} could not be written completely; is the disk full? {error}") from None
 
 
 def _tokenizer_files(described: dict[str, Any]) -> dict[str, bytes]:
-    """What `transformers.AutoTokenizer` opens."""
+    """The files that `transformers.AutoTokenizer` reads."""
     settings: dict[str, Any] = {"clean_up_tokenization_spaces": False}
     if described["kind"] == "gpt2":
         settings |= {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
@@ -139,7 +146,3 @@ def _tokenizer_files(described: dict[str, Any]) -> dict[str, bytes]:
         }  # fmt: skip
         files = {"tokenizer.json": json.dumps(content, ensure_ascii=False).encode()}
     return files | {"tokenizer_config.json": json.dumps(settings).encode()}
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200]

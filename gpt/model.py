@@ -1,12 +1,14 @@
-"""GPT-2, with the operations of `kernels` behind it.
+"""GPT-2, computed by the operations in kernels/.
 
-    B  batch        T  tokens in a sequence     C  n_embd, width of the residual stream
-    H  heads        D  C / H, width of a head   V  vocabulary
+    B  batch size     T  tokens in a sequence     C  n_embd, the width of the residual stream
+    H  heads          D  C / H, the head size     V  vocabulary size
 
-Names, shapes, initialisation and state-dict keys are nanoGPT's, so weights go both ways, and the same seed
-gives the same initial bits. What differs: the residual add is fused with the LayerNorm that follows it
-(each Block hands on the stream and an update still to be added), attention reads the packed projection (B,
-T, 3, H, D) as it is, and the training loss is computed without returning logits.
+Names, shapes, initialisation and state-dict keys are nanoGPT's: it can load our weights and we can load its,
+and the same seed gives the same initial bits. Three things differ, all for speed:
+
+- The residual add is fused with the LayerNorm that follows it; see Block.
+- Attention reads q, k and v where the projection wrote them, as one tensor (B, T, 3, H, D).
+- The training loss is computed without storing the logits, (B, T, V).
 
 References: Radford et al., 2019 (GPT-2); https://github.com/karpathy/nanoGPT; Press and Wolf, 2017,
 https://arxiv.org/abs/1608.05859 (tied embeddings); Henry et al., 2020, https://arxiv.org/abs/2010.04245, and
@@ -14,9 +16,7 @@ Dehghani et al., 2023, https://arxiv.org/abs/2302.05442 (qk_norm; RMSNorm withou
 https://github.com/KellerJordan/modded-nanogpt).
 """
 
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,63 +28,50 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import kernels
 from gpt import hugging_face
 from gpt.device import DTYPES
-from gpt.flops import flops_per_token, peak_flops
+from gpt.flops import peak_flops
 from gpt.sampling import Sampling, check_drawn, choose
-
-# Hugging Face has a package of this name; whichever Python finds first is the one.
-try:
-    import kernels
-
-    other = "" if hasattr(kernels, "OPS") else next(iter(kernels.__path__))
-except Exception:  # what the other package imports may be missing
-    spec = importlib.util.find_spec("kernels")
-    other = str(Path(spec.origin).parent) if spec and spec.origin else ""
-    if other in ("", str(Path(__file__).parents[1] / "kernels")):
-        raise
-if other:
-    sys.exit(
-        f"error: the package kernels in {other} is not this project's, and hides it; "
-        "move that folder away or `pip uninstall kernels`, then `pip install -e .` in this project again"
-    )
 from kernels.op import autocast_dtype
 
 Residual = Union[Tensor, "Stream"]  # the residual stream, (B, T, C)
 Attend = Callable[[Tensor], Tensor]  # qkv (B, T, 3, H, D) -> (B, T, H, D)
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> the `approximate` of F.gelu
-# Fields of GPTConfig that a run chooses. The others are the model's: a checkpoint or a folder has them.
+# Fields of GPTConfig that each run chooses. The others define the model and are saved with its weights.
 RUN_OPTIONS = ("dropout", "kernels", "activation_checkpointing", "residual_dtype")
 
 
 @dataclass
 class GPTConfig:
     block_size: int = 1024  # longest sequence, in tokens
-    vocab_size: int | None = 50304  # symbols; GPT-2's 50257 padded to a multiple of 64. None: as the data has
+    vocab_size: int | None = (
+        50304  # GPT-2's 50257 symbols, padded to a multiple of 64; None: that of the data
+    )
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads; divides n_embd
     n_embd: int = 768  # width of the residual stream
-    dropout: float = 0.0  # probability of dropping; 0 for pretraining, 0.1 and more for fine-tuning
-    bias: bool = True  # biases in Linear and LayerNorm layers, as GPT-2; without is a bit better and faster
+    dropout: float = 0.0  # dropout probability: 0 for pretraining, 0.1 or more for fine-tuning
+    bias: bool = True  # biases in Linear and LayerNorm, as in GPT-2; False is a bit better and faster
     activation: str = "gelu"  # gelu (erf, nanoGPT's) or gelu_tanh (OpenAI's and Hugging Face's GPT-2)
-    qk_norm: bool = False  # queries and keys of each head normalised to a root mean square of 1
-    kernels: str = "auto"  # who computes: auto, triton, torch, or with exceptions: triton,attention=torch
-    activation_checkpointing: bool = False  # blocks keep their input only and compute the rest once more
-    residual_dtype: str = "auto"  # float32, mixed (its gradient in bfloat16), bfloat16; auto: mixed if faster
+    qk_norm: bool = False  # normalise the queries and keys of each head to a root mean square of 1
+    kernels: str = "auto"  # implementation: auto, triton, torch, or with exceptions: triton,attention=torch
+    activation_checkpointing: bool = False  # blocks keep only their input and recompute the rest in backward
+    residual_dtype: str = "auto"  # float32, mixed (gradient in bfloat16), bfloat16; auto: mixed if faster
 
 
 class Stream(NamedTuple):
-    """A residual stream in fp32 whose gradient is bfloat16.
+    """A residual stream in fp32 whose gradient is bfloat16: half the bytes to read and write in backward.
 
-    Autograd gives a gradient the dtype of its tensor, so a second tensor, the carrier, receives it.
+    Autograd gives a gradient the dtype of its tensor. So the gradient goes to a second tensor, the carrier.
     """
 
     value: Tensor  # (B, T, C) fp32, without a gradient
-    carrier: Tensor  # (B, T, C) bfloat16; nobody reads its values
+    carrier: Tensor  # (B, T, C) bfloat16; its values are never read
 
 
 class LayerNorm(nn.Module):
-    """Adds an update to the residual stream and normalises the sum; the bias is optional."""
+    """Adds an update to the residual stream and normalises the sum. The bias is optional."""
 
     def __init__(self, config: GPTConfig, ops: kernels.Kernels):
         super().__init__()
@@ -93,7 +80,7 @@ class LayerNorm(nn.Module):
         self.ops = ops
 
     def forward(self, residual: Residual, update: Tensor | None) -> tuple[Tensor, Residual]:
-        """(B, T, C) each -> (normed, the residual stream with the update added)."""
+        """(B, T, C) each -> (norm(residual + update), residual + update)."""
         if isinstance(residual, Stream):
             normed, *stream = self.ops.add_layer_norm_mixed(update, *residual, self.weight)
             return normed, Stream(*stream)
@@ -105,6 +92,7 @@ class LayerNorm(nn.Module):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, ops: kernels.Kernels):
         super().__init__()
+        # One matrix for the queries, keys and values of all heads.
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head = config.n_head
@@ -116,9 +104,12 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         if self.qk_norm:
-            # q and k get the length sqrt(D): no score grows beyond it, so that no head saturates.
+            # q and k get the length sqrt(D). With the usual factor 1 / sqrt(D), scores stay within
+            # +-sqrt(D), so the softmax of a head cannot saturate.
             qk = F.rms_norm(qkv[:, :, :2], qkv.shape[-1:], eps=1e-5).type_as(qkv)
             qkv = torch.cat((qk, qkv[:, :, 2:]), dim=2)
+        # Each position attends to itself and to those before it. Generation brings its own `attend`, which
+        # reads a cache of earlier keys and values.
         if attend is not None:
             y = attend(qkv)
         else:
@@ -141,6 +132,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """A pre-norm block:
+
+        h = x + attn(ln_1(x))
+        y = h + mlp(ln_2(h))
+
+    One kernel computes an addition and the norm that follows it, in one pass over memory instead of two. The
+    last addition of a block goes with the first norm of the next. So x comes as two tensors that are still
+    to be added, x = residual + update, and y is returned in the same way.
+    """
+
     def __init__(self, config: GPTConfig, ops: kernels.Kernels):
         super().__init__()
         self.ln_1 = LayerNorm(config, ops)
@@ -151,17 +152,17 @@ class Block(nn.Module):
     def forward(
         self, residual: Residual, update: Tensor | None, attend: Attend | None = None
     ) -> tuple[Residual, Tensor]:
-        """(B, T, C) each -> (the residual stream, the update to add to it); both halves are pre-norm."""
-        x, residual = self.ln_1(residual, update)
-        x, residual = self.ln_2(residual, self.attn(x, attend))
-        return residual, self.mlp(x)
+        """(residual, update) of x, (B, T, C) each -> (residual, update) of y."""
+        normed, x = self.ln_1(residual, update)
+        normed, h = self.ln_2(x, self.attn(normed, attend))
+        return h, self.mlp(normed)
 
 
 class Transformer(nn.Module):
-    """All but the last layer: token ids (B, T) to (B, T, C).
+    """All but the head: token ids (B, T) -> (B, T, C).
 
-    In generation `position` (B, T) and, for each block, `attend` say where the tokens stand and what they
-    see; without them a sequence starts at 0 and sees itself.
+    Generation gives the `position` (B, T) of each token in its sequence, and an `attend` for each block.
+    By default the tokens are a whole sequence, from position 0 on.
     """
 
     def __init__(self, config: GPTConfig, ops: kernels.Kernels):
@@ -179,34 +180,35 @@ class Transformer(nn.Module):
     def forward(
         self, idx: Tensor, position: Tensor | None = None, attend: Sequence[Attend] | None = None
     ) -> Tensor:
-        # Positions 0, 1, 2, ... are the first rows of wpe. Their gradient is a sum over the batch.
+        # Positions 0, 1, 2, ... are the first rows of wpe. The gradient of a slice is a plain sum over the
+        # batch, where that of an embedding is scattered row by row.
         positions = self.wpe.weight[: idx.size(1)] if position is None else self.wpe(position)
         x = self.drop(self.ops.embedding(idx, self.wte.weight) + positions)
         residual, update = self._start_of_stream(x), None
         for i, block in enumerate(self.h):
-            how = None if attend is None else attend[i]
+            arguments = residual, update, None if attend is None else attend[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                residual, update = checkpoint(block, residual, update, how, use_reentrant=False)
+                residual, update = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                residual, update = block(residual, update, how)
+                residual, update = block(*arguments)
         x, _ = self.ln_f(residual, update)
         return x
 
     def _start_of_stream(self, x: Tensor) -> Residual:
-        """Turns the embeddings into the residual stream. Outside of bfloat16 autocast they are it."""
-        if self.residual_dtype == "float32" or x.dtype != torch.float32:
-            return x
-        if autocast_dtype(x) != torch.bfloat16:
+        """The embeddings x (B, T, C) in the dtype of the residual stream."""
+        # Without bfloat16 autocast, the stream has the dtype of the weights.
+        is_mixed_precision = x.dtype == torch.float32 and autocast_dtype(x) == torch.bfloat16
+        if self.residual_dtype == "float32" or not is_mixed_precision:
             return x
         half = x.to(torch.bfloat16)
         if self.residual_dtype == "bfloat16":
             return half
-        # A mixed stream differs from a fp32 one in its gradient only.
+        # A mixed stream differs from a float32 one in its gradient only.
         return Stream(x.detach(), half) if torch.is_grad_enabled() else x
 
 
 def choose_residual_dtype(config: GPTConfig, dtype: str, ops: kernels.Kernels) -> str:
-    """The residual_dtype of a model that computes in `dtype`. Raises ValueError if the two do not agree."""
+    """The residual_dtype of a model that computes in `dtype`. Raises ValueError if it cannot have that."""
     chosen = config.residual_dtype
     if chosen == "auto":
         triton_norms = ops.add_layer_norm_mixed is kernels.add_layer_norm_mixed
@@ -221,37 +223,36 @@ def choose_residual_dtype(config: GPTConfig, dtype: str, ops: kernels.Kernels) -
 
 
 class GPT(nn.Module):
-    """The language model. `kernels="auto"` means what is fastest on `device`, where the model is to live.
+    """The language model.
 
-    `dtype` is the precision that it will compute in: "float32", "bfloat16" or "float16". In `self.config`,
-    kernels names the operations that were chosen, and residual_dtype what auto stands for.
+    `for_device` and `dtype` ("float32", "bfloat16" or "float16") say where and in which precision the model
+    will compute: they decide what kernels="auto" and residual_dtype="auto" stand for, which `self.config`
+    then has. The weights are created on the CPU in float32: move the model with `.to(device)`, and compute
+    under autocast.
     """
 
-    def __init__(self, config: GPTConfig, device: str = "cpu", dtype: str = "bfloat16"):
+    def __init__(self, config: GPTConfig, for_device: str = "cpu", dtype: str = "bfloat16"):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("vocab_size is not set: give the number of symbols, such as 50304")
         if config.n_embd % config.n_head:
-            raise ValueError(
-                f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}: "
-                f"{config.n_embd % config.n_head} of the width would be left over"
-            )
+            raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
         if config.activation not in ACTIVATIONS:
             raise ValueError(f"activation={config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        # A head size that the chosen attention does not take is refused here, not in the first step.
+        # Refuses a head size that the chosen attention cannot compute: now, not in the first step.
         head_size = config.n_embd // config.n_head
-        self.ops = kernels.load(config.kernels, device, head_size, DTYPES[dtype])
-        self.config = replace(
-            config, kernels=self.ops.spec, residual_dtype=choose_residual_dtype(config, dtype, self.ops)
-        )
+        self.ops = kernels.load(config.kernels, for_device, head_size, DTYPES[dtype])
+        residual_dtype = choose_residual_dtype(config, dtype, self.ops)
+        self.config = replace(config, kernels=self.ops.spec, residual_dtype=residual_dtype)
         self.transformer = Transformer(self.config, self.ops)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # Tied: a token's embedding is its row of the head as well, which predicts better, and saves 38M
-        # parameters beside the 124M.
+        # Weight tying: a token's embedding is also its row of the head. It predicts better, and the smallest
+        # GPT-2 would have 38M more parameters than its 124M without it.
         self.transformer.wte.weight = self.lm_head.weight
 
         self.apply(self._init_weights)
-        # GPT-2: the stream is a sum of 2 n_layer outputs, so each starts smaller by the root of that.
+        # As in GPT-2: the residual stream is a sum of 2 n_layer outputs, two per block. Each starts smaller
+        # by sqrt(2 n_layer), so the sum has the same variance at any depth.
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -270,27 +271,29 @@ class GPT(nn.Module):
         return_logits: bool = False,
         reduction: Literal["mean", "none"] = "mean",
     ) -> tuple[Tensor | None, Tensor | None]:
-        """idx (B, T) int64 token ids, targets (B, T) the ids that follow or -1 where nothing is to be learnt.
+        """idx (B, T) are int64 token ids; targets (B, T) are the ids that follow, or -1 for no loss there.
 
-        Returns (logits, loss). With targets, the loss is their mean cross-entropy in nats, or with
-        reduction="none" that of each, (B, T), 0 where the target is -1. The logits (B, T, V) come only on
-        request: the fused loss never forms them. Without targets, the logits are those of the last position,
-        (B, 1, V), and the loss is None.
+        Returns (logits, loss). With targets, the loss is the mean cross-entropy in nats. With
+        reduction="none" it has one value per target, (B, T), 0 where the target is -1. The logits are None
+        unless return_logits asks for them, (B, T, V). Without targets, the logits are those of the last
+        position, (B, 1, V), and the loss is None.
         """
         T = idx.size(1)
         if self.config.block_size < T:
             raise ValueError(f"a sequence of {T} tokens does not fit block_size={self.config.block_size}")
         x = self.transformer(idx)  # (B, T, C)
         if targets is None:
+            # Generation needs the last position only. [-1] instead of -1 keeps the dimension T.
             return self.lm_head(x[:, [-1], :]), None
-        how: dict[str, Any] = {"ignore_index": -1, "reduction": reduction}
+        options: dict[str, Any] = {"ignore_index": -1, "reduction": reduction}
         logits = None
         if return_logits:
             logits = self.lm_head(x)
-            loss = self.ops.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), **how)
+            loss = self.ops.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), **options)
         else:
+            # The fused loss computes the logits in chunks: all of them would be the largest tensor by far.
             rows, weight = x.view(-1, x.size(-1)), self.lm_head.weight
-            loss = self.ops.linear_cross_entropy(rows, weight, targets.reshape(-1), **how)
+            loss = self.ops.linear_cross_entropy(rows, weight, targets.reshape(-1), **options)
         return logits, loss if reduction == "mean" else loss.view_as(targets)
 
     def get_num_params(self, non_embedding: bool = True) -> int:
@@ -299,7 +302,7 @@ class GPT(nn.Module):
         return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
 
     def crop_block_size(self, block_size: int) -> None:
-        """Makes the longest sequence shorter, in place."""
+        """Shortens the context in place: position embeddings beyond `block_size` are dropped."""
         if block_size > self.config.block_size:
             raise ValueError(f"cannot crop block_size={self.config.block_size} to the larger {block_size}")
         self.config.block_size = block_size
@@ -315,10 +318,10 @@ class GPT(nn.Module):
         device: str = "cpu",
         dtype: str = "bfloat16",
     ) -> "GPT":
-        """OpenAI's GPT-2 by its Hugging Face name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or folder.
+        """Loads a GPT-2 by its Hugging Face name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or folder.
 
-        On `device`, in float32, with the GELU it was trained with: the same logits. RUN_OPTIONS may be
-        overridden. Needs `transformers` (the extra [hf]). Raises ValueError.
+        Returns the model on `device`, in float32, with the logits that transformers computes. `override_args`
+        may set RUN_OPTIONS. Needs `transformers` (the extra [hf]). Raises ValueError.
         """
         override_args = override_args or {}
         if not override_args.keys() <= set(RUN_OPTIONS):
@@ -329,36 +332,44 @@ class GPT(nn.Module):
         return model.to(device)
 
     def load_weights(self, weights: dict[str, Tensor], source: str | Path) -> None:
-        """Copies `weights`, which are from `source`. Raises ValueError naming the first that does not fit."""
+        """Copies `weights` into the model. A ValueError names the first that does not fit."""
         own = self.state_dict()
         for name in sorted(own.keys() | weights.keys()):
-            have, want = (tuple(d[name].shape) if name in d else "missing" for d in (weights, own))
-            if have != want:
-                raise ValueError(f"{source} does not fit the model: {name} is {have} there and {want} here")
+            there, here = (tuple(d[name].shape) if name in d else "missing" for d in (weights, own))
+            if there != here:
+                raise ValueError(f"{source} does not fit the model: {name} is {there} there and {here} here")
         self.load_state_dict(weights)
 
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
     ) -> torch.optim.AdamW:
-        """AdamW in nanoGPT's two groups: tensors of two and more dimensions are decayed, the rest not."""
+        """AdamW in nanoGPT's two groups."""
+        # Matrices and embeddings are decayed. Norms and biases are not: decay would only pull the gain of a
+        # norm away from 1.
         params = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        # Decay is for what multiplies: it would only pull a bias or the gain of a norm away from its value.
+        # One kernel for all tensors, instead of several launches for each.
         fused = device_type in ("cuda", "cpu")
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     def flops_per_token(self) -> int:
-        """Forward and backward FLOPs of one token, by nanoGPT's formula."""
+        """FLOPs of forward and backward for one token, as nanoGPT and PaLM count them.
+
+        See appendix B of https://arxiv.org/abs/2204.02311.
+        """
+        # A parameter takes one multiply-add in forward (2 FLOPs) and two in backward: 6. In attention, each
+        # of T positions takes 2 C multiply-adds per layer, for its score and its value: 12 C with backward.
+        # The full T x T matrix counts, although half of it is masked.
         c = self.config
-        return flops_per_token(self.get_num_params(), c.n_layer, c.n_embd, c.block_size)
+        return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
     def estimate_mfu(self, fwdbwd_per_iter: int, dt: float, dtype: str = "bfloat16") -> float | None:
-        """Share of the GPU's own peak in `dtype` used by `fwdbwd_per_iter` sequences in `dt` seconds.
+        """Model FLOPs utilisation: the model's FLOPs per second as a share of the GPU's peak in `dtype`.
 
-        None where the peak is unknown, as on a CPU.
+        `fwdbwd_per_iter` sequences take `dt` seconds. Returns None if the peak is unknown, as on a CPU.
         """
         device = self.lm_head.weight.device
         if device.type != "cuda":
@@ -377,17 +388,17 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
         top_p: float | None = None,
     ) -> Tensor:
-        """Continues idx (B, T) by `max_new_tokens` sampled ids -> (B, T + max_new_tokens).
+        """Appends `max_new_tokens` sampled ids to idx (B, T) -> (B, T + max_new_tokens).
 
-        As in nanoGPT, every token costs a pass over all before it; `gpt.generate.stream` draws the same
-        tokens with a cache, and is what to use. Put the model into eval mode first. Raises ValueError where
-        the logits are not finite.
+        This is nanoGPT's loop: short, but each new token recomputes all tokens before it. Sampling uses
+        `gpt.generate.stream`, which draws the same tokens with a cache. Call model.eval() first. Raises
+        ValueError if the logits are not finite.
         """
         sampling = Sampling(temperature, top_k, top_p)
         for _ in range(max_new_tokens):
-            # The model sees at most block_size tokens; the logits are those of the last.
+            # The model sees at most block_size tokens.
             logits, _ = self(idx[:, -self.config.block_size :])
-            drawn = choose(logits[:, -1], sampling, generator)
-            check_drawn(drawn)
-            idx = torch.cat((idx, drawn[:, None]), dim=1)
+            next_ids = choose(logits[:, -1], sampling, generator)
+            check_drawn(next_ids)
+            idx = torch.cat((idx, next_ids[:, None]), dim=1)
         return idx

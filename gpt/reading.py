@@ -1,17 +1,26 @@
-"""Files that others have written: refused with a sentence where they cannot be read, and never waited for."""
+"""Read files that others have written. A bad file raises an error of one plain sentence."""
 
 import codecs
+import gzip
 import json
 import stat
-from io import BytesIO, TextIOWrapper
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+# The first bytes of compressed files.
+MAGIC = {
+    "gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ", "bzip2": b"BZh", "zip": b"PK\3\4",
+}  # fmt: skip
 
 
 def regular(path: Path) -> Path:
-    """Returns `path`, for every reader to open. Raises OSError for anything but a regular file.
+    """Returns `path`. Raises OSError for a folder, a pipe and a device.
 
-    A pipe makes its reader wait, perhaps forever, and a device may never end.
+    Reading a pipe may wait forever, and a device may have no end.
     """
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
@@ -21,10 +30,50 @@ def regular(path: Path) -> Path:
     return path
 
 
-def text_encoding(head: bytes) -> str:
-    """How a text that begins with these bytes is read: by its byte-order mark, else as UTF-8.
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Opens a text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Decompresses .gz.
 
-    Editors on Windows put the mark there; all of these encodings leave it out of the text.
+    Raises OSError, and ValueError for bytes that are not such a text, also while the code inside reads.
+    """
+    open_file: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with open_file(path, "rb") as f:
+            encoding = _encoding(path, f.read(1 << 12))
+        with TextIOWrapper(open_file(path, "rb"), encoding) as f:
+            try:
+                yield f
+            except UnicodeDecodeError as error:
+                byte = f.buffer.tell() - len(error.object) + error.start
+                raise ValueError(
+                    f"{path} is not {encoding_name(f.encoding)} text: byte {byte:,} cannot be read; "
+                    "convert it to UTF-8"
+                ) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not a whole .gz file: {error}") from None
+
+
+def _encoding(path: Path, head: bytes) -> str:
+    """The encoding of a text file that begins with `head`. Raises ValueError for what is not a text."""
+    for kind, magic in MAGIC.items():
+        if head.startswith(magic):
+            raise ValueError(f"{path} is compressed ({kind}): decompress it, or compress it as FILE.txt.gz")
+    encoding = text_encoding(head)
+    n_zeros = head.count(0)
+    if encoding == "utf-8-sig" and n_zeros > len(head) // 4:
+        # Latin text has a 0 in half of its bytes in UTF-16, and in three quarters in UTF-32.
+        name = ("UTF-32" if n_zeros > 5 * len(head) // 8 else "UTF-16") + ("LE" if head[0] else "BE")
+        raise ValueError(
+            f"{path} is not UTF-8 text: {n_zeros:,} of its first {len(head):,} bytes are 0, as in {name}; "
+            f"convert it: iconv -f {name} -t UTF-8"
+        )
+    return encoding
+
+
+def text_encoding(head: bytes) -> str:
+    """The encoding of a text that begins with `head`: by its byte-order mark, or UTF-8.
+
+    Editors on Windows write the mark. Reading with these encodings leaves it out of the text.
     """
     # UTF-32's mark in little-endian order begins with UTF-16's.
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
@@ -37,24 +86,17 @@ def encoding_name(encoding: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file that somebody wrote, without a byte-order mark. Raises ValueError, OSError."""
-    content = regular(path).read_bytes()
-    encoding = text_encoding(content)
-    try:
-        return TextIOWrapper(BytesIO(content), encoding).read()
-    except UnicodeError as error:
-        where = f"byte {error.start:,}" if isinstance(error, UnicodeDecodeError) else "its beginning"
-        raise ValueError(
-            f"{path} is not {encoding_name(encoding)} text: {where} cannot be read; convert it to UTF-8"
-        ) from None
+    """The whole of a text file. Raises ValueError, OSError."""
+    with open_text(regular(path)) as f:
+        return f.read()
 
 
-def parse_json(text: str, where: str | Path) -> Any:
-    """The value of a JSON text, which is from `where`. Raises ValueError."""
+def parse_json(text: str, source: str | Path) -> Any:
+    """The value of a JSON text from `source`. Raises ValueError."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON that can be read: {error}") from None
+        raise ValueError(f"{source} is not JSON that can be read: {error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ TINY = """
 """.split()
 FORKS = multiprocessing.get_context("forkserver")
 # The last two are imported late: by the first optimizer and by the command line.
-FORKS.set_forkserver_preload(["tests.runs", "train.__main__", "train.evaluate", "torch._dynamo", "tyro"])
+FORKS.set_forkserver_preload(["tests.runs", "train.__main__", "train.evaluate", "torch._dynamo"])
 
 
 def surroundings(**more: str) -> dict[str, str]:

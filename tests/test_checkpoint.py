@@ -131,7 +131,7 @@ def test_what_is_not_a_checkpoint_is_refused_and_the_key_is_named(workplace):
     assert not Path("executed").exists()
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint tuned/ckpt\.pt"):
         run("--init_from=resume", out_dir="tuned")
-    with pytest.raises(ValueError, match="init_from='scrath' is none of scratch, resume"):
+    with pytest.raises(ValueError, match="init_from='scrath' must be scratch, resume"):
         run("--init_from=scrath", out_dir="tuned")
 
 

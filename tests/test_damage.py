@@ -31,7 +31,7 @@ from train.config import TrainConfig, parse
 from train.data import Split, preflight
 from train.optim import optimizer_for
 from train.prepare import documents
-from train.prepare.__main__ import prepare
+from train.prepare.encode import encode
 
 ROUNDS = int(os.environ.get("ROUNDS", "25"))
 ODD = [None, True, -1, 0, 2.5, 10**30, float("nan"), "x", "", [], {}, [None], {"a": 1}, [[1, 2], "b"]]
@@ -388,7 +388,7 @@ def test_a_corpus_that_leaves_a_split_without_tokens_writes_nothing(tmp_path, sp
     corpus = documents.text("a text of some length " * 10, "short.txt")
     setattr(corpus, split, documents.Split(lambda: iter(()), 0, 0))
     with pytest.raises(ValueError, match=f"short.txt: the split {split} would have no token"):
-        prepare(tmp_path / "short", corpus, "char", 1)
+        encode(tmp_path / "short", corpus, "char", 1)
     assert not (tmp_path / "short").exists()
 
 

@@ -291,7 +291,7 @@ def test_a_meta_file_without_symbols_is_trained_on_and_says_what_sampling_lacks(
     lack = "has vocab_size=30, and it names no symbols (itos, stoi)"
     assert run("--eval_sample=5")["model_args"]["vocab_size"] == 30
     out = capsys.readouterr().out
-    assert f"samples are left out: data/tiny/meta.pkl {lack}: the model can be trained, but sampling" in out
+    assert f"no samples: data/tiny/meta.pkl {lack}: the model can be trained, but sampling" in out
     flags = ["--device=cpu", "--num_samples=1", "--max_new_tokens=2", "--start=king"]
     code, _, err = command(sample.main, monkeypatch, capsys, *flags)
     assert code == 1 and lack in err
@@ -325,6 +325,6 @@ def test_data_without_a_tokenizer_and_a_small_vocabulary_are_trained_on_without_
         Path("data/tiny", name).unlink()
     state = run("--vocab_size=300", "--eval_sample=5")
     assert state["iter_num"] == 8 and state["tokenizer"]["kind"] == "unknown"
-    sentence = "samples are left out: vocab_size=300 is too small for GPT-2's encoding, and data/tiny"
+    sentence = "no samples: vocab_size=300 is too small for GPT-2's encoding, and data/tiny"
     assert capsys.readouterr().out.count(sentence) == 1
     assert run("--init_from=resume", "--max_iters=9")["iter_num"] == 9

@@ -62,14 +62,14 @@ def test_the_command_of_a_stop_goes_on_and_that_of_the_end_trains_twice_as_long(
     with monkeypatch.context() as patch:
         patch.setattr(Lines, "step", stop_at_2)
         code, out, _ = command(training.main, monkeypatch, capsys, *TINY, "--out_dir=out")
-    assert code == 0 and "stopped by SIGINT after 4 steps: out/ckpt.pt goes on by" in out
+    assert code == 0 and "stopped by SIGINT after 4 steps: to resume from out/ckpt.pt:" in out
     code, out, _ = command(training.main, monkeypatch, capsys, *printed_command(out))
     assert code == 0 and "resumed out/ckpt.pt at step 4\n" in out and "iter 4:" in out
-    assert "done: out/ckpt.pt has made 8 steps" in out and "gpt.sample out\n" in out
+    assert "finished after 8 steps: out/ckpt.pt" in out and "gpt.sample out\n" in out
     longer = printed_command(out)
     assert longer[1:] == ["--init_from=resume", "--max_iters=16", "--lr_decay_iters=16"]
     code, out, _ = command(training.main, monkeypatch, capsys, *longer[:2])
-    assert code == 0 and "out/ckpt.pt is of a finished run: all 8 steps are made" in out
+    assert code == 0 and "the run in out/ckpt.pt is finished, after 8 steps" in out
     assert printed_command(out) == longer
     _, out, _ = command(training.main, monkeypatch, capsys, *longer, "--eval_interval=5")
     assert "resumed out/ckpt.pt at step 8\n" in out and "done: out/ckpt.pt has made 16 steps" in out
@@ -83,7 +83,7 @@ def test_fewer_steps_than_are_made_is_not_a_finished_run(workplace, capsys):
     capsys.readouterr()
     run("--init_from=resume", "--max_iters=2")
     out = capsys.readouterr().out
-    assert "out/ckpt.pt is at step 4 of 100, past max_iters=2. To go on:" in out
+    assert "out/ckpt.pt is at step 4 of 100, past max_iters=2. To continue:" in out
     assert printed_command(out)[1:] == ["--init_from=resume", "--max_iters=100"]
 
 
@@ -109,7 +109,7 @@ def test_training_without_data_names_the_command_that_prepares_them(tmp_path, mo
     for flags, hint in (
         ([], "-m train.prepare openwebtext prepares it"),
         (["quickstart"], "-m train.prepare plays_char prepares it"),
-        (["--dataset=mine"], "-m train.prepare text --input=FILE --name=mine makes it of a text"),
+        (["--dataset=mine"], "-m train.prepare text --input=FILE --name=mine makes it from a text"),
     ):
         code, _, err = command(training.main, monkeypatch, capsys, *flags, "--device=cpu")
         assert code == 1 and hint in err and "make quickstart" in err and err.count("\n") == 1
@@ -135,7 +135,7 @@ def test_a_wrong_flag_has_the_same_answer_in_every_program(tmp_path, monkeypatch
         (evaluate.main, ["-stride=1"], "there is no flag -stride (did you mean --stride?)"),
         (prepare.main, ["text", "--names=x"], "there is no flag --names (did you mean --name?)"),
         (prepare.main, ["text", "text.txt"], "--name=... is missing: name of the data set"),
-        (training.main, ["--n_layer"], "--n_layer needs a value, as in --n_layer=12"),
+        (training.main, ["--n_layer"], "--n_layer needs a value: "),
     ):
         code, _, err = command(main, monkeypatch, capsys, *args)
         assert code == 2 and err.startswith(f"error: {answer}") and err.count("\n") == 1, err

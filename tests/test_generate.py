@@ -1,4 +1,4 @@
-"""Generation with a cache against the model without one, against formulas and against transformers."""
+"""Generation with a cache against the model without one and against formulas; text as it comes."""
 
 import gc
 import itertools
@@ -7,8 +7,7 @@ import weakref
 import pytest
 import torch
 
-from gpt import generate as generation
-from gpt.generate import stream
+from gpt.generate import Cache, stream
 from gpt.model import GPT, GPTConfig
 from gpt.sample import Continuation
 from gpt.sampling import Sampling, check_drawn, choose
@@ -55,8 +54,8 @@ def cacheless(model, sequences, n, sampling, seed=0):
 
 def probabilities(logits, sampling):
     """Temperature, top_k and top_p one symbol at a time."""
-    found = torch.zeros_like(logits)
-    for row, out in zip(logits / sampling.temperature, found):
+    result = torch.zeros_like(logits)
+    for row, out in zip(logits / sampling.temperature, result):
         symbols = sorted(range(len(row)), key=lambda i: -row[i])[: sampling.top_k]
         weight = torch.softmax(row[symbols], 0)
         before = 0.0
@@ -64,7 +63,7 @@ def probabilities(logits, sampling):
             if sampling.top_p is None or before < sampling.top_p:
                 out[symbol] = p
             before += p.item()
-    return found / found.sum(-1, keepdim=True)
+    return result / result.sum(-1, keepdim=True)
 
 
 def generated(model, sequences, n, sampling, samples=1, seed=0):
@@ -77,11 +76,10 @@ def assert_same(rows, expected):
         assert torch.equal(row, other), f"{row.tolist()} is not {other.tolist()}"
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, RANDOM, Sampling(0.9, None, 0.6)], ids=str)
-@pytest.mark.parametrize("length", [1, 2, 9, 15, 16, 17, 40])
-def test_tokens_are_those_without_a_cache_at_every_length(length, sampling):
+@pytest.mark.parametrize("length", [1, 9, 15, 16, 40])
+def test_tokens_are_those_without_a_cache_at_every_length(length):
     """From prompts shorter and longer than block_size, into and past it."""
-    model, start = build(qk_norm=sampling is RANDOM), prompts(length, length)
+    model, start, sampling = build(qk_norm=True), prompts(length, length), RANDOM
     n = 24 - min(length, 15)
     expected = cacheless(model, start, n, sampling)
     assert len(set(torch.cat(expected).tolist())) > 4, "a model that says one thing tests nothing"
@@ -115,16 +113,17 @@ def test_a_token_is_computed_once(samples):
     assert seen == [(2, 5)] + 11 * [(2 * samples, 1)] + 2 * [(2 * samples, 16)]
 
 
-@pytest.mark.parametrize("top_k", [None, 1, 5, 41, 100])
-@pytest.mark.parametrize("top_p", [None, 1e-9, 0.3, 0.9, 1.0])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(None, None), (1, None), (100, 0.9), (5, 0.3), (None, 0.3), (None, 1e-9)]
+)
 def test_draws_follow_the_probabilities(top_k, top_p):
     sampling = Sampling(0.7, top_k, top_p)
     logits = 2 * torch.randn(1, 41, generator=torch.Generator().manual_seed(3))
     expected = probabilities(logits, sampling)[0]
     drawn = choose(logits.expand(20000, -1), sampling, torch.Generator().manual_seed(4))
-    found = torch.bincount(drawn, minlength=41) / 20000
-    assert not found[expected == 0].any()
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+    shares = torch.bincount(drawn, minlength=41) / 20000
+    assert not shares[expected == 0].any()
+    torch.testing.assert_close(shares, expected, rtol=0, atol=0.02)
 
 
 def test_equal_logits_at_the_border_of_top_k_all_stay():
@@ -134,51 +133,37 @@ def test_equal_logits_at_the_border_of_top_k_all_stay():
     assert set(drawn.tolist()) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("spec", ["triton", "torch,attention=triton"])
-def test_tokens_of_our_kernels(spec, device):
-    """The decode kernel is what attends, once a block and token."""
-    ours, theirs = build(kernels=spec, device=device), build(device=device)
+def test_tokens_of_our_kernels(device):
+    """The decode kernel attends, once a block and token, until the window moves."""
+    ours, theirs = (build(kernels=spec, device=device, block_size=10) for spec in ("triton", "torch"))
     start = prompts(4, 7, device=device)
     with record() as launches:
-        found = generated(ours, start, 12, RANDOM, samples=2)
+        tokens = generated(ours, start, 6, RANDOM, samples=2)
     steps = sum(launch.kernel.__name__ == "_split_kernel" for launch in launches)
-    assert steps == 2 * 9 if device == "cpu" else steps > 0  # on a GPU a graph replays them
-    assert_same(found, cacheless(theirs, [p for p in start for _ in range(2)], 12, RANDOM))
+    assert steps == 2 * 3 if device == "cpu" else steps > 0  # on a GPU a graph replays them
+    assert_same(tokens, cacheless(theirs, [p for p in start for _ in range(2)], 6, RANDOM))
 
 
-def test_half_precision_keeps_half_a_cache(device):
+def test_tokens_in_half_precision(device):
     model, start = build(device=device), prompts(6, 9, device=device)
     with torch.autocast(device, torch.bfloat16), torch.no_grad():
-        found = generated(model, start, 4, GREEDY)
-        expected = cacheless(model, start, 4, GREEDY)
-    assert_same(found, expected)
+        assert_same(generated(model, start, 4, GREEDY), cacheless(model, start, 4, GREEDY))
 
 
-def test_without_gradients_and_the_model_left_alone():
-    model = build()
-    before = {n: p.clone() for n, p in model.state_dict().items()}
-    with torch.enable_grad():
-        for ids in stream(model, prompts(4), 3, RANDOM):
-            assert torch.is_grad_enabled()  # between tokens the caller's own
-            assert not ids.requires_grad
-    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
-
-
-def test_the_cache_is_let_go_when_it_is_of_no_use():
+def test_the_cache_is_let_go_when_it_is_of_no_use(monkeypatch):
     """By reference counting, not whenever the garbage collector comes by: it may be gigabytes."""
     alive = weakref.WeakSet()
-    create = generation.Cache.__init__
 
-    def watched(self, *args):
-        create(self, *args)
-        alive.add(self)
+    class WatchedCache(Cache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.add(self)
 
+    monkeypatch.setattr("gpt.generate.Cache", WatchedCache)
     gc.disable()
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(generation.Cache, "__init__", watched)
-            counts = [len(alive) for _ in stream(build(), prompts(3), 17, GREEDY)]
-            next(stream(build(), prompts(3), 9, GREEDY))
+        counts = [len(alive) for _ in stream(build(), prompts(3), 17, GREEDY)]
+        next(stream(build(), prompts(3), 9, GREEDY))
     finally:
         gc.enable()
     assert counts == 14 * [1] + 3 * [0] and not alive
@@ -190,7 +175,7 @@ def test_compiled_in_as_many_graphs_as_there_are_kinds_of_step():
     model, start = build(n_layer=1), prompts(4, 6)
     expected = generated(model, start, 14, RANDOM)
     torch._dynamo.utils.counters.clear()
-    model.transformer.compile(dynamic=True, backend="aot_eager")
+    model.transformer.compile(dynamic=True, backend="eager")
     assert_same(generated(model, start, 14, RANDOM), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
 
@@ -200,7 +185,6 @@ def test_compiled_in_as_many_graphs_as_there_are_kinds_of_step():
     [
         (lambda: Sampling(temperature=-0.1), "temperature=-0.1 must be >= 0"),
         (lambda: Sampling(top_k=0), "top_k=0 must be >= 1"),
-        (lambda: Sampling(top_p=0.0), "top_p=0.0 must be above 0 and at most 1"),
         (lambda: Sampling(top_p=1.01), "top_p=1.01 must be above 0 and at most 1"),
         (lambda: generated(build(), prompts(3, 0), 2, GREEDY), "a prompt is empty"),
         (lambda: generated(build(dropout=0.1).train(), prompts(3), 2, GREEDY), r"call model.eval\(\) first"),
@@ -211,60 +195,17 @@ def test_a_mistake_is_one_sentence(call, sentence):
         call()
 
 
-def test_no_new_tokens():
-    start = torch.stack(prompts(4, 4))
-    assert torch.equal(build().generate(start, 0), start)
-
-
-# ---- against transformers
-
-
-@pytest.fixture(scope="module")
-def hugging_face(tmp_path_factory):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    size = dict(vocab_size=41, n_positions=48, n_layer=2, n_head=2, n_embd=32)
-    hf = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=None)).eval()
-    stir(hf)
-    folder = tmp_path_factory.mktemp("hf")
-    hf.save_pretrained(folder)
-    return hf, GPT.from_pretrained(str(folder), {}).eval()
-
-
-@pytest.mark.parametrize(
-    "sampling", [GREEDY, Sampling(0.8), RANDOM, Sampling(1.1, None, 0.7), Sampling(0.9, 12, 0.8)], ids=str
-)
-def test_tokens_are_those_of_transformers(hugging_face, sampling):
-    hf, model = hugging_face
-    start = torch.stack(prompts(7, 7, 7))
-    options = dict(do_sample=False)
-    if sampling is not GREEDY:
-        options = dict(do_sample=True, temperature=sampling.temperature)
-        options |= dict(top_k=sampling.top_k or 0, top_p=sampling.top_p or 1.0)
-    torch.manual_seed(11)
-    expected = hf.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=40, **options)
-    torch.manual_seed(11)
-    found = torch.stack(list(stream(model, list(start), 40, sampling)), 1)
-    assert_same(found, expected[:, 7:])
-
-
 # ---- text as it comes
 
 
 class Bytes:
     """A tokenizer whose ids are the bytes of UTF-8."""
 
-    vocab_size, start_id = 256, 10
-
-    def encode(self, text):
-        return list(text.encode())
-
     def decode(self, ids):
         return bytes(ids).decode(errors="replace")
 
 
-def shown(text, stop=""):
+def screen(text, stop=""):
     """What a terminal would have seen after every byte, and at the end."""
     continuation, steps = Continuation(Bytes(), stop), []
     for byte in text.encode():
@@ -277,33 +218,30 @@ def shown(text, stop=""):
 @pytest.mark.parametrize("stop", ["", "\n\n", "aab", "é!"])
 def test_only_whole_characters_and_nothing_of_the_stop_text_is_shown(stop):
     for text in ("Löwe €5\n\nrest", "aaab é! x", "aa", "naïve\nx\n\n", "\ufffd\ufffd."):
-        steps, continuation = shown(text, stop)
+        steps, continuation = screen(text, stop)
         whole = text.split(stop)[0] if stop else text
         assert continuation.text == whole
         assert continuation.stopped == (bool(stop) and stop in text)
         for before, after in itertools.pairwise([*steps, continuation.text]):
-            assert after.startswith(before)  # nothing that was shown is taken back
-        assert all(whole.startswith(s) for s in steps)
+            assert after.startswith(before)  # nothing on the screen is taken back
 
 
 def test_text_is_shown_as_soon_as_it_is_certain():
-    steps, _ = shown("abc")
-    assert steps == ["a", "ab", "abc"]
-    steps, _ = shown("a\nb", stop="\n\n")
-    assert steps == ["a", "a", "a\nb"]
+    assert screen("abc")[0] == ["a", "ab", "abc"]
+    assert screen("a\nb", stop="\n\n")[0] == ["a", "a", "a\nb"]
 
 
-def test_half_a_character_at_the_end_and_symbols_that_do_not_exist():
-    continuation = Continuation(Bytes(), "")
-    for byte in "é".encode()[:1]:
-        continuation.add(byte)
-    assert continuation.text == ""
-    continuation.finish()
-    assert continuation.text == "\ufffd"
-    padded = Continuation(CharTokenizer("ab"), "")
-    for token in (0, 5, 1):
-        padded.add(token)
-    assert padded.text == "a\ufffdb"
+def test_half_a_character_and_a_symbol_that_does_not_exist_are_shown_as_such():
+    for tokenizer, ids, text in (
+        (Bytes(), "é".encode()[:1], ""),
+        (CharTokenizer("ab"), (0, 5, 1), "a\ufffdb"),
+    ):
+        continuation = Continuation(tokenizer, "")
+        for token in ids:
+            continuation.add(token)
+        assert continuation.text == text
+        continuation.finish()
+        assert continuation.text == (text or "\ufffd")
 
 
 @pytest.mark.gpu
@@ -316,31 +254,27 @@ def test_a_replayed_graph_gives_the_tokens_of_the_model(kernels, sampling, devic
         assert_same(generated(model, start, 20, sampling), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("temperature", [1e-4, 1e-8, 1e-39, 1e-320])
-def test_a_low_temperature_takes_the_likeliest_token(temperature, dtype):
-    logits = torch.tensor([[3.0, 60000.0, 59000.0], [-5.0, -9.0, -1.0]]).to(dtype)
-    for options in ({}, {"top_k": 2}, {"top_p": 0.9}):
-        assert choose(logits, Sampling(temperature, **options)).tolist() == [1, 2]
+@pytest.mark.parametrize("temperature", [1e-4, 1e-39, 1e-320])
+def test_a_low_temperature_takes_the_likeliest_token(temperature):
+    logits = torch.tensor([[3.0, 60000.0, 59000.0], [-5.0, -9.0, -1.0]])
+    for dtype in (torch.float16, torch.float32):
+        for options in ({}, {"top_k": 2}, {"top_p": 0.9}):
+            assert choose(logits.to(dtype), Sampling(temperature, **options)).tolist() == [1, 2]
 
 
 def test_the_draw_in_float16_is_that_of_the_same_logits_in_float32():
-    logits = (4 * torch.randn(64, 41, generator=torch.Generator().manual_seed(0))).half()
-    drawn = [
+    logits = torch.randn(20000, 41, generator=torch.Generator().manual_seed(0)).half()
+    half, single = (
         choose(x, Sampling(0.3, top_k=30), torch.Generator().manual_seed(1)) for x in (logits, logits.float())
-    ]
-    assert torch.equal(*drawn)
+    )
+    assert torch.equal(half, single)
 
 
-@pytest.mark.parametrize("temperature", [0, 1e-8, 1])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_rows_whose_logits_are_not_finite_are_told(temperature, bad):
-    logits = torch.tensor([[0.0, 9.0, 0.0], [0.0, bad, 0.0], [9.0, -torch.inf, 0.0]])
-    ids = choose(logits, Sampling(temperature, top_k=1))
-    assert ids.tolist() == [1, -1, 0]
-    check_drawn(ids[[0, 2]])
-    with pytest.raises(ValueError, match="logits of the model are not finite"):
-        check_drawn(ids)
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_row_whose_logits_are_not_finite_has_no_token(temperature):
+    for bad in (torch.nan, torch.inf):
+        logits = torch.tensor([[0.0, 9.0, 0.0], [0.0, bad, 0.0], [9.0, -torch.inf, 0.0]])
+        assert choose(logits, Sampling(temperature, top_k=1)).tolist() == [1, -1, 0]
 
 
 def test_a_model_with_nan_says_so_instead_of_sampling():
@@ -348,3 +282,6 @@ def test_a_model_with_nan_says_so_instead_of_sampling():
     model.transformer.h[1].mlp.c_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match="logits of the model are not finite"):
         model.generate(prompts(4)[0][None], 3)
+    (ids,) = stream(model, prompts(4), 1, RANDOM)
+    with pytest.raises(ValueError, match="logits of the model are not finite"):
+        check_drawn(ids)

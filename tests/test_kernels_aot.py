@@ -1,4 +1,4 @@
-"""The tiles in use compile within the rules of bench.aot: all for sm_90, of others one a kernel."""
+"""Every kernel compiles within bench.aot's rules: every path through it for sm_90, one for the others."""
 
 import os
 import subprocess
@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from bench.aot import Build, Figures, faults, instructions, waits_after_every_product
-from kernels import OPS
-from kernels.op import Launch, record
+from kernels.op import Launch
 
 
-def test_every_tile_compiles_within_the_rules() -> None:
+def test_every_kernel_compiles_within_the_rules():
     """In a process of its own: Triton decides on import whether it interprets."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
@@ -37,7 +36,7 @@ GOOD = Figures(
     shared=99 << 10,
     tensor_memory=0,
     instructions=500,
-    loop_instructions=400,
+    loop_instructions=300,
     tensor_core={"HMMA": 8, "HGMMA": 8, "UTCHMMA": 8},
     expected=8,
     one_by_one=False,
@@ -50,7 +49,7 @@ GOOD = Figures(
 @pytest.mark.parametrize(
     ("architecture", "change", "sentence"),
     [
-        (80, {"loop_spills": 3}, "3 spills in loops of 400 instructions"),
+        (80, {"loop_spills": 2}, "2 spills in loops of 300 instructions"),
         (90, {"tensor_core": {"HMMA": 64}}, "8 HGMMA are expected"),
         (100, {"tensor_core": {"UTCHMMA": 7}}, "8 UTCHMMA are expected"),
         (89, {"shared": (99 << 10) + 1}, "bytes of shared memory"),
@@ -59,53 +58,28 @@ GOOD = Figures(
         (80, {"wide_loads": 0}, "no load of 16 bytes"),
         (90, {"one_by_one": True}, "one by one"),
         (80, {"blocks": 0}, "not one block fits"),
+        (90, {"loop_instructions": 320}, "20.0 instructions an element, of 19 at most"),
+        (90, {"loop_instructions": 0, "instructions": 305}, "19.1 instructions an element"),
     ],
 )
-def test_rules(architecture: int, change: dict[str, object], sentence: str) -> None:
-    build = Build(architecture, Launch(kernel=None, arguments={}, num_warps=4, num_stages=1))
+def test_rules(architecture, change, sentence):
+    arguments = {"X": torch.empty(0, dtype=torch.bfloat16), "BLOCK": 2048}  # 16 elements a thread
+    launch = Launch(None, arguments, num_warps=4, num_stages=1)
+    build = Build(architecture, launch, most_instructions=19)
     assert not faults(build, GOOD)
-    assert not faults(build, replace(GOOD, loop_spills=2))
+    assert not faults(build, replace(GOOD, loop_spills=1))
     (fault,) = faults(build, replace(GOOD, **change))
     assert sentence in fault
 
 
-@pytest.mark.parametrize(
-    ("architecture", "dtype", "whole", "loop", "count"),
-    [
-        (90, torch.bfloat16, 304, 0, None),
-        (90, torch.bfloat16, 305, 0, "19.1"),
-        (90, torch.float16, 305, 0, "19.1"),
-        (90, torch.float32, 500, 0, None),
-        (80, torch.bfloat16, 500, 0, None),
-        (90, torch.bfloat16, 500, 304, None),
-        (90, torch.bfloat16, 500, 320, "20.0"),
-    ],
-)
-def test_instructions_an_element_are_limited(architecture, dtype, whole, loop, count) -> None:
-    """By the loop where there is one: 16 elements a thread, 19 instructions for each."""
-    arguments = {"X": torch.empty(0, dtype=dtype), "BLOCK": 2048}
-    build = Build(architecture, Launch(None, arguments, num_warps=4, num_stages=1), most_instructions=19)
-    sentences = faults(build, replace(GOOD, instructions=whole, loop_instructions=loop))
-    assert sentences == ([f"{count} instructions an element, of 19 at most"] if count else [])
-
-
-def test_limited_kernels_are_launched_with_a_block() -> None:
-    assert sum(bool(op.instructions) for op in OPS) == 1
-    for op in OPS:
-        with record(assume=90) as launches:
-            op.run_all(**op.make(dtype=torch.bfloat16, device="meta", **op.production_shapes[0]))
-        arguments = {launch.kernel.__name__: launch.arguments for launch in launches}
-        assert all("BLOCK" in arguments[name] for name in op.instructions)
-
-
-def test_waits_after_every_product_are_found() -> None:
+def test_waits_after_every_product_are_seen():
     product, wait = "HGMMA.64x64x16.F32.BF16", "WARPGROUP.DEPBAR.LE"
     assert waits_after_every_product([product, "MOV", wait, product, wait])
     assert not waits_after_every_product([product, wait, product, "MOV", product, wait])
     assert not waits_after_every_product(["HMMA.16816.F32.BF16", "HMMA.16816.F32.BF16"])
 
 
-def test_loops_are_found_in_sass() -> None:
+def test_loops_are_seen_in_sass():
     """A spill before the loop is outside, one between the label and the branch back to it inside."""
     sass = """
         /*0000*/                   STL [R1], R2 ;
@@ -116,5 +90,5 @@ def test_loops_are_found_in_sass() -> None:
 .L_x_2:
         /*0040*/                   BRA `(.L_x_2);
     """
-    found = [(line.split()[0], inside) for line, inside in instructions(sass)]
-    assert found == [("STL", False), ("LDL", True), ("BRA", True), ("EXIT", False), ("BRA", False)]
+    names = [(line.split()[0], inside) for line, inside in instructions(sass)]
+    assert names == [("STL", False), ("LDL", True), ("BRA", True), ("EXIT", False), ("BRA", False)]

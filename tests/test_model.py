@@ -1,13 +1,12 @@
 """The model against a reference written here, against Hugging Face's GPT-2, and against nanoGPT's numbers."""
 
 import math
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from gpt.flops import flops_per_token, peak_flops
+from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
 
 SMALL = GPTConfig(block_size=32, vocab_size=65, n_layer=3, n_head=4, n_embd=64, bias=True, kernels="torch")
@@ -61,14 +60,14 @@ def reference(weights, config, idx):
     return norm(x, "transformer.ln_f") @ weights["lm_head.weight"].T
 
 
-def reference_loss(logits, targets):
-    keep = targets.flatten() != -1
-    rows = logits.flatten(0, 1)[keep]
-    return (torch.logsumexp(rows, -1) - rows.gather(1, targets.flatten()[keep, None])[:, 0]).mean()
+def reference_losses(logits, targets):
+    """The loss of each target, 0 where it is -1."""
+    losses = torch.logsumexp(logits, -1) - logits.gather(-1, targets.clamp(0)[..., None])[..., 0]
+    return losses * (targets != -1)
 
 
 OPTIONS = [
-    {"bias": True}, {"bias": False}, {"activation": "gelu_tanh"}, {"bias": False, "qk_norm": True},
+    {"bias": True}, {"activation": "gelu_tanh"}, {"bias": False, "qk_norm": True},
 ]  # fmt: skip
 
 
@@ -82,31 +81,26 @@ def test_logits_loss_and_every_gradient_equal_the_formulas(options):
     logits, loss = model(idx, targets, return_logits=True)
     loss.backward()
 
-    tied = {"lm_head.weight": "transformer.wte.weight"}
     leaves = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
-    weights = leaves | {a: leaves[b] for a, b in tied.items()}
+    weights = leaves | {"lm_head.weight": leaves["transformer.wte.weight"]}
     expected = reference(weights, model.config, idx)
-    expected_loss = reference_loss(expected, targets)
+    expected_losses = reference_losses(expected, targets)
+    expected_loss = expected_losses.sum() / 38
     expected_loss.backward()
-    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=1e-10)
+    assert_close = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-10)
+    assert_close(logits, expected)
+    assert_close(loss, expected_loss)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, leaves[name].grad, rtol=1e-8, atol=1e-12, msg=name)
+        assert_close(p.grad, leaves[name].grad, atol=1e-12, msg=name)
 
     for return_logits in (True, False):
-        _, each = model(idx, targets, return_logits, reduction="none")
-        assert each.shape == (2, 20) and torch.equal(each == 0, targets == -1)
-        torch.testing.assert_close(each.sum() / 38, expected_loss.detach(), rtol=1e-10, atol=1e-10)
-        row = expected.detach()[1, 4]
-        torch.testing.assert_close(
-            each[1, 4], torch.logsumexp(row, 0) - row[targets[1, 4]], rtol=1e-8, atol=0
-        )
-    fused_none, fused_loss = model(idx, targets)
-    assert fused_none is None
-    torch.testing.assert_close(fused_loss, expected_loss.detach(), rtol=1e-10, atol=1e-10)
+        assert_close(model(idx, targets, return_logits, reduction="none")[1], expected_losses)
+    no_logits, fused_loss = model(idx, targets)
+    assert no_logits is None
+    assert_close(fused_loss, expected_loss)
     last, no_loss = model(idx)
-    assert no_loss is None and last.shape == (2, 1, 65)
-    torch.testing.assert_close(last[:, 0], expected[:, -1], rtol=1e-10, atol=1e-10)
+    assert no_loss is None
+    assert_close(last, expected[:, -1:])
 
 
 @pytest.mark.parametrize("function", ["gelu", "gelu_new"])
@@ -135,17 +129,8 @@ def test_hugging_face_gpt2_gives_the_same_logits(function, tmp_path):
 def test_ten_golden_losses_of_nanogpt():
     """Printed by nanoGPT's own model.py and AdamW, seeded 1337: the initial weights are the same bits."""
     golden = [
-        4.195092,
-        4.178197,
-        3.879323,
-        3.949849,
-        3.73646,
-        3.786206,
-        3.650189,
-        3.666365,
-        3.568411,
-        3.571745,
-    ]
+        4.195092, 4.178197, 3.879323, 3.949849, 3.73646, 3.786206, 3.650189, 3.666365, 3.568411, 3.571745,
+    ]  # fmt: skip
     model = small(seed=1337)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     stream = (torch.arange(10 * 4 * 33) ** 2 * 7919 % 10007) % 65
@@ -174,18 +159,6 @@ def test_state_dict_names_and_order_are_nanogpts():
     assert [n for n in small(bias=False).state_dict() if n.endswith("bias")] == []
 
 
-def test_initialisation():
-    model = small(n_layer=8, n_embd=128)
-    for name, p in model.named_parameters():
-        if name.endswith("bias"):
-            assert not p.any(), name
-        elif ".ln_" in name:
-            assert (p == 1).all(), name
-        else:
-            std = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
-            assert p.std().item() == pytest.approx(std, rel=0.05), name
-
-
 def test_the_124m_has_nanogpts_size_and_flops():
     with torch.device("meta"):
         model = GPT(GPTConfig(bias=False, kernels="torch"))
@@ -194,31 +167,7 @@ def test_the_124m_has_nanogpts_size_and_flops():
     assert model.flops_per_token() == pytest.approx(8.548e8, rel=1e-3)
 
 
-def test_no_position_sees_a_later_token():
-    model = small().eval()
-    idx = tokens(1, 32)
-    changed = idx.clone()
-    changed[0, 20:] = (changed[0, 20:] + 1) % 65
-    with torch.no_grad():
-        a, _ = model(idx, idx, return_logits=True)
-        b, _ = model(changed, idx, return_logits=True)
-    assert torch.equal(a[:, :20], b[:, :20])
-    assert not torch.isclose(a[:, 20:], b[:, 20:]).all(-1).any()
-
-
-def test_one_batch_is_learnt_by_heart():
-    model = small()
-    optimizer = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95), "cpu")
-    idx = tokens(4, 33)
-    for _ in range(150):
-        _, loss = model(idx[:, :-1], idx[:, 1:].contiguous())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss.item() < 0.1
-
-
-def test_dropout_is_for_training_only_and_drops():
+def test_dropout_is_for_training_only_and_after_the_embedding_and_both_halves_of_a_block(monkeypatch):
     model = small(dropout=0.5)
     idx = tokens(2, 32)
     assert model(idx, idx)[1] != model(idx, idx)[1]
@@ -226,6 +175,10 @@ def test_dropout_is_for_training_only_and_drops():
     assert model(idx, idx)[1] == model(idx, idx)[1]
     expected = reference(dict(model.state_dict()), model.config, idx)
     torch.testing.assert_close(model(idx, idx, return_logits=True)[0], expected, rtol=1e-4, atol=1e-5)
+    calls = []
+    monkeypatch.setattr("torch.nn.functional.dropout", lambda x, p, *_: calls.append(p) or x)
+    model.train()(idx, idx)
+    assert calls == [0.5] * (1 + 2 * 3)
 
 
 def test_crop_block_size_changes_no_prediction():
@@ -240,34 +193,6 @@ def test_crop_block_size_changes_no_prediction():
         model.crop_block_size(16)
 
 
-def test_generate_follows_the_formula():
-    model = small().eval()
-    start = tokens(2, 30)
-    out = model.generate(start, 6, temperature=0.7, top_k=5, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(out[:, :30], start)
-    draws = torch.Generator().manual_seed(3)
-    weights = dict(model.state_dict())
-    for t in range(30, 36):
-        logits = reference(weights, model.config, out[:, max(0, t - 32) : t])[:, -1] / 0.7
-        kept = logits.topk(5).indices
-        probabilities = torch.zeros_like(logits).scatter(1, kept, F.softmax(logits.gather(1, kept), -1))
-        assert torch.equal(torch.multinomial(probabilities, 1, generator=draws)[:, 0], out[:, t])
-    greedy = model.generate(start, 1, temperature=0)
-    assert torch.equal(greedy[:, -1], reference(weights, model.config, start)[:, -1].argmax(-1))
-
-
-def test_optimizer_groups_are_nanogpts():
-    model = small()
-    decayed, rest = model.configure_optimizers(0.1, 1e-3, (0.8, 0.9), "cpu").param_groups
-    names = {id(p): n for n, p in model.named_parameters()}
-    assert [names[id(p)] for p in decayed["params"]] == [
-        n for n, p in model.named_parameters() if p.dim() >= 2
-    ]
-    assert all(names[id(p)].endswith("bias") or ".ln_" in names[id(p)] for p in rest["params"])
-    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
-    assert decayed["betas"] == (0.8, 0.9)
-
-
 def test_peak_is_that_of_the_named_gpu():
     assert peak_flops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
     assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
@@ -279,7 +204,6 @@ def test_peak_is_that_of_the_named_gpu():
     assert peak_flops("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16") is None
     assert peak_flops("NVIDIA L4", "bfloat16") != peak_flops("NVIDIA L40S", "bfloat16")
     assert peak_flops("Some GPU", "bfloat16") is None
-    assert flops_per_token(100, 2, 3, 5) == 600 + 12 * 2 * 3 * 5
 
 
 @pytest.mark.parametrize(
@@ -288,40 +212,8 @@ def test_peak_is_that_of_the_named_gpu():
         ({"n_embd": 65}, "n_embd=65 is not divisible by n_head=4"),
         ({"activation": "relu"}, "activation='relu' is not one of gelu, gelu_tanh"),
         ({"vocab_size": None}, "vocab_size is not set"),
-        ({"kernels": "cuda"}, "no implementation of layer_norm is called 'cuda'"),
-        ({"kernels": "torch,atention=torch"}, "did you mean 'attention'"),
     ],
 )
 def test_a_config_that_makes_no_model_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_qk_norm_is_the_same_compiled_and_with_activation_checkpointing(dtype):
-    idx = tokens(2, 32)
-    results = []
-    for how in ("eager", "compiled", "checkpointed"):
-        model = small(qk_norm=True, activation_checkpointing=how == "checkpointed")
-        forward = torch.compile(model, backend="aot_eager", fullgraph=True) if how == "compiled" else model
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            _, loss = forward(idx, idx.flip(0))
-        loss.backward()
-        results.append([loss, *(p.grad for p in model.parameters())])
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert small().forward(idx, idx.flip(0))[1] != results[0][0]
-
-
-def test_a_model_option_is_its_field_and_its_use():
-    """Flag, --help, config.py, checkpoints and refusals follow from the field: no other file has the name."""
-    root = Path(__file__).parents[1]
-    files = [
-        path for folder in ("kernels", "gpt", "train", "bench") for path in (root / folder).rglob("*.py")
-    ]
-    assert [path.name for path in files if "qk_norm" in path.read_text()] == ["model.py"]
-    code = [line.strip() for line in (root / "gpt/model.py").read_text().splitlines() if "qk_norm" in line]
-    field, attribute, use = (line for line in code if "https://" not in line)
-    assert field.startswith("qk_norm: bool = False  # ")
-    assert (attribute, use) == ("self.qk_norm = config.qk_norm", "if self.qk_norm:")

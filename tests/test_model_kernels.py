@@ -1,8 +1,6 @@
-"""The model on our kernels against the same model on PyTorch's operations."""
+"""The model on our kernels against the same model on PyTorch's operations; residual_dtype."""
 
-import subprocess
-import sys
-from contextlib import nullcontext
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +9,12 @@ import torch
 
 from gpt.model import GPT, GPTConfig
 from kernels.op import record
-from tests.runs import TINY, run, surroundings
+from tests.runs import run
 from tests.test_faults import assert_same_run
 from train.config import parse, resolve
 from train.distributed import Ranks
-from train.loop import train_step
 from train.metrics import read
 
-SPECS = ["triton", "triton,attention=torch"]
-SPECS += [f"torch,{family}=triton" for family in ("layer_norm", "activation", "cross_entropy", "embedding")]
 # kernel -> launches in one forward and backward of a model of L layers
 LAUNCHES = {
     "layer_norm": dict.fromkeys(
@@ -34,10 +29,14 @@ LAUNCHES = {
 }
 
 
-def build(spec, device, **changes):
+NORMS = "torch,layer_norm=triton"
+MIXED = {"bias": False, "residual_dtype": "mixed"}
+
+
+def build(spec, device, dtype="bfloat16", **changes):
     torch.manual_seed(0)
     config = dict(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=32, kernels=spec) | changes
-    return GPT(GPTConfig(**config), device).to(device)
+    return GPT(GPTConfig(**config), device, dtype).to(device)
 
 
 def batch(device, B=2, T=7, V=37, seed=1):
@@ -47,111 +46,130 @@ def batch(device, B=2, T=7, V=37, seed=1):
     return tokens[:, :-1].contiguous(), targets
 
 
-def counts(launches):
-    found: dict[str, dict[str, int]] = {}
-    for launch in launches:
-        kernel = launch.kernel.fn
-        file = kernel.__module__.removeprefix("kernels.")
-        family = {"gelu": "activation"}.get(file, file)
-        of_family = found.setdefault(family, {})
-        of_family[kernel.__name__] = of_family.get(kernel.__name__, 0) + 1
-    return found
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_each_spec_runs_the_kernels_it_names_and_no_other(spec, device):
-    from kernels import load
-
-    default, *exceptions = spec.split(",")
-    chosen = dict.fromkeys(LAUNCHES, default) | dict(e.split("=") for e in exceptions)
-    assert load(spec, device).spec == spec
-    model = build(spec, device)
-    with record() as launches:
-        model(*batch(device))[1].backward()
-    expected = {f: {k: n(2) for k, n in LAUNCHES[f].items()} for f in chosen if chosen[f] == "triton"}
-    assert counts(launches) == expected
+def autocast(device, dtype):
+    return torch.autocast(device, dtype, enabled=dtype != torch.float32)
 
 
 @pytest.mark.parametrize(
-    ("spec", "dtype"),
-    [("triton", torch.float32), ("triton", torch.float16), *((spec, torch.bfloat16) for spec in SPECS)],
+    ("spec", "dtype", "options"),
+    [
+        ("triton", torch.float32, {}),
+        ("triton", torch.float16, {}),
+        ("triton", torch.bfloat16, {}),
+        ("triton,attention=torch", torch.bfloat16, {}),
+        ("torch,layer_norm=triton,embedding=triton", torch.bfloat16, MIXED),
+        ("torch", torch.bfloat16, MIXED),
+        (NORMS, torch.bfloat16, {"bias": False, "residual_dtype": "bfloat16"}),
+    ],
     ids=str,
 )
-def test_loss_and_gradients_are_pytorchs_under_autocast_too(spec, dtype, device):
-    """Half precision is held to float32: twice as far from it as PyTorch's operations are, at most."""
+def test_loss_and_gradients_are_pytorchs_by_the_kernels_that_are_named(spec, dtype, options, device):
+    """In half precision ours may be twice as far from float32 as PyTorch's operations are."""
     idx, targets = batch(device)
 
-    def gradients(spec, dtype):
-        model = build(spec, device)
-        on = nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
-        with on:
+    def gradients(spec, dtype, **options):
+        model = build(spec, device, **options)
+        for name, p in model.named_parameters():
+            if ".ln_" in name:
+                p.data[::3] = 0  # a norm must not lose the gradient of a weight that is 0
+        with autocast(device, dtype):
             _, loss = model(idx, targets)
         scale = 1024.0 if dtype == torch.float16 else 1.0  # as GradScaler has it
         (loss * scale).backward()
         return {"loss": loss.detach()} | {n: p.grad / scale for n, p in model.named_parameters()}
 
-    exact = gradients("torch", torch.float32)
-    peer, ours = gradients("torch", dtype), gradients(spec, dtype)
+    plain = options | {"residual_dtype": "float32"}
+    exact = gradients("torch", torch.float32, **plain)
+    peer = gradients("torch", dtype, **plain)
+    with record() as launches:
+        ours = gradients(spec, dtype, **options)
+    default, *exceptions = spec.split(",")
+    chosen = dict.fromkeys(LAUNCHES, default) | dict(exception.split("=") for exception in exceptions)
+    counts = {k: n(2) for f, kernels in LAUNCHES.items() if chosen[f] == "triton" for k, n in kernels.items()}
+    assert Counter(launch.kernel.__name__ for launch in launches) == counts
+    roundings = 4 if options else 2  # the gradient of the stream is rounded at each add
     for name, expected in exact.items():
         assert ours[name].dtype == expected.dtype, name
-        small = 1e-6 + 2 * torch.finfo(dtype).eps * expected.abs().max()
+        small = 1e-6 + roundings * torch.finfo(dtype).eps * expected.abs().max()
         error, allowed = ((t[name] - expected).abs().max() for t in (ours, peer))
         assert error <= 2 * allowed + small, name
 
 
-def test_a_training_has_the_losses_of_pytorchs_operations(device):
-    """With clipping and AdamW, as in a run; as small as can be, for the interpreter's sake."""
-    steps, learning_rate = (200, 3e-3) if device == "cuda" else (8, 2e-2)
-    losses = {}
-    for spec in ("torch", "triton"):
-        model = build(spec, device, block_size=5, vocab_size=11, n_layer=1, n_head=1, n_embd=16, bias=False)
-        optimizer = model.configure_optimizers(0.1, learning_rate, (0.9, 0.95), device)
-        scaler = torch.amp.GradScaler(device, enabled=False)
-        losses[spec] = []
-        with record() as launches:
-            for step in range(steps):
-                idx, targets = batch(device, B=1, T=5, V=11, seed=step % 2)
-                loss, _ = train_step(model, optimizer, scaler, [(idx, targets)], 1, 1.0, nullcontext)
-                losses[spec].append(loss.item())
-        assert len(launches) == (steps * (3 + 3 + 3 + 3 + 2 + 1 + 2) if spec == "triton" else 0)
-    assert losses["torch"][-1] < 0.85 * losses["torch"][0]
-    assert losses["triton"][:20] == pytest.approx(losses["torch"][:20], rel=1e-4)
-    # PyTorch's embedding backward adds in any order on a GPU, and 200 steps make much of little.
-    assert losses["triton"] == pytest.approx(losses["torch"], rel=2e-2 if device == "cuda" else 5e-3)
+# ---- residual_dtype
 
 
-@pytest.mark.gpu
-def test_a_run_records_its_kernels_and_evaluates_with_them(workplace, device):
-    """On a CPU the test of two ranks shows it."""
-    flags = [
-        "--max_iters=2",
-        "--eval_iters=1",
-        "--n_layer=1",
-        "--batch_size=2",
-        "--block_size=6",
-        "--compile=False",
-    ]
-    flags += [f"--device={device}", "--dtype=float32"]
-    ours = run("--kernels=triton", *flags, out_dir="triton")
-    theirs = run("--kernels=torch", *flags, out_dir="torch")
-    assert [run["gpt_config"]["kernels"] for run in (ours, theirs)] == ["triton", "torch"]
-    for name, weight in theirs["model"].items():
-        torch.testing.assert_close(ours["model"][name], weight, rtol=1e-4, atol=2e-5, msg=name)
+def test_a_mixed_stream_has_the_bits_of_fp32_forward_and_saves_no_fp32_activation(device):
+    idx, targets = batch(device)
+
+    def forward(residual_dtype):
+        model, saved = build(NORMS, device, bias=False, residual_dtype=residual_dtype), []
+        remember = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+        with remember, torch.autocast(device, torch.bfloat16):
+            loss = model(idx, targets)[1]
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            logits = model(idx)[0]
+        return loss, logits, sum(t.dtype == torch.float32 and t.numel() == idx.numel() * 32 for t in saved)
+
+    (loss, logits, count), (mixed_loss, mixed_logits, mixed_count) = map(forward, ("float32", "mixed"))
+    assert torch.equal(mixed_loss, loss) and torch.equal(mixed_logits, logits)
+    assert (count, mixed_count) == (5, 0)  # the input of the first norm and the sums of the others
+
+
+def test_weights_of_bfloat16_have_a_stream_of_bfloat16(device):
+    """As shards have them."""
+    losses = []
+    for model in (build(NORMS, device, **MIXED), build(NORMS, device, **MIXED).bfloat16()):
+        with torch.autocast(device, torch.bfloat16):
+            losses.append(model(*batch(device))[1])
+        losses[-1].backward()
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+
+
+def test_auto_is_mixed_for_our_norms_in_bfloat16_without_biases(device):
+    def choose(spec=NORMS, dtype="bfloat16", bias=False):
+        return build(spec, device, dtype, bias=bias).config.residual_dtype
+
+    assert choose() == "mixed"
+    assert {choose("torch"), choose(dtype="float16"), choose(dtype="float32"), choose(bias=True)} == {
+        "float32"
+    }
+
+
+@pytest.mark.parametrize(
+    ("residual_dtype", "dtype", "sentence"),
+    [
+        ("mixed", "bfloat16", "residual_dtype=mixed needs bias=False; float32 and bfloat16 work"),
+        ("bfloat16", "float16", "residual_dtype=bfloat16 needs dtype=bfloat16, not float16"),
+        ("float16", "float16", "residual_dtype='float16' must be auto, float32, mixed or bfloat16"),
+    ],
+)
+def test_a_residual_dtype_that_does_not_go_with_the_model_is_refused(residual_dtype, dtype, sentence, device):
+    with pytest.raises(ValueError, match=sentence):
+        build(NORMS, device, dtype, residual_dtype=residual_dtype)
+
+
+def test_a_run_records_the_residual_dtype_and_trains_with_it(workplace, capsys):
+    flags = ["--dtype=bfloat16", "--bias=False", "--kernels=torch", "--max_iters=2"]
+    mixed = run(*flags, "--residual_dtype=mixed", out_dir="mixed")
+    assert ", residual_dtype mixed" in capsys.readouterr().out
+    single = run(*flags, "--residual_dtype=auto", out_dir="float32")
+    assert [state["config"]["residual_dtype"] for state in (mixed, single)] == ["mixed", "float32"]
+    assert any(not torch.equal(single["model"][n], w) for n, w in mixed["model"].items())
+
+
+# ---- runs
+
+
+def test_a_run_with_loss_scaling_has_the_losses_of_pytorchs_operations(workplace, device):
+    """Micro-batches, evaluation and the kernels' name in the checkpoint included."""
+    flags = ["--dtype=float16", "--max_iters=2", "--eval_iters=1", "--n_layer=1", "--batch_size=2"]
+    flags += ["--block_size=6", "--compile=False", f"--device={device}"]
+    ours, theirs = (run(f"--kernels={spec}", *flags, out_dir=spec) for spec in ("triton", "torch"))
+    assert [state["gpt_config"]["kernels"] for state in (ours, theirs)] == ["triton", "torch"]
+    assert ours["scaler"]["scale"] == theirs["scaler"]["scale"]
     for a, b in zip(*(read(Path(d, "metrics.jsonl")) for d in ("triton", "torch")), strict=True):
-        keys = [k for k in a if "loss" in k]
-        assert [a[k] for k in keys] == pytest.approx([b[k] for k in keys], rel=1e-4)
-
-
-def test_a_head_size_that_our_attention_does_not_take_is_refused_before_anything_is_written(
-    workplace, device
-):
-    sentence = "head sizes n_embd / n_head from 16 to 128, not 8; choose another n_head, or --kernels=t"
-    with pytest.raises(ValueError, match=sentence):
-        run("--kernels=triton", "--n_embd=16", f"--device={device}")
-    with pytest.raises(ValueError, match=sentence):
-        build("triton", device, n_embd=16)
-    assert not Path("out").exists()
-    assert build("triton,attention=torch", device, n_embd=16).config.kernels == "triton,attention=torch"
+        for key in a.keys() & {"loss", "grad_norm", "train/loss", "val/loss"}:
+            assert a[key] == pytest.approx(b[key], rel=5e-3), key
 
 
 def test_auto_asks_for_the_heads_of_the_model_and_for_its_precision(monkeypatch):
@@ -191,71 +209,38 @@ def test_two_runs_have_the_same_bits_and_a_resumed_one_too(workplace):
     assert_same_run("first", "resumed")
 
 
-def test_accumulation_under_loss_scaling(device):
-    """Two micro-batches in float16 with a GradScaler: the step that PyTorch's operations make."""
-    found = {}
-    for each in ("triton", "torch"):
-        model = build(each, device)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        scaler = torch.amp.GradScaler(device, init_scale=1024.0)
-        micro = [batch(device, seed=s) for s in (1, 2)]
-        loss, norm = train_step(
-            model, optimizer, scaler, micro, 2, 0.5, lambda: torch.autocast(device, torch.float16)
-        )
-        found[each] = {"loss": loss, "norm": norm} | dict(model.named_parameters())
-    for name, expected in found["torch"].items():
-        torch.testing.assert_close(found["triton"][name], expected, rtol=5e-3, atol=5e-4, msg=name)
-
-
-def test_two_ranks_with_loss_scaling_on_our_kernels_equal_one_on_pytorchs(workplace):
-    flags = [
-        "--dtype=float16",
-        "--max_iters=2",
-        "--eval_iters=1",
-        "--n_layer=1",
-        "--batch_size=2",
-        "--block_size=6",
-    ]
-    theirs = run(*flags, "--kernels=torch", out_dir="torch")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "train",
-    ]
-    result = subprocess.run(
-        [*command, *TINY, *flags, "--kernels=triton", "--out_dir=ranks"],
-        env=surroundings(TRITON_INTERPRET="1"),
-        capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    ours = torch.load("ranks/ckpt.pt", weights_only=True)
-    assert ours["gpt_config"]["kernels"] == "triton" and ours["scaler"]["scale"] == theirs["scaler"]["scale"]
-    for a, b in zip(*(read(Path(d, "metrics.jsonl")) for d in ("ranks", "torch")), strict=True):
-        for key in a.keys() & {"loss", "grad_norm", "train/loss", "val/loss"}:
-            assert a[key] == pytest.approx(b[key], rel=5e-3), key
-
-
-def test_one_graph_without_a_break(device):
+@pytest.mark.parametrize(
+    ("spec", "options", "compiled_options", "dtype"),
+    [
+        ("triton", {"n_layer": 1}, {}, torch.float32),
+        ("torch", {"qk_norm": True}, {}, torch.float32),
+        (NORMS, MIXED, {"activation_checkpointing": True}, torch.bfloat16),
+    ],
+)
+def test_a_model_computes_the_same_with_activation_checkpointing_and_compiled(
+    spec, options, compiled_options, dtype, device
+):
     """Forward and backward as one graph each; on a CPU without PyTorch's code generation."""
-    backend = "inductor" if device == "cuda" else "aot_eager"
     idx, targets = batch(device)
-    eager, compiled = (build("triton", device, n_layer=1) for _ in range(2))
     torch._dynamo.reset()
-    compiled.compile(fullgraph=True, backend=backend)
-    for model in (eager, compiled):
-        model(idx, targets)[1].backward()
-    for (name, p), q in zip(eager.named_parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-5, msg=name)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(idx)[0], eager(idx)[0], rtol=1e-3, atol=1e-5)
-        expected, _ = eager(idx, targets, return_logits=True)
-        torch.testing.assert_close(
-            compiled(idx, targets, return_logits=True)[0], expected, rtol=1e-3, atol=1e-5
-        )
+    eager = build(spec, device, **options)
+    checkpointed = build(spec, device, **options, activation_checkpointing=True)
+    compiled = build(spec, device, **options, **compiled_options)
+    compiled.compile(fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    with autocast(device, dtype):
+        for model in (eager, checkpointed, compiled):
+            model(idx, targets)[1].backward()
+        with torch.no_grad():
+            expected, logits = (model(idx, targets, return_logits=True)[0] for model in (eager, compiled))
+    pairs = [
+        (logits, expected),
+        *((p.grad, q.grad) for p, q in zip(compiled.parameters(), eager.parameters())),
+    ]
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-3
+    for ours, exact in pairs:
+        atol = tolerance * exact.abs().max().item()
+        torch.testing.assert_close(ours, exact, rtol=tolerance, atol=atol)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(checkpointed.parameters(), eager.parameters()))
 
 
 def test_dropout_runs_in_the_kernel_and_only_in_training(device):

@@ -1,8 +1,6 @@
 """Muon against its definition and torch.optim.Muon; which tensors it takes; what it cannot go on from."""
 
 import math
-from dataclasses import fields
-from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import torch
 from gpt.model import GPT, GPTConfig
 from tests.runs import run
 from train.config import TrainConfig
-from train.optim import OPTIMIZERS, optimizer_for, orthogonal, step_if_finite
+from train.optim import optimizer_for, orthogonal, step_if_finite
 
 SETTINGS = dict(learning_rate=0.02, weight_decay=0.3, beta1=0.8, beta2=0.9)
 
@@ -35,15 +33,12 @@ def by_definition(matrix):
     return u * s @ vt
 
 
-@pytest.mark.parametrize("shape", [(3, 12, 12), (1, 40, 10), (2, 10, 40)])
-def test_orthogonal_is_jordans_iteration(shape):
-    """Each matrix by itself, whatever its size."""
-    draws = torch.Generator().manual_seed(1)
-    sizes = torch.tensor([1e-3, 1.0, 1e3])[: shape[0], None, None]
-    matrices = torch.randn(shape, generator=draws) * torch.logspace(-2, 0, shape[2]) * sizes
-    for matrix, found in zip(matrices, orthogonal(matrices), strict=True):
-        torch.testing.assert_close(found.double(), by_definition(matrix), rtol=0, atol=1e-4)
-    assert not orthogonal(torch.zeros(shape)).any()
+def test_orthogonal_is_jordans_iteration():
+    """Each matrix by itself, whatever its size; of zeros it makes zeros."""
+    matrices = torch.randn(4, 40, 10, generator=torch.Generator().manual_seed(1))
+    matrices *= torch.logspace(-2, 0, 10) * torch.tensor([0, 1e-3, 1.0, 1e3])[:, None, None]
+    for matrix, direction in zip(matrices, orthogonal(matrices), strict=True):
+        torch.testing.assert_close(direction.double(), by_definition(matrix), rtol=0, atol=1e-4)
 
 
 def test_muon_steps_as_defined_and_the_rest_as_adamw_does():
@@ -92,14 +87,18 @@ def test_muon_steps_as_defined_and_the_rest_as_adamw_does():
         )
         mean = optimizer.state[p]["momentum_buffer"]
         torch.testing.assert_close(mean.double(), torch.cat(means[name]), rtol=1e-5, atol=1e-6)
-        assert optimizer.state[p].keys() == {"momentum_buffer"}
+    for group in optimizer.param_groups:
+        names = {*optimizer.moments(group)}
+        assert all(optimizer.state[p].keys() - {"step"} == names for p in group["params"])
 
 
-def test_decay_is_as_in_adamw_and_nothing_is_in_two_groups():
-    model, optimizer = small()
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_matrices_and_embeddings_decay_norms_and_biases_do_not(name):
+    model, optimizer = small(name)
     names = {p: name for name, p in model.named_parameters()}
-    found = [(names[p], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(found) == sorted((name, 0.3 if p.dim() == 2 else 0.0) for p, name in names.items())
+    decay = [(names[p], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(decay) == sorted((name, 0.3 if p.dim() == 2 else 0.0) for p, name in names.items())
+    assert all(group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
 
 
 @pytest.mark.parametrize("enabled", [False, True], ids=["plain", "scaled"])
@@ -129,38 +128,23 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(enabled):
             torch.testing.assert_close(first.state[p][name], moment, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(("before", "after"), [("adamw", "muon"), ("muon", "adamw")])
-def test_one_optimizer_does_not_go_on_from_the_other_but_takes_its_weights(workplace, before, after):
-    first = run(f"--optimizer={before}", "--max_iters=4")
+def test_one_optimizer_does_not_go_on_from_the_other_but_takes_its_weights(workplace):
+    first = run("--optimizer=adamw", "--max_iters=4")
     with pytest.raises(
         ValueError,
-        match=rf"was trained with {before}, and {after} cannot .* --optimizer={before}, or .* --init_from=",
+        match=r"was trained with adamw, and muon cannot .* --optimizer=adamw, or .* --init_from=",
     ):
-        run(f"--optimizer={after}", "--init_from=resume")
+        run("--optimizer=muon", "--init_from=resume")
     still = ["--max_iters=1", "--learning_rate=0", "--min_lr=0"]
-    tuned = run(f"--optimizer={after}", "--init_from=out/ckpt.pt", *still, out_dir="tuned")
+    tuned = run("--optimizer=muon", "--init_from=out/ckpt.pt", *still, out_dir="tuned")
     assert all(torch.equal(weight, tuned["model"][name]) for name, weight in first["model"].items())
 
 
 def test_muon_without_its_moments_is_refused(workplace):
-    state = run("--optimizer=muon", "--max_iters=4")
+    state = run("--optimizer=muon", "--max_iters=2")
     state["optimizer"]["state"][0] = {}
     torch.save(state, "out/ckpt.pt")
     with pytest.raises(
         ValueError, match=r"optimizer: momentum_buffer of tensor 0 is missing, not \(96, 32\)"
     ):
         run("--optimizer=muon", "--init_from=resume")
-
-
-def test_an_optimizer_is_its_class_and_its_entry():
-    choices = get_args({field.name: field.type for field in fields(TrainConfig)}["optimizer"])
-    assert choices == tuple(optimizer.name for optimizer in OPTIMIZERS)
-    for name in choices:
-        model, optimizer = small(name)
-        assert isinstance(optimizer, torch.optim.Optimizer) and optimizer.name == name
-        model(*[torch.zeros(1, 8, dtype=torch.int64)] * 2)[1].backward()
-        optimizer.step()
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                large = {key for key, value in optimizer.state[p].items() if value.shape == p.shape}
-                assert large == set(optimizer.moments(group))

@@ -1,7 +1,6 @@
-"""The tree keeps what its documents say."""
+"""Imports go one way and load only what they need; `make` installs once, `make quickstart` always ends."""
 
 import ast
-import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ["kernels", "gpt", "train", "bench"]
+FOLDERS = ["kernels", "gpt", "train", "bench"]  # each imports only from those before it
+MODULES = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.py")) if "configs" not in p.parts]
 
 
 def imports(path):
@@ -22,30 +22,25 @@ def imports(path):
             yield node.module
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_imports_go_one_way(folder):
-    right = [*FOLDERS[FOLDERS.index(folder) + 1 :], "tests"]
-    for path in (ROOT / folder).rglob("*.py"):
+def test_imports_go_one_way():
+    for path in MODULES:
+        folder = path.relative_to(ROOT).parts[0]
         for name in imports(path):
-            assert name.split(".")[0] not in right, f"{path.relative_to(ROOT)} imports {name}"
+            top = name.split(".")[0]
+            later = [*FOLDERS[FOLDERS.index(folder) + 1 :], "tests"]
+            assert top not in later, f"{path.relative_to(ROOT)} imports {name}"
 
 
 def test_every_module_can_be_imported_with_torch_and_numpy_alone():
     """A GPU machine may have no more; nor does an import look for a GPU or print."""
-    names = [
-        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for f in FOLDERS
-        for p in sorted((ROOT / f).rglob("*.py"))
-        if "configs" not in p.parts and not p.name.startswith("test_")
-    ]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES]
     script = (
-        "import sys\n"
+        "import sys, importlib, torch\n"
         "names = 'tiktoken rich matplotlib transformers wandb datasets tokenizers pyarrow'\n"
-        "for name in names.split():\n"
-        "    sys.modules[name] = None\n"
-        "import importlib, torch\n"
+        "for name in names.split():\n    sys.modules[name] = None\n"
         "torch.cuda.is_available = torch.cuda.get_device_properties = lambda *a: 1 / 0\n"
-        f"for name in {names!r}:\n    importlib.import_module(name)\n"
+        f"for name in {[n.removesuffix('.__init__') for n in names if '.test_' not in n]!r}:\n"
+        "    importlib.import_module(name)\n"
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
@@ -65,7 +60,7 @@ esac
 
 @pytest.fixture
 def run_make(tmp_path):
-    """Runs make with a Python that only writes down what it is asked."""
+    """Runs make with a Python that only writes down its arguments."""
     (tmp_path / "python").write_text(FAKE_PYTHON)
     (tmp_path / "python").chmod(0o755)
     shutil.copytree(ROOT / "train", tmp_path / "train", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
@@ -81,12 +76,6 @@ def run_make(tmp_path):
         return result, log.read_text() if log.exists() else ""
 
     return run
-
-
-def test_make_alone_lists_the_targets(run_make):
-    listing = run_make()[0].stdout
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert len(targets) > 5 and all(f"make {target}" in listing for target in targets)
 
 
 def test_an_old_python_is_refused(run_make, tmp_path):
@@ -113,7 +102,6 @@ def test_an_interrupted_install_is_made_again_and_a_whole_one_is_not(run_make, t
 def test_quickstart_goes_on_with_the_standard_library_where_the_plays_cannot_be_had(run_make, code, dataset):
     result, log = run_make("quickstart", PREPARE_ENDS_WITH=code)
     trainings = [line for line in log.splitlines() if line.startswith("-m train quickstart")]
-    expected = f"-m train quickstart --dataset={dataset} --out_dir=out-quickstart-{dataset}"
-    assert trainings == ([expected] if dataset else []), result.stderr
+    assert len(trainings) == (dataset is not None), result.stderr
+    assert all(f" --dataset={dataset} --out_dir=out-quickstart-{dataset}" in line for line in trainings)
     assert (result.returncode == 0) == (dataset is not None)
-    assert ("could not be fetched" in result.stdout) == (code == "1")

@@ -117,7 +117,7 @@ def test_compiled_once_without_a_graph_break_and_saved_bare(workplace, monkeypat
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 2, "the step's, made by the first pass, and the evaluation's"
     assert not counters["graph_break"]
-    assert re.search(r"^compiled, with a first pass, in \d+\.\d s", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^compiled in \d+\.\d s, including a first pass", capsys.readouterr().out, re.MULTILINE)
     assert compiled["model"].keys() == eager["model"].keys()
     assert_close_weights(eager, compiled, rtol=1e-3)
 
@@ -162,7 +162,7 @@ def test_a_finished_run_and_eval_only_train_nothing_and_save_nothing(workplace, 
     run()
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     run("--init_from=auto")
-    assert "out/ckpt.pt is of a finished run: all 8 steps are made" in capsys.readouterr().out
+    assert "the run in out/ckpt.pt is finished, after 8 steps" in capsys.readouterr().out
     for source in ("resume", "scratch"):
         run(f"--init_from={source}", "--eval_only=True")
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before

@@ -1,8 +1,9 @@
-"""Token files to batches. Which windows a batch holds is a pure function of (seed, position).
+"""Batches from token files. A batch is a pure function of (seed, position).
 
-An epoch cuts the tokens into windows of block_size at an offset of its own, and visits each window exactly
-once, in an order of its own. A run is one sequence of windows, epoch after epoch; step, micro-step and rank
-only say which stretch of it to read, so batches never overlap, and a resumed run goes on where it stopped.
+An epoch cuts the tokens into windows of block_size and visits each window once. Each epoch has its own order
+and its own offset, at which the first window begins. A run is one sequence of windows, epoch after epoch.
+Step, micro-step and rank only decide which part of the sequence is read. So batches never overlap, and a
+resumed run continues exactly where it stopped.
 """
 
 import hashlib
@@ -22,11 +23,11 @@ from train import shards
 from train.prepare.corpora import CORPORA
 
 U64 = NDArray[np.uint64]
-LOOKED_AT = (256, 1 << 17)  # pieces, and tokens in each: 34M tokens are read before a training starts
+LOOKED_AT = (256, 1 << 17)  # pieces that are checked before training, and tokens in each: 34M tokens
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """The tokenizer of a data set, as `Tokenizer.to_dict` has it. Raises FileNotFoundError."""
+    """The tokenizer of a data set, in the form of `Tokenizer.to_dict`. Raises FileNotFoundError."""
     try:
         for name in ("train.bin", "val.bin"):
             shards.find(folder / name)
@@ -36,50 +37,44 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def _how_to_prepare(folder: Path) -> str:
-    """The command that makes a data set, and which there are."""
-    name = folder.name
-    if name in CORPORA:
-        command = f"{cli.command('train.prepare', name)} prepares it, {CORPORA[name].help}"
+    if entry := CORPORA.get(folder.name):
+        hint = f"{cli.command('train.prepare', folder.name)} prepares it, {entry.help}"
     else:
-        command = (
-            f"{cli.command('train.prepare', 'text', '--input=FILE', f'--name={name}')} makes it of a text"
-        )
-    names = sorted(path.parent.name for path in folder.parent.glob("*/train.bin"))
-    others = f"; --dataset={names[0]} is there" if names else ""
-    return f"{command}{others}; make quickstart begins with a small one"
+        words = ("text", "--input=FILE", f"--name={folder.name}")
+        hint = f"{cli.command('train.prepare', *words)} makes it from a text"
+    ready = sorted(path.parent.name for path in folder.parent.glob("*/train.bin"))
+    other = f"; --dataset={ready[0]} is there" if ready else ""
+    return f"{hint}{other}; make quickstart begins with a small one"
 
 
 class Split:
-    """The ids of a split, in one file or in many, mapped into memory once.
+    """The ids of a split, mapped into memory. Several shards are read like one file.
 
-    Many shards are read as the one file they would make if they were joined. Raises FileNotFoundError, and
-    ValueError for a file that does not hold tokens.
+    Raises FileNotFoundError, and ValueError for a file that is not a token file.
     """
 
     def __init__(self, path: Path, vocab_size: int):
         self.path, self.vocab_size = path, vocab_size
-        # A plain array over the map: a window out of a memmap costs three times as much.
+        # As plain arrays over the map: slicing a memmap takes three times as long.
         self._paths = shards.find(path)
         self._bytes = [p.stat().st_size for p in self._paths]
         self._shards = [np.asarray(shards.open_tokens(p)) for p in self._paths]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
 
     def __len__(self) -> int:
-        """Tokens in the split."""
+        """The number of tokens."""
         return int(self._ends[-1])
 
     def read(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """The `length` ids from each of `starts` on: (len(starts), length).
-
-        Raises ValueError for a file that has become shorter: to read a map beyond its end kills the process.
-        """
+        """The `length` ids from each of `starts` on: (len(starts), length). Raises ValueError."""
         ids = np.empty((len(starts), length), np.int64)
-        first = np.searchsorted(self._ends, starts, "right").tolist()
+        first = np.searchsorted(self._ends, starts, "right").tolist()  # the shard of each start
+        # Reading a memory map beyond the end of its file kills the process.
         for i in set(first):
             if self._paths[i].exists() and (now := self._paths[i].stat().st_size) < self._bytes[i]:
                 raise ValueError(
                     f"{self._paths[i]} was cut short while it was in use: {self._bytes[i]:,} bytes before, "
-                    f"{now:,} now; put it back and go on with --init_from=resume"
+                    f"{now:,} now; put it back and continue with --init_from=resume"
                 )
         for row, start, i in zip(ids, starts.tolist(), first):
             filled = 0
@@ -91,7 +86,7 @@ class Split:
         return ids
 
     def check_ids(self, largest: int) -> None:
-        """Raises ValueError where the vocabulary lacks the token id `largest`."""
+        """Raises ValueError if the id `largest` is outside the vocabulary."""
         if largest >= self.vocab_size:
             raise ValueError(
                 f"{self.path} holds the token id {largest}, but vocab_size={self.vocab_size} allows 0 to "
@@ -99,7 +94,7 @@ class Split:
             )
 
     def pieces(self) -> Iterator[NDArray[np.int64]]:
-        """Yields every id of a small file, or an evenly spread sample of 34M ids of a large one."""
+        """All ids of a small file, or an evenly spread sample of 34M ids of a large one."""
         number, length = LOOKED_AT
         whole = len(self) <= number * length
         begins = range(0, len(self), length) if whole else np.linspace(0, len(self) - length, number)
@@ -108,10 +103,9 @@ class Split:
 
 
 class TokenFile(Split):
-    """A split in the order of training: batches of windows by position.
+    """A split in the order of training. A window may begin in one shard and end in another.
 
-    A window may begin in one shard and end in the next. Raises ValueError for a split that is shorter than
-    one window.
+    Raises ValueError for a split that is shorter than one window.
     """
 
     def __init__(self, path: Path, model: GPTConfig, seed: int):
@@ -124,13 +118,13 @@ class TokenFile(Split):
                 f"{path} has {len(self):,} tokens, too few for one window of block_size={block_size} and its "
                 f"targets; lower block_size to {max(len(self) - 1, 0)} or less, or add text"
             )
-        # One block is kept back so that the offset of an epoch can be anything within a block, and more.
+        # One block is left out, so that the offset of an epoch can take any value within a block.
         self.windows = max(1, (len(self) - block_size) // block_size)
 
     def batch(self, position: int, count: int) -> tuple[Tensor, Tensor]:
-        """Windows `position` to `position + count` of the run -> inputs, targets: (count, block_size) int64.
+        """Inputs and targets of `count` windows from `position` on: (count, block_size) int64 each.
 
-        Raises ValueError for a token id that the vocabulary lacks.
+        Raises ValueError for an id outside the vocabulary.
         """
         ids = self.read(self.starts(position, count), self.block_size + 1)
         self.check_ids(int(ids.max()))
@@ -138,12 +132,13 @@ class TokenFile(Split):
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def starts(self, position: int, count: int) -> NDArray[np.int64]:
-        """The first token of each of these windows."""
+        """The index of the first token in each of `count` windows from `position` on."""
         starts = []
         while count:
             epoch, index = divmod(position, self.windows)
             n = min(count, self.windows - index)
             key = _key(self.seed, epoch)
+            # The windows and the last target take windows * block_size + 1 tokens. The rest is the slack.
             slack = len(self) - 1 - self.windows * self.block_size
             offset = int(key[2]) % (slack + 1)
             order = _permute(np.arange(index, index + n, dtype=np.uint64), self.windows, key)
@@ -152,18 +147,17 @@ class TokenFile(Split):
         return np.concatenate(starts)
 
 
-def preflight(files: Mapping[str, Split], before: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Looks at the data before a training: returns, by split, what tells later whether it changed.
+def preflight(files: Mapping[str, Split], saved: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Checks the data before training. Returns what a resumed run needs to see whether the data changed.
 
-    Raises ValueError, a sentence each, where meta.json counts otherwise than the files, where the model's
-    vocabulary is too small, and where the run that is resumed was trained on other tokens: `before` is what
-    this returned then, {} for a new run. Of large files a sample is read, see Split.pieces:
-    TokenFile.batch looks at every id again.
+    `saved` is what the resumed run got from here, {} for a new run. Raises ValueError if meta.json has other
+    counts, if the model's vocabulary is too small, or if the data changed. Of a large file only a sample is
+    checked, see Split.pieces; TokenFile.batch checks every id again.
     """
     data: dict[str, dict[str, Any]] = {}
     for split, file in files.items():
         meta = shards.read_meta(file.path.parent)
-        # A single shard, and a file of another name, are not what meta.json counts.
+        # meta.json counts whole splits, not a single shard or a file with another name.
         if meta and split in shards.WORDS and meta[split]["tokens"] != len(file):
             raise ValueError(
                 f"{file.path} has {len(file):,} tokens, and meta.json beside it says "
@@ -181,30 +175,30 @@ def preflight(files: Mapping[str, Split], before: dict[str, dict[str, Any]]) -> 
             digest.update(ids.astype("<u4").data)
             largest = max(largest, int(ids.max(initial=0)))
         file.check_ids(largest)
-        # Of a vocabulary that the model pads, no token has the last ids.
+        # The model's vocabulary may be padded with ids that no token has.
         if meta and largest >= meta["vocab_size"]:
             raise ValueError(
                 f"{file.path} holds the token id {largest:,}, and meta.json beside it says a vocabulary of "
                 f"{meta['vocab_size']:,}: it is damaged; prepare the data again"
             )
         data[split] = {"tokens": len(file), "sha256_of_pieces": digest.hexdigest()}
-        if before.get(split, data[split]) != data[split]:
+        if saved.get(split, data[split]) != data[split]:
             raise ValueError(
-                f"{file.path} is not what the checkpoint was trained on: {before[split]['tokens']:,} tokens "
-                f"then, {len(file):,} now, or others; put the data back, or start a new run from the "
-                "checkpoint: --init_from=PATH of it, another --out_dir"
+                f"{file.path} is not what the checkpoint was trained on: {saved[split]['tokens']:,} tokens "
+                f"then, {len(file):,} now, or others; put the old data back, or start a new run from the "
+                "checkpoint with --init_from=PATH and another --out_dir"
             )
     return data
 
 
 def _key(seed: int, epoch: int) -> U64:
-    """Three words that look random, two for the order of an epoch and one for its offset."""
+    """Three pseudorandom words: two for the order of an epoch, one for its offset."""
     words = np.array([3 * epoch, 3 * epoch + 1, 3 * epoch + 2], np.uint64)
     return _mix(_mix(np.array([seed % 2**64], np.uint64)) + words)
 
 
 def _mix(x: U64) -> U64:
-    """splitmix64's finalizer, a good hash of 64 bits. Source: Steele, Lea and Flood, OOPSLA 2014."""
+    """The finalizer of splitmix64, a good 64-bit hash (Steele, Lea and Flood, OOPSLA 2014)."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -213,11 +207,10 @@ def _mix(x: U64) -> U64:
 
 
 def _permute(index: U64, n: int, key: U64) -> U64:
-    """Where a keyed permutation of range(n) sends `index`: O(1) memory whatever n.
+    """Where a keyed permutation of range(n) sends each `index`. It needs no table, however large n is.
 
-    A Feistel network permutes the smallest range of 4^h >= n; values that fall outside range(n) walk on
-    along their cycle until they are inside. Source: Black and Rogaway, 2002, "Ciphers with arbitrary finite
-    domains".
+    A Feistel network permutes range(4^h), the smallest such range that contains range(n). A value outside
+    range(n) is permuted again until it is inside (Black and Rogaway 2002, cycle walking).
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -235,7 +228,7 @@ def _permute(index: U64, n: int, key: U64) -> U64:
 
 
 def to_device(batch: tuple[Tensor, Tensor], device: str) -> tuple[Tensor, Tensor]:
-    """Copies to `device`; from pinned memory the CPU does not wait for it."""
+    """Copies a batch to `device`. From pinned memory the copy is asynchronous: the CPU does not wait."""
     if torch.device(device).type == "cuda":
         return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)  # type: ignore[return-value]
     return tuple(t.to(device) for t in batch)  # type: ignore[return-value]

@@ -1,10 +1,10 @@
-"""The ranks of a run under torchrun, and what they tell each other. A plain process is a world of one."""
+"""The ranks of a run under torchrun, and their communication. A plain process is a world of one rank."""
 
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, cast
@@ -26,7 +26,7 @@ class Ranks:
     world_size: int
     device: str  # of this rank, such as "cuda:3"
     backend: str | None  # of torch.distributed; None in a plain process
-    # where the processes agree, over gloo, so that no GPU is waited for
+    # A gloo group for messages between the processes: they do not wait for a GPU. None: the default group.
     hosts: dist.ProcessGroup | None = None
 
     @property
@@ -38,36 +38,32 @@ class Ranks:
         return torch.device(self.device).type
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over ranks of a tensor on their device, in place."""
+        """Adds up a tensor on the device over all ranks, in place."""
         if self.backend:
             dist.all_reduce(value)
         return value
 
     def any(self, value: bool) -> bool:
-        """Whether it holds on any rank. The processes wait for each other, their GPUs work on."""
-        return self._extremes(value)[1] > 0
-
-    def differ(self, value: int) -> bool:
-        """Whether the ranks hold different values."""
-        least, most = self._extremes(value)
-        return least != most
-
-    def _extremes(self, value: int) -> tuple[int, int]:
+        """Whether `value` is true on any rank. The processes wait for each other, but not for their GPUs."""
         if not self.backend:
-            return value, value
-        extremes = torch.tensor([-value, value])
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.hosts)
-        return -int(extremes[0]), int(extremes[1])
+            return value
+        number = torch.tensor(int(value))
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.hosts)
+        return bool(number)
+
+    def differ(self, value: Any) -> bool:
+        """Whether the ranks have different values."""
+        return self.any(value != self.broadcast(value))
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's plain value."""
+        """The value of rank 0, any Python object."""
         values = [value]
         if self.backend:
             dist.broadcast_object_list(values, group=self.hosts)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Plain values of all ranks, by rank, on rank 0; an empty list elsewhere."""
+        """Python objects of all ranks, by rank, on rank 0; an empty list on the others."""
         if not self.backend:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -76,17 +72,15 @@ class Ranks:
 
 
 def start(backend: str, device: str, timeout: int = 600) -> Ranks:
-    """Joins the process group that torchrun's environment describes, if it does. Raises ValueError.
+    """Joins the process group that torchrun's environment variables describe, if any. Raises ValueError.
 
-    A rank that waits for longer than `timeout` seconds raises RuntimeError; see `lost_rank`.
+    A rank that waits for another for more than `timeout` seconds raises RuntimeError; see `lost_rank`.
     """
     under_torchrun = "RANK" in os.environ
+    way_out = "start it with torchrun, or unset RANK for a run in one process"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT") if under_torchrun else ():
         if not os.environ.get(name, "0").isdigit():
-            raise ValueError(
-                f"{name}={os.environ[name]!r} is set and must be a whole number: start it with torchrun, "
-                "which sets it, or unset RANK for a run in one process"
-            )
+            raise ValueError(f"{name}={os.environ[name]!r} is set and must be a whole number: {way_out}")
     if under_torchrun and ":" in device:
         raise ValueError(
             f"device={device!r} would put every rank on one GPU; under torchrun give --device=cuda"
@@ -106,14 +100,13 @@ def start(backend: str, device: str, timeout: int = 600) -> Ranks:
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ValueError(
-            f"RANK={os.environ['RANK']} is set, as for a rank of torchrun, and {', '.join(missing)} not: "
-            "start it with torchrun, or unset RANK for a run in one process"
+            f"RANK={os.environ['RANK']} is set, but {', '.join(missing)} of torchrun not: {way_out}"
         )
     patience = timedelta(seconds=timeout)
     agents, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
     dist.init_process_group(
         backend, store=_own_store(agents, rank, patience), rank=rank, world_size=world_size,
-        # NCCL's clock ends a process without a word: let the hosts' be the first to run out.
+        # When NCCL times out, it ends the process without a message. So gloo has to time out first.
         timeout=2 * patience if backend == "nccl" else patience,
         device_id=torch.device(device) if on_gpu else None,
     )  # fmt: skip
@@ -122,33 +115,32 @@ def start(backend: str, device: str, timeout: int = 600) -> Ranks:
 
 
 def _own_store(agents: dist.Store, rank: int, patience: timedelta) -> dist.Store:
-    """A store of these ranks alone, found through that of torchrun's agents.
+    """A store for these ranks only. They find its port in the store of torchrun's agents.
 
-    The agents' outlives ranks that they start again, which would find the addresses of the dead in it.
+    The agents' store lives on when they restart the ranks, with the addresses of those that died.
     """
     host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + patience.total_seconds()
     if rank == 0:
         own = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
         agents.set("port of the ranks' store", str(own.port))
         return own
-    while True:  # nobody listens at the port of the dead
+    while True:
         port = int(agents.get("port of the ranks' store"))
         try:
             own = dist.TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=2))
+            own.set_timeout(patience)
+            return own
         except dist.DistNetworkError:
+            # The port may be that of ranks that died, until the new rank 0 replaces it.
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
-        else:
-            own.set_timeout(patience)
-            return own
 
 
 def parallel(model: GPT, strategy: str, compiled: bool | str, dtype: str, ranks: Ranks) -> nn.Module:
-    """What is trained: the model, compiled, in the strategy where there are ranks.
+    """The module to train: `model`, compiled, and wrapped by the strategy if there are ranks.
 
-    The names of the weights stay as they are. Under fsdp the model itself is sharded, so an optimizer is made
-    afterwards.
+    The weights keep their names. fsdp shards the model in place, so create the optimizer afterwards.
     """
     if strategy == "fsdp":
         return _sharded(model, compiled, dtype, ranks)
@@ -157,52 +149,19 @@ def parallel(model: GPT, strategy: str, compiled: bool | str, dtype: str, ranks:
     return DDP(model, gradient_as_bucket_view=True) if ranks.backend else model
 
 
-def first_pass(
-    model: nn.Module, batch_size: int, block_size: int, ranks: Ranks, precision: AbstractContextManager
-) -> float:
-    """Seconds of a forward and a backward pass on zeros, with compiling in them; nothing of the run changes.
-
-    DDP sorts its buckets after the first backward. From three ranks on, the order of a bucket decides the
-    order of a sum, so that backward is this one: a resumed run then adds as the one it continues.
-    """
-    began = time.perf_counter()
-    # Two tensors: a graph compiled for one in both places would be compiled again.
-    idx, targets = (
-        torch.zeros(batch_size, block_size, dtype=torch.int64, device=ranks.device) for _ in range(2)
-    )
-    with random_numbers_kept(ranks):
-        with precision:
-            _, loss = model(idx, targets)
-        loss.backward()
-    model.zero_grad(set_to_none=True)
-    if ranks.device_type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-@contextmanager
-def random_numbers_kept(ranks: Ranks) -> Iterator[None]:
-    """What is drawn inside is not missing afterwards."""
-    kind = ranks.device_type
-    devices = [] if kind == "cpu" else [torch.device(ranks.device)]
-    with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
-        yield
-
-
 def _sharded(model: GPT, compiled: bool | str, dtype: str, ranks: Ranks) -> GPT:
-    """FSDP2: one group of parameters a block and one for the rest, sharded in place.
-
-    What a block multiplies by is gathered in `dtype`. Embeddings and norms stay in the rest's group, which is
-    gathered in float32: they compute in it, as they do under autocast. Gradients are added in float32.
-    """
-    for parameter in model.parameters():  # each rank has drawn its own
+    """FSDP2, with one group of parameters per block, and one for embeddings and norms."""
+    # Each rank has drawn its own weights. Those of rank 0 count, as in DDP.
+    for parameter in model.parameters():
         dist.broadcast(parameter.detach(), src=0)
     mesh = init_device_mesh(ranks.device_type, (ranks.world_size,))
+    # As under autocast, matrices are multiplied in `dtype`, and embeddings and norms compute in float32. So
+    # only the matrices of the blocks are gathered in `dtype`. Gradients are added in float32.
     half = None if dtype == "float32" else DTYPES[dtype]
     precision = MixedPrecisionPolicy(half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in cast(Iterable[Block], model.transformer.h):
         group: list[nn.Module] = [block.attn, block.mlp]
-        # What FSDP does before and after a forward stays outside of the graphs.
+        # Only the forward is compiled: FSDP's hooks before and after it would break the graph.
         for module in group if compiled else ():
             module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
         fully_shard(group, mesh=mesh, mp_policy=precision)
@@ -210,33 +169,59 @@ def _sharded(model: GPT, compiled: bool | str, dtype: str, ranks: Ranks) -> GPT:
     return model
 
 
-@contextmanager
-def exchange(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Whether the backward pass inside ends with the gradients added over all ranks, or keeps its own."""
+def first_pass(
+    model: nn.Module, batch_size: int, block_size: int, ranks: Ranks, precision: AbstractContextManager
+) -> float:
+    """A forward and a backward pass on zeros, which changes nothing. Returns its seconds, with compiling.
+
+    DDP reorders its buckets after the first backward pass, and from three ranks on, that changes the order in
+    which gradients are added. Here it happens before step 0, so a resumed run adds as one that never stopped.
+    """
+    start_time = time.perf_counter()
+    # Two tensors: the graph for one tensor in both places would be compiled again for two.
+    idx, targets = (
+        torch.zeros(batch_size, block_size, dtype=torch.int64, device=ranks.device) for _ in range(2)
+    )
+    with same_random_numbers(ranks):
+        with precision:
+            _, loss = model(idx, targets)
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    if ranks.device_type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start_time
+
+
+def same_random_numbers(ranks: Ranks) -> AbstractContextManager[None]:
+    """The code inside may draw random numbers. The code after it gets the same as without."""
+    kind = ranks.device_type
+    devices = [] if kind == "cpu" else [torch.device(ranks.device)]
+    return torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind)
+
+
+def exchange(model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
+    """Whether the backward pass inside adds the gradients of all ranks. Without, each keeps its own."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
-        yield
-        return
-    with model.no_sync() if isinstance(model, DDP) and not enabled else nullcontext():
-        yield
+    return model.no_sync() if isinstance(model, DDP) and not enabled else nullcontext()
 
 
 def lost_rank(error: Exception) -> bool:
-    """Whether it says that another rank is dead or does not answer."""
+    """Whether the error means that another rank died or does not answer."""
     signs = ("timed out", "connection closed", "connection reset", "connection refused", "broken pipe")
-    told = isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in signs)
-    return told and "RANK" in os.environ
+    is_network_error = isinstance(error, dist.DistError) or any(sign in str(error).lower() for sign in signs)
+    return is_network_error and "RANK" in os.environ
 
 
 def stop(ranks: Ranks) -> None:
-    """Waits for all ranks at the end of a run that went well, and under gloo ends the process."""
+    """Waits for all ranks at the end of a successful run. Under gloo, this ends the process."""
     if not ranks.backend:
         return
     dist.barrier()
     if ranks.backend == "nccl":
         dist.destroy_process_group()
         return
-    # The threads of gloo and DDP abort the process now and then when the interpreter takes it down.
+    # The threads of gloo and DDP sometimes abort the process when the interpreter shuts down.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

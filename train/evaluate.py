@@ -247,7 +247,7 @@ def _hellaswag(source: str) -> Iterator[tuple[str, list[str], int]]:
         try:
             from datasets import load_dataset
         except ImportError:
-            raise ValueError("--hellaswag=hub needs the package datasets: pip install datasets") from None
+            raise ValueError(f"--hellaswag=hub needs the package datasets: {cli.install('data')}") from None
         try:
             examples = list(load_dataset("Rowan/hellaswag", split="validation"))
         except Exception as error:  # whatever the hub and what reads it raise

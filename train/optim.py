@@ -1,7 +1,7 @@
-"""The optimizers, the learning rate as a function of the step, and what is done around a step."""
+"""The optimizers, the learning-rate schedule, gradient clipping and skipped steps."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,60 +13,59 @@ from train.config import TrainConfig
 
 
 class AdamW(torch.optim.AdamW):
-    """nanoGPT's: matrices and embeddings are decayed, norms and biases are not."""
+    """nanoGPT's AdamW: matrices and embeddings are decayed, norms and biases are not."""
 
     name = "adamw"
 
     def __init__(self, model: GPT, config: TrainConfig, device_type: str):
         lr, betas = config.learning_rate, (config.beta1, config.beta2)
-        plain = model.configure_optimizers(config.weight_decay, lr, betas, device_type)
-        super().__init__(plain.param_groups, lr, betas, fused=plain.defaults["fused"])
+        nanogpts = model.configure_optimizers(config.weight_decay, lr, betas, device_type)
+        super().__init__(nanogpts.param_groups, lr, betas, fused=nanogpts.defaults["fused"])
 
     @staticmethod
     def moments(group: dict[str, Any]) -> tuple[str, ...]:
-        """Names of the tensors that are kept for each tensor of `group`, and have its shape."""
+        """The names of the state tensors that each parameter of `group` has, of the parameter's shape."""
         return ("exp_avg", "exp_avg_sq")
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the matrices of the blocks, AdamW for the rest: embeddings (the head is one), norms, biases.
+    """Muon for the matrices of the blocks; AdamW for embeddings (the head is tied to one), norms and biases.
 
-    A matrix moves along its gradient's running mean, made orthogonal: all of its singular values become
-    about one, so that rare directions count as much as frequent ones. Scaled to the size that AdamW's updates
-    have, so that one learning rate and weight decay serve both. Queries, keys and values lie in one tensor
-    and are made orthogonal apart. Shards are put together first, and every rank does the same work.
+    Muon moves a matrix along the running mean of its gradient, orthogonalised: all singular values become
+    about 1, so rare directions count as much as frequent ones.
 
-    It computes what torch.optim.Muon does. We do not use that one because we skip a step whose gradient is
-    not finite on the device, without a sync, and because it works in bfloat16, which is slow on CPUs.
+    torch.optim.Muon computes the same. We do not use it because we skip non-finite steps on the device,
+    without a sync, and because it computes in bfloat16, which is slow on CPUs.
 
-    Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/; the scale is that of Liu et al., 2025,
-    https://arxiv.org/abs/2502.16982
+    Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/; Liu et al., 2025,
+    https://arxiv.org/abs/2502.16982 (the scale of the update)
     """
 
     name = "muon"
 
     def __init__(self, model: GPT, config: TrainConfig, device_type: str, momentum: float = 0.95):
         adamw = AdamW(model, config, device_type)
-        decayed, plain = adamw.param_groups
-        blocks = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
-        packed = [p for name, p in blocks.items() if name.endswith("c_attn.weight")]
-        single = [p for name, p in blocks.items() if not name.endswith("c_attn.weight")]
-        own = set(blocks.values())
-        rest = [p for p in decayed["params"] if p not in own]
+        decayed, not_decayed = adamw.param_groups
+        matrices = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
+        # Queries, keys and values are one tensor of three matrices. Each is orthogonalised by itself.
+        packed = [p for name, p in matrices.items() if name.endswith("c_attn.weight")]
+        single = [p for name, p in matrices.items() if not name.endswith("c_attn.weight")]
+        muons = set(matrices.values())
+        embeddings = [p for p in decayed["params"] if p not in muons]
         groups = [
             decayed | {"params": packed, "momentum": momentum, "matrices": 3},
             decayed | {"params": single, "momentum": momentum, "matrices": 1},
-            decayed | {"params": rest},
-            plain,
+            decayed | {"params": embeddings},
+            not_decayed,
         ]
         super().__init__(groups, adamw.defaults)
         self.adamw = adamw
-        self._step_supports_amp_scaling = adamw.defaults["fused"]  # a GradScaler then says found_inf
+        # A GradScaler then sets found_inf instead of skipping the step itself.
+        self._step_supports_amp_scaling = adamw.defaults["fused"]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Nothing moves where `found_inf`, set as a GradScaler sets it, is not zero."""
-        assert closure is None
+    def step(self) -> None:  # type: ignore[override]
+        """Changes nothing if `found_inf`, which a GradScaler or `step_if_finite` sets, is not zero."""
         found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for p in group["params"] if "momentum" in group else ():
@@ -84,15 +83,17 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p)
         weight, grad, buffer = _local(p), _local(gradient), _local(state["momentum_buffer"])
         mean = buffer.lerp(grad, 1 - group["momentum"])
-        direction = grad.lerp(mean, group["momentum"])  # Nesterov's
+        # Nesterov momentum: a step ahead of the mean.
+        direction = grad.lerp(mean, group["momentum"])
         direction = direction.bfloat16() if direction.is_cuda else direction
         if isinstance(p, DTensor):
+            # A shard is not a matrix. Every rank gathers the whole one and computes the same.
             direction = DTensor.from_local(
                 direction, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
             )
             direction = direction.full_tensor()
         direction = orthogonal(direction.view(group["matrices"], -1, p.size(1)))
-        # The root mean square of AdamW's updates is about 0.2.
+        # Updates get the root mean square of AdamW's, about 0.2: one learning rate and decay serves both.
         scale = 0.2 * math.sqrt(max(direction.shape[1:]))
         direction = direction.reshape(p.shape).type_as(weight)
         if isinstance(p, DTensor):
@@ -109,23 +110,24 @@ class Muon(torch.optim.Optimizer):
         return ("momentum_buffer",) if "momentum" in group else AdamW.moments(group)
 
 
-# An optimizer is its class, which says its name and its moments, and its entry here and in TrainConfig.
+# To add an optimizer, write its class with `name` and `moments`, and add it here and to TrainConfig.
 Optimizer = AdamW | Muon
 OPTIMIZERS: tuple[type[Optimizer], ...] = (AdamW, Muon)
 
 
 def optimizer_for(model: GPT, config: TrainConfig, device_type: str) -> Optimizer:
-    """The one that `config` names, for the parameters of `model`."""
-    (optimizer,) = (each for each in OPTIMIZERS if each.name == config.optimizer)
-    return optimizer(model, config, device_type)
+    """The optimizer that `config` names, for the parameters of `model`."""
+    classes = {optimizer.name: optimizer for optimizer in OPTIMIZERS}
+    return classes[config.optimizer](model, config, device_type)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """(N, A, B): each matrix with its singular values moved to about one, U V^T of its decomposition nearly.
+    """Orthogonalises matrices (N, A, B): with the decomposition U S V^T of each, returns about U V^T.
 
-    Five steps of a Newton-Schulz iteration, with the polynomial and coefficients of Jordan, who chose them to
-    lift small values fast: those above 1/500 of the matrix's norm end between 0.68 and 1.21.
+    Five steps of a Newton-Schulz iteration. Jordan's coefficients raise small singular values fast: all above
+    1/500 of the matrix's norm end between 0.68 and 1.21.
     """
+    # x x^T is smallest if the matrix is wide.
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -138,16 +140,16 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part, where a tensor has parts."""
+    """This rank's shard of a sharded tensor; another tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then the schedule down to min_lr at lr_decay_iters, and min_lr after that.
+    """The learning rate of a step: linear warm-up, a decay down to min_lr at lr_decay_iters, then min_lr.
 
-    cosine: half a cosine from the end of the warm-up, as nanoGPT.
-    wsd: constant (stable) until wsd_decay_iters before the end, then linear; Hu et al., 2024,
-    https://arxiv.org/abs/2404.06395
+    cosine, as in nanoGPT: half a cosine, from the end of the warm-up on.
+    wsd (warm-up, stable, decay): constant, and then linear over the last wsd_decay_iters steps; Hu et al.,
+    2024, https://arxiv.org/abs/2404.06395
     """
     peak, end = config.learning_rate, config.lr_decay_iters
     if not config.decay_lr:
@@ -165,23 +167,24 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.min_lr + share * (peak - config.min_lr)
 
 
-def clip_gradient(parameters: Iterable[Tensor], most: float) -> Tensor:
-    """Scales the gradient down to the norm `most` (0 is off). Returns its norm before, on the device."""
+def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scales the gradient down to `max_norm`, unless that is 0. Returns the norm before, on the device."""
     parameters = list(parameters)
-    if most:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, most)
+    if max_norm:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     else:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_norm: Tensor) -> None:
-    """A step, or none where the norm of the gradient is not finite: weights and moments stay as they are."""
-    if scaler.is_enabled():  # it looks for itself
+    """Makes a step of the optimizer. If the gradient is not finite, weights and moments stay as they are."""
+    if scaler.is_enabled():
+        # It looks for infinities itself.
         scaler.step(optimizer)
         scaler.update()
     elif optimizer.defaults["fused"]:
-        # The fused kernel is told on the device, as a GradScaler tells it: nobody waits.
+        # The fused kernel reads found_inf on the device, as under a GradScaler: nothing waits for the GPU.
         vars(optimizer).update(grad_scale=None, found_inf=(~grad_norm.isfinite()).float())
         optimizer.step()
     elif grad_norm.isfinite():
@@ -189,12 +192,14 @@ def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScale
 
 
 class SkippedSteps:
-    """The number of steps that `step_if_finite` skipped, counted on the device without a sync."""
+    """Counts the steps that `step_if_finite` skips, on the device, without a sync.
+
+    `total` is the number so far.
+    """
 
     def __init__(self, total: int, device: str):
-        """`total` were skipped before."""
         self.total, self.in_a_row = torch.tensor([total, 0], device=device)
 
     def count(self, grad_norm: Tensor) -> None:
-        failed = ~grad_norm.isfinite()
-        self.total, self.in_a_row = self.total + failed, (self.in_a_row + 1) * failed
+        skipped = ~grad_norm.isfinite()
+        self.total, self.in_a_row = self.total + skipped, (self.in_a_row + 1) * skipped

@@ -1,4 +1,4 @@
-"""--profile=START:STOP: those steps under torch.profiler, as a trace and as the list of what costs most."""
+"""--profile=START:STOP: profiles those steps with torch.profiler, and lists the slowest operations."""
 
 from pathlib import Path
 
@@ -9,13 +9,13 @@ from train.config import TrainConfig
 from train.distributed import Ranks
 from train.metrics import Metrics
 
-LISTED = 12  # operations
+LISTED = 12  # operations in the list
 
 
 class Profile:
-    """Steps START to STOP - 1 of rank 0, up to an evaluation or the end; each takes longer than it would.
+    """Traces the steps START to STOP - 1 on rank 0, or fewer if an evaluation or the end comes first.
 
-    The trace opens in https://ui.perfetto.dev and chrome://tracing.
+    The profiler slows these steps down. Open the trace in https://ui.perfetto.dev or chrome://tracing.
     """
 
     def __init__(self, config: TrainConfig, first_step: int, ranks: Ranks, metrics: Metrics):
@@ -37,30 +37,31 @@ class Profile:
         if step + 1 not in self.steps:
             self.finish(step + 1)
 
-    def finish(self, made: int) -> None:
-        """Before an evaluation too, which is not a step's: `made` steps are made, and no more are traced."""
-        if self.running is not None:
-            with self.metrics.paused("profiling"):
-                self.running.stop()
-                first, last = self.steps[0], made - 1
-                path = self.folder / f"trace-{first}-{last}.json"
-                self.running.export_chrome_trace(str(path))
-                self.metrics.print(f"profile of steps {first} to {last}: {path}")
-                self.metrics.print(self._costliest(self.running, made - first))
-                self.running = None
+    def finish(self, next_step: int) -> None:
+        """Ends the trace before `next_step`, or before an evaluation that comes first."""
+        if self.running is None:
+            return
+        with self.metrics.paused("profiling"):
+            self.running.stop()
+            first, last = self.steps[0], next_step - 1
+            path = self.folder / f"trace-{first}-{last}.json"
+            self.running.export_chrome_trace(str(path))
+            self.metrics.print(f"profile of steps {first} to {last}: {path}")
+            self.metrics.print(self._slowest(self.running, next_step - first))
+            self.running = None
 
-    def _costliest(self, profiled: profile, steps: int) -> str:
-        """A line for each kernel of a GPU, or operation of a CPU, that took most time itself."""
+    def _slowest(self, finished: profile, steps: int) -> str:
+        """A line for each of the slowest kernels of a GPU, or operations of a CPU without those they call."""
         on_gpu = self.ranks.device_type == "cuda"
         events = [
             (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
-            for event in profiled.key_averages()
+            for event in finished.key_averages()
             if (event.device_type != DeviceType.CPU) == on_gpu and not event.is_user_annotation
         ]
-        whole = max(1.0, sum(microseconds for microseconds, *_ in events))
-        lines = [f"{whole / steps / 1000:.2f} ms a step in operations on {self.ranks.device}, mostly in"]
+        total = max(1.0, sum(microseconds for microseconds, *_ in events))
+        lines = [f"{total / steps / 1000:.2f} ms a step in operations on {self.ranks.device}, mostly in"]
         for microseconds, count, name in sorted(events, reverse=True)[:LISTED]:
             name = name if len(name) <= 60 else f"{name[:57]}..."
-            share, ms = microseconds / whole, microseconds / steps / 1000
+            share, ms = microseconds / total, microseconds / steps / 1000
             lines.append(f"  {share:6.1%} {ms:10.3f} ms {count / steps:7,.0f} times  {name}")
         return "\n".join(lines)

@@ -30,13 +30,12 @@ mfu = "" if speed["mfu"] is None else f", {speed['mfu']:.0f}% of the GPU's peak 
 print(f"final validation loss: {end['val/loss']:.3f} nats a character, after {end['iter']:,} steps")
 print(f"speed: {speed['tokens_per_s']:,.0f} tokens/s{mfu}")
 END
-cat <<END
-
-The run is in $out: ckpt.pt, metrics.jsonl, loss.png. What to try next:
-  source .venv/bin/activate                                                        # once in a shell
-  python -m gpt.sample $out --temperature=0.5                                      # more samples
-  python -m train.prepare text --input=FILE --tokenizer=char --name=mine           # a text of your own, then
-  python -m train quickstart --dataset=mine --out_dir=out-mine                     # a model of it
-  python -m train train_shakespeare_char --dataset=$DATA --out_dir=out-larger      # larger: minutes on a GPU
-  python -m train --help                                                           # every setting
-END
+hint() { printf '  %-76s # %s\n' "$1" "$2"; }
+echo
+echo "The run is in $out: ckpt.pt, metrics.jsonl, loss.png. What to try next:"
+hint "source .venv/bin/activate" "once in a shell"
+hint "python -m gpt.sample $out --temperature=0.5" "more samples"
+hint "python -m train.prepare text --input=FILE --tokenizer=char --name=mine" "a text of your own"
+hint "python -m train quickstart --dataset=mine --out_dir=out-mine" "a model of it"
+hint "python -m train train_shakespeare_char --dataset=$DATA --out_dir=out-larger" "minutes on a GPU"
+hint "python -m train --help" "every setting"

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 ask a run to stop: it finishes its step and saves first."""
+"""SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 stop a run after its step, with a checkpoint."""
 
 import os
 import signal
@@ -9,7 +9,10 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Listens from when it is made; `received` names the signal that came, which `answer` is called with."""
+    """Handles the signals from its creation on. `received` is the name of the signal that came, or None.
+
+    The first signal also calls `answer` with its name.
+    """
 
     def __init__(self, answer: Callable[[str], None] = lambda signal: None) -> None:
         self.received: str | None = None
@@ -18,7 +21,8 @@ class StopRequest:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # A second Ctrl-C is impatience; torchrun hands on a signal that has reached its ranks already.
+        # A second Ctrl-C ends the run at once. Under torchrun it does not count: a Ctrl-C reaches the ranks
+        # twice, from the terminal and from torchrun.
         if self.received and number == signal.SIGINT and "RANK" not in os.environ:
             raise KeyboardInterrupt
         if self.received is None:

@@ -1,11 +1,11 @@
-"""python -m train.prepare NAME: a corpus becomes data/NAME/train.bin and val.bin, as nanoGPT writes them.
+"""python -m train.prepare NAME: writes a corpus as data/NAME/train.bin and val.bin, in nanoGPT's format.
 
 {corpora}
 
-Those called _char get an id for each character, the others GPT-2's byte-pair encoding.
+In those called _char each character is a token. The others use GPT-2's byte-pair encoding.
 
-text                a text of your own: --input=FILES --name=NAME --tokenizer=gpt2|char|PATH
-tokenizer           trains one on your own text: --input=FILES --vocab_size=N --output=PATH
+text                your own text: --input=FILES --name=NAME --tokenizer=gpt2|char|PATH
+tokenizer           trains a tokenizer on your own text: --input=FILES --vocab_size=N --output=PATH
 inspect NAME        shows a data set
 
 text, tokenizer and each corpus take --help.
@@ -16,7 +16,6 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gpt import cli
 from gpt.cli import UserPath
@@ -29,34 +28,36 @@ from train.prepare.train_tokenizer import train_tokenizer
 
 @dataclass
 class CorpusConfig:
-    """Prepare a corpus that is known by name."""
+    """Prepare a corpus by its name."""
 
-    workers: int = 0  # threads that encode, processes that load from the hub; 0: one for each core
+    workers: int = 0  # threads that encode, and processes that load from the hub; 0: one for each core
 
 
 @dataclass
 class PrepareConfig:
-    """Prepare a text of your own as data/NAME.
+    """Prepare your own text as data/NAME.
 
-    A single file of text is split where nine tenths of it end. Of many files, or rows of .jsonl or .parquet,
-    each is a document; documents for validation are drawn at random.
+    A single text file is split at nine tenths of its length. Otherwise each file, and each row of a .jsonl or
+    .parquet file, is a document, and a tenth of the documents, drawn at random, is for validation.
     """
 
-    input: UserPath  # a file, a folder or a glob of .txt, .jsonl or .parquet; several with commas between
+    input: UserPath  # files, folders or globs of .txt, .jsonl or .parquet, separated by commas
     name: UserPath  # name of the data set, for --dataset
-    tokenizer: UserPath = "gpt2"  # gpt2, char (an id a character), a tokenizer.json, or a model's folder
+    tokenizer: UserPath = (
+        "gpt2"  # gpt2, char (an id for each character), a tokenizer.json, or a model's folder
+    )
     field: str = "text"  # the column of .jsonl and .parquet that holds the text
     val_fraction: float = 0.1  # share for validation, of the characters or of the documents
-    endoftext: bool = False  # make <|endoftext|> in the text the token that ends a document, not text
+    endoftext: bool = False  # read <|endoftext|> in the text as the token that ends a document
     workers: int = 0  # threads that encode; 0: one for each core
 
 
 @dataclass
 class TokenizerConfig:
-    """Train a byte-pair encoding on a text of your own, split into words as GPT-2's is."""
+    """Train a byte-pair encoding on your own text, which it splits into words as GPT-2's does."""
 
-    input: UserPath  # a file, a folder or a glob of .txt, .jsonl or .parquet; several with commas between
-    vocab_size: int = 16384  # tokens, <|endoftext|> among them
+    input: UserPath  # files, folders or globs of .txt, .jsonl or .parquet, separated by commas
+    vocab_size: int = 16384  # tokens, <|endoftext|> included
     output: UserPath = "tokenizer.json"  # for --tokenizer of `text`
     field: str = "text"  # the column of .jsonl and .parquet that holds the text
 
@@ -83,10 +84,9 @@ def main() -> None:
             raise ValueError(f"name={config.name!r} names no data set: give one, such as --name=mine")
         check_free(folder)
         corpus = documents.files(config.input, config.field, config.val_fraction)
-        prepare(folder, corpus, config.tokenizer, config.workers, config.endoftext)
+        encode(folder, corpus, config.tokenizer, config.workers or _cores(), config.endoftext)
     elif name in CORPORA:
-        workers = cli.parse(CorpusConfig, args, prog).workers
-        prepare_by_name(name, workers)
+        prepare_by_name(name, cli.parse(CorpusConfig, args, prog).workers or _cores())
     else:
         close = difflib.get_close_matches(name, [*CORPORA, "text", "tokenizer", "inspect"], n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -95,31 +95,20 @@ def main() -> None:
 
 
 def prepare_by_name(name: str, workers: int) -> None:
-    """Leaves data alone that is there. Prints a line when nanoGPT's counts are of another corpus."""
+    """Prepares a corpus unless it is there. Prints a line if nanoGPT counted other numbers of tokens."""
     folder, entry = Path("data", name), CORPORA[name]
     if is_complete(folder):
         print(f"{folder} is there already")
         return
-    meta = prepare(folder, entry.load(workers or _cores()), entry.tokenizer, workers)
-    counts = meta["train"]["tokens"], meta["val"]["tokens"]
-    if entry.nanogpt and counts != entry.nanogpt:
+    meta = encode(folder, entry.load(workers), entry.tokenizer, workers)
+    if entry.nanogpt not in (None, (meta["train"]["tokens"], meta["val"]["tokens"])):
         train, val = entry.nanogpt
-        print(f"nanoGPT counted {train:,} and {val:,}: the corpus is not the one it was")
-
-
-def prepare(
-    folder: Path, corpus: documents.Corpus, kind: str, workers: int, endoftext: bool = False
-) -> dict[str, Any]:
-    """`encode`, and the counts printed. Returns the content of meta.json."""
-    meta = encode(folder, corpus, kind, workers or _cores(), endoftext)
-    counts = f"train {meta['train']['tokens']:,} tokens, val {meta['val']['tokens']:,}"
-    print(f"{folder}: {counts}, vocabulary {meta['vocab_size']}")
-    return meta
+        print(f"nanoGPT counted {train:,} and {val:,} tokens: the corpus has changed since then")
 
 
 def write(folder: Path, text: str, kind: str) -> None:
     """Prepares a text that is in memory."""
-    prepare(folder, documents.text(text, "a text in memory"), kind, 1)
+    encode(folder, documents.text(text, "a text in memory"), kind, workers=1)
 
 
 def _cores() -> int:

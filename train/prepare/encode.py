@@ -1,13 +1,13 @@
-"""A corpus to token files: encoded by several threads, written under other names, renamed when complete."""
+"""Encode a corpus as token files. Several threads share the work; files appear when they are complete."""
 
 import hashlib
 import json
 import os
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,18 @@ from train.prepare import documents
 from train.prepare.documents import Corpus, Pieces
 from train.view import progress_bar
 
+BYTE_ORDER_MARK = "\ufeff"
+
 Batch = list[str | None]  # pieces of documents; None ends one
 Ids = NDArray[np.uint32]  # (tokens,)
 
 
 def describe_tokenizer(kind: str, corpus: Corpus) -> dict[str, Any]:
-    """`kind` is gpt2, char (an id for each symbol of the corpus) or the path of a tokenizer.json, or of a
-    Hugging Face folder that has a tokenizer."""
+    """The tokenizer that `kind` names, in the form of `Tokenizer.to_dict`. Raises ValueError and OSError.
+
+    `kind` is gpt2, char (an id for each symbol of the corpus), the path of a tokenizer.json, or a Hugging
+    Face folder that has a tokenizer.
+    """
     if kind == "gpt2":
         return {"kind": "gpt2"}
     if kind == "char":
@@ -51,106 +56,99 @@ def is_complete(folder: Path) -> bool:
 
 
 def check_free(folder: Path) -> None:
-    """Raises ValueError when there is data in `folder` already."""
+    """Raises ValueError when `folder` already has data."""
     if is_complete(folder):
         raise ValueError(f"{folder} is there already; remove it, or choose another --name")
 
 
 def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: bool = False) -> dict[str, Any]:
-    """Writes train.bin, val.bin, what the tokenizer needs and meta.json, which is returned.
+    """Writes train.bin, val.bin, the tokenizer's files and meta.json, and returns the content of meta.json.
 
-    With `endoftext`, the tokenizer's mark for the end of a document, such as `<|endoftext|>`, becomes its one
-    id where the text has it; without, it is text like any other, and a line says how often it is there.
-    Raises ValueError when there is data in `folder` already.
+    The text itself may contain `<|endoftext|>`, or the token with which a tokenizer.json ends a document.
+    With `endoftext` it becomes that one token, otherwise it is text. Raises ValueError and OSError.
     """
     check_free(folder)
-    described = describe_tokenizer(kind, corpus)
-    mark, names_end = tokenizer.mark_of_end(described)
-    if endoftext and not names_end:
-        raise ValueError(
-            f"endoftext=True needs a tokenizer that has a token for the end of a document; "
-            f"{tokenizer.name(described)} has none"
-        )
-    tokenizer.from_dict(described)  # which says what is wrong with it
-    vocab_size = tokenizer.vocab_size(described)
+    description = describe_tokenizer(kind, corpus)
+    end_mark, is_token = tokenizer.mark_of_end(description)
+    if endoftext and not is_token:
+        problem = "endoftext=True needs a tokenizer that has a token for the end of a document"
+        raise ValueError(f"{problem}; {tokenizer.name(description)} has none")
+    encode_batch = _encoder(description, endoftext)
+    vocab_size = tokenizer.vocab_size(description)
     dtype = shards.dtype_for(vocab_size)
     meta: dict[str, Any] = {
-        "tokenizer": {"json": "tokenizer.json"}.get(described["kind"], described["kind"]),
+        "tokenizer": {"json": "tokenizer.json"}.get(description["kind"], description["kind"]),
         "vocab_size": vocab_size,
         "dtype": np.dtype(dtype).name,
     }
-    marks = byte_order_marks = 0
+    marks: Counter[str] = Counter()  # how often the text has each
 
-    def count_marks(pieces: Pieces) -> Pieces:
-        nonlocal marks, byte_order_marks
+    def counting_marks(pieces: Pieces) -> Pieces:
         for piece in pieces:
-            marks += (piece or "").count(mark)
-            byte_order_marks += (piece or "").count("\ufeff")
+            for mark in (end_mark, BYTE_ORDER_MARK):
+                marks[mark] += (piece or "").count(mark)
             yield piece
 
-    encode_batch = _encoder(described, endoftext)
-    with _removed_if_it_fails(folder), ThreadPoolExecutor(workers) as pool:
+    with _making(folder), ExitStack() as files, ThreadPoolExecutor(workers) as pool:
         for name, split in (("train", corpus.train), ("val", corpus.val)):
-            pieces = progress_bar(count_marks(split.pieces()), str(folder / name), split.size, _size)
+            # The stack renames the first file last: once train.bin is there, everything is.
+            path = files.enter_context(atomic.replacing(folder / f"{name}.bin"))
+            pieces = progress_bar(counting_marks(split.pieces()), str(folder / name), split.size, _size)
             ids = _map_in_order(pool, encode_batch, _batches(pieces), ahead=2 * workers)
-            tokens, sha256 = _write(folder / f"{name}.bin.partial", ids, dtype)
-            if tokens == 0:
-                raise ValueError(
-                    f"{corpus.source}: the split {name} would have no token, so nothing is written; add "
-                    "text, or choose another val_fraction"
-                )
-            meta[name] = {"tokens": tokens, "documents": split.documents, "sha256": sha256}
-    meta |= {"source": corpus.source, "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    _finish(folder, described, meta)
-    if marks:
-        way_out = (
-            ". Where it ends a document, remove the data and prepare it with --endoftext=True: one token"
-        )
-        length = len(tokenizer.from_dict(described).encode_ordinary(mark))
-        ordinary = f"text of {length} tokens each{way_out if names_end else ''}"
-        print(f"the text has {mark} {marks:,} times: {'one token each' if endoftext else ordinary}")
-    if byte_order_marks:
-        print(
-            f"the text has a byte-order mark (U+FEFF) in {byte_order_marks:,} places, as where files were "
-            "joined: it is kept; where it is not meant, remove it from the text and prepare the data again"
-        )
+            n_tokens, sha256 = _write(path, ids, dtype)
+            if n_tokens == 0:
+                problem = f"{corpus.source}: the split {name} would have no token"
+                raise ValueError(f"{problem}; add text, or choose another val_fraction")
+            meta[name] = {"tokens": n_tokens, "documents": split.documents, "sha256": sha256}
+        meta |= {"source": corpus.source, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        _write_tokenizer(folder, description)
+        atomic.write(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
+    counts = f"train {meta['train']['tokens']:,} tokens, val {meta['val']['tokens']:,}"
+    print(f"{folder}: {counts}, vocabulary {vocab_size}")
+    if n_marks := marks[end_mark]:
+        length = len(tokenizer.from_dict(description).encode_ordinary(end_mark))
+        form = "one token each" if endoftext else f"text of {length} tokens each"
+        print(f"the text has {end_mark} {n_marks:,} times: {form}")
+        if is_token and not endoftext:
+            print(
+                "if it ends documents, remove the data and prepare it with --endoftext=True: one token each"
+            )
+    if n_marks := marks[BYTE_ORDER_MARK]:
+        print(f"the text has a byte-order mark (U+FEFF) in {n_marks:,} places, as where files were joined")
     return meta
 
 
 @contextmanager
-def _removed_if_it_fails(folder: Path) -> Iterator[None]:
-    """Makes `folder`; where the code inside fails, its unfinished files go, and the folder if it is empty."""
+def _making(folder: Path) -> Iterator[None]:
+    """Makes `folder`. After an error inside, removes it again if it is empty."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        for partial in folder.glob("*.bin.partial"):
-            partial.unlink()
         if not any(folder.iterdir()):
             folder.rmdir()
         raise
 
 
-def _encoder(described: dict[str, Any], endoftext: bool) -> Callable[[Batch], Ids]:
-    """A function from a batch of pieces to their ids, for several threads at once.
-
-    GPT-2's and Hugging Face's encodings compute without Python's lock, so that threads do share the work.
-    """
-    # Two threads cannot use one tokenizer of Hugging Face's at the same time: each thread has its own.
+def _encoder(description: dict[str, Any], endoftext: bool) -> Callable[[Batch], Ids]:
+    """A function from a batch of pieces to their ids, for several threads. Raises ValueError."""
+    tokenizer.from_dict(description)  # raises now, not in a thread
+    # tiktoken and Hugging Face's tokenizers release Python's lock while they encode: threads share the work.
+    # Each thread has its own tokenizer, since two threads cannot use one of Hugging Face's at the same time.
     local = threading.local()
 
     def encode_batch(batch: Batch) -> Ids:
         if not hasattr(local, "tokenizer"):
-            local.tokenizer = tokenizer.from_dict(described)
-        by = local.tokenizer.encode if endoftext else local.tokenizer.encode_ordinary
+            local.tokenizer = tokenizer.from_dict(description)
+        to_ids = local.tokenizer.encode if endoftext else local.tokenizer.encode_ordinary
         end = local.tokenizer.end
-        return np.concatenate([np.array(end if piece is None else by(piece), np.uint32) for piece in batch])
+        return np.concatenate([np.array(end if p is None else to_ids(p), np.uint32) for p in batch])
 
     return encode_batch
 
 
 def _batches(pieces: Pieces) -> Iterator[Batch]:
-    """Pieces together, up to PIECE characters: a short document is not worth a task of its own."""
+    """Batches of about PIECE characters, since a task for each short document would be slow."""
     batch: Batch = []
     size = 0
     for piece in pieces:
@@ -164,52 +162,44 @@ def _batches(pieces: Pieces) -> Iterator[Batch]:
 
 
 def _map_in_order(
-    pool: ThreadPoolExecutor,
-    function: Callable[[Batch], Ids],
-    batches: Iterable[Batch],
-    ahead: int,
+    pool: ThreadPoolExecutor, function: Callable[[Batch], Ids], batches: Iterable[Batch], ahead: int
 ) -> Iterator[Ids]:
-    """`function` of each batch, in order. At most `ahead` batches wait, which bounds the memory."""
+    """`pool.map(function, batches)` that reads at most `ahead` batches ahead, to bound the memory."""
     waiting: deque[Future[Ids]] = deque()
     for batch in batches:
         waiting.append(pool.submit(function, batch))
         if len(waiting) > ahead:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    for future in waiting:
+        yield future.result()
 
 
 def _write(path: Path, arrays: Iterable[Ids], dtype: DTypeLike) -> tuple[int, str]:
-    """Writes a token file -> (tokens, its sha256)."""
-    tokens = 0
+    """Writes a token file. Returns the number of tokens and the sha256 of the file."""
+    n_tokens = 0
     with path.open("w+b") as f:
         f.write(shards.header(dtype, 0))
         for ids in arrays:
             f.write(ids.astype(dtype).data)
-            tokens += len(ids)
-        # The header has the count, which is known now.
+            n_tokens += len(ids)
+        # The header contains the number of tokens, which is only known now.
         f.seek(0)
-        f.write(shards.header(dtype, tokens))
+        f.write(shards.header(dtype, n_tokens))
         f.flush()
         os.fsync(f.fileno())
         f.seek(0)
-        return tokens, hashlib.file_digest(f, "sha256").hexdigest()
+        return n_tokens, hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _size(piece: str | None) -> int:
-    """Bytes of text that were read."""
     return len((piece or "").encode())
 
 
-def _finish(folder: Path, described: dict[str, Any], meta: dict[str, Any]) -> None:
-    """Gives everything its name; train.bin, by which data is known to be there, is the last."""
-    # What another tokenizer left would be taken for this one's.
+def _write_tokenizer(folder: Path, description: dict[str, Any]) -> None:
+    """Writes the tokenizer's own files and removes those of another tokenizer."""
     (folder / "meta.pkl").unlink(missing_ok=True)
     (folder / "tokenizer.json").unlink(missing_ok=True)
-    if described["kind"] == "json":
-        atomic.write(folder / "tokenizer.json", described["json"])
-    if described["kind"] == "char":
-        tokenizer.write_meta(folder / "meta.pkl", described["symbols"])
-    atomic.write(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
-    for name in ("val", "train"):
-        (folder / f"{name}.bin.partial").replace(folder / f"{name}.bin")
+    if description["kind"] == "json":
+        atomic.write(folder / "tokenizer.json", description["json"])
+    if description["kind"] == "char":
+        tokenizer.write_meta(folder / "meta.pkl", description["symbols"])
