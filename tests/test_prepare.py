@@ -314,7 +314,7 @@ def test_train_bin_by_which_data_is_known_appears_last(small_pieces, monkeypatch
     before = {}
 
     def replace_and_note(path, target):
-        before[target.name] = os.listdir(target.parent)
+        before[target.name] = sorted(os.listdir(target.parent))
         os.replace(path, target)
 
     monkeypatch.setattr(Path, "replace", replace_and_note)
