@@ -1,13 +1,12 @@
-"""Every command line of the project: a dataclass becomes flags, config files become flags before them.
+"""The command lines of this project: the fields of a dataclass become flags, which config files can set too.
 
-A config file is Python that sets the names of the flags, as nanoGPT's are. It is turned into `--name=value`,
-so a value from a file meets the same checks and the same messages as one from the shell.
+A config file is Python that assigns to the names of flags, as in nanoGPT. Its values get the same checks and
+the same messages as those of `--name=value`.
 """
 
 import difflib
 import importlib
 import inspect
-import math
 import os
 import re
 import shlex
@@ -17,49 +16,33 @@ import textwrap
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from io import TextIOWrapper
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, get_args
 
-from gpt.reading import read_text, text_encoding
+from gpt.reading import read_text
 
 Config = TypeVar("Config")
 Value = TypeVar("Value")
-UserPath = Annotated[str, Path]  # the type of a flag that names a file or a folder: ~ is the user's home
+UserPath = Annotated[str, Path]  # the type of a flag that names a file or a folder; ~ is the home folder
 OWN_PACKAGES = ("kernels", "gpt", "train", "bench")
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 
 
 class Flag(NamedTuple):
     name: str
-    group: str  # the heading that it stands under
+    group: str  # its heading in --help
     help: str
-    default: Any  # MISSING where a value must be given
-    type: Any  # of its field
-
-    @property
-    def is_switch(self) -> bool:
-        """Takes True and False, and alone means True."""
-        return bool in (self.type, *get_args(self.type))
+    default: Any  # MISSING if the flag is required
+    type: Any
 
 
-def parse(
-    config_class: type[Config],
-    args: Sequence[str],
-    prog: str,
-    presets: Path | None = None,
-    path_flag: str = "",
-) -> Config:
-    """Reads `[config.py ...] [--key=value ...]`, later ones winning. Bad flags: prints why and exits with 2.
-
-    A config file is found by its path or, in the folder `presets`, by its name. `--key` alone says True.
-    A word that does not end in .py is the value of `path_flag`, if there is one. `--help` prints `help_text`
-    and exits with 0.
-    """
-    return parse_given(config_class, args, prog, presets, path_flag)[0]
+def parse(config_class: type[Config], args: Sequence[str], prog: str, path_flag: str = "") -> Config:
+    """`parse_given` for programs without presets. Returns the settings alone."""
+    return parse_given(config_class, args, prog, path_flag=path_flag)[0]
 
 
 def parse_given(
@@ -69,61 +52,92 @@ def parse_given(
     presets: Path | None = None,
     path_flag: str = "",
 ) -> tuple[Config, dict[str, list[str]]]:
-    """`parse`, and of each flag that was set, by a file or on the command line, its values in order."""
+    """Reads `[config.py ...] [--name=value ...]` in order; later values win. `--help` prints `help_text`.
+
+    Also returns, for each flag that was set, all its values in order. A config file is given by its path, or
+    by its name in the folder `presets`. A word that does not end in .py sets `path_flag`, if there is one.
+    A wrong flag prints an error and exits with 2. Raises ValueError, OSError for a wrong config file.
+    """
     if {"-h", "--help"}.intersection(args):
         print(help_text(config_class, prog, presets, path_flag))
         sys.exit(0)
-    described = {flag.name: flag for flag in describe(config_class)}
-    values = {name: flag.default for name, flag in described.items() if flag.default is not MISSING}
-    scope = values | {"__name__": "__main__"}  # as nanoGPT's, which run in its train.py
+    flags = {flag.name: flag for flag in describe(config_class)}
+    values = {name: flag.default for name, flag in flags.items() if flag.default is not MISSING}
+    # A config file sees all flags, as in nanoGPT, whose train.py executes it among its own names.
+    scope = values | {"__name__": "__main__"}
     given: dict[str, list[str]] = {}
     for word, value in words(config_class, args):
         if not word and path_flag and not (value or "").endswith(".py"):
             word = f"--{path_flag}"
         if word:
-            try:
-                settings = _setting(word, value, described)
-            except ValueError as error:
-                _refuse(error)
+            settings = _setting(word, value, flags)
         else:
-            settings = _settings_of_file(_find(value or "", presets), described, scope)
+            settings = _settings_of_file(_find(value or "", presets), flags, scope)
         values |= settings
         scope |= settings
         for name in settings:
             given.setdefault(name, []).append(str(settings[name]))
-    for name, flag in described.items():
+    for name, flag in flags.items():
         if name not in values:
             _refuse(f"--{name}=... is missing: {flag.help}")
     return _filled(config_class, values), given
 
 
-def _setting(word: str, value: str | None, described: Mapping[str, Flag]) -> dict[str, Any]:
-    """{name: value} of `--name=value`. Raises ValueError."""
+def parse_with_paths(config_class: type[Config], args: Sequence[str], prog: str) -> tuple[Config, list[str]]:
+    """Reads `[PATH ...] [--name=value ...]`. Returns the settings and the paths."""
+    parts = list(words(config_class, args))
+    flags = [name if value is None else f"{name}={value}" for name, value in parts if name]
+    return parse(config_class, flags, prog), [read_path(value or "") for name, value in parts if not name]
+
+
+def words(config_class: type, args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Yields ("--name", value) for each flag, and ("", word) for each word that does not belong to a flag.
+
+    A flag is written `--name=value`, `--name value`, or, if it is a switch, `--name`. The value of another
+    flag that ends the command line is None.
+    """
+    flags, rest = {flag.name: flag for flag in describe(config_class)}, list(args)
+    while rest:
+        arg = rest.pop(0)
+        if not arg.startswith("-"):
+            yield "", arg
+            continue
+        name, equals, value = arg.partition("=")
+        flag = flags.get(name.removeprefix("--").replace("-", "_"))
+        name = f"--{flag.name}" if flag else name
+        if equals:
+            yield name, value
+        elif flag and bool in _alternatives(flag.type) and "".join(rest[:1]).lower() not in (*SWITCH, "auto"):
+            yield name, "True"
+        else:
+            yield name, rest.pop(0) if rest else None
+
+
+def _setting(word: str, value: str | None, flags: Mapping[str, Flag]) -> dict[str, Any]:
+    """{name: value} of the flag `word`, which is "--name"."""
     name = word.removeprefix("--")
-    if name not in described:
-        close = difflib.get_close_matches(name.strip("-"), described, n=1)
+    if name not in flags:
+        close = difflib.get_close_matches(name.strip("-"), flags, n=1)
         hint = f" (did you mean --{close[0]}?)" if close else ""
-        raise ValueError(f"there is no flag {word}{hint}; --help lists them")
+        _refuse(f"there is no flag {word}{hint}; --help lists them")
     if value is None:
-        raise ValueError(f"--{name} needs a value: {described[name].help}")
+        _refuse(f"--{name} needs a value: {flags[name].help}")
     try:
-        if described[name].type is not UserPath:  # names of files stay as the system gave them
+        # The name of a file keeps the bytes that the shell passed.
+        if flags[name].type is not UserPath:
             value = typed_text(value, sys.getfilesystemencoding())
-        return {name: read_value(described[name], value)}
-    except UnicodeDecodeError:
-        raise ValueError(f"--{name}={value!a} is not UTF-8 text") from None
+        return {name: read_value(flags[name], value)}
     except ValueError as error:
-        raise ValueError(f"--{error}") from None
+        _refuse(f"--{error}")
 
 
-def _refuse(problem: object) -> NoReturn:
-    """Ends the program, as for a wrong flag."""
+def _refuse(problem: str) -> NoReturn:
     print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)
 
 
 def _filled(config_class: type[Config], values: Mapping[str, Any]) -> Config:
-    """The dataclass of these values, those nested in it included."""
+    """The dataclass, and those nested in it, with these values."""
     parts = {
         field.name: _filled(field.type, values)
         if isinstance(field.type, type) and is_dataclass(field.type)
@@ -133,86 +147,31 @@ def _filled(config_class: type[Config], values: Mapping[str, Any]) -> Config:
     return config_class(**parts)
 
 
-def parse_with_paths(config_class: type[Config], args: Sequence[str], prog: str) -> tuple[Config, list[str]]:
-    """`parse` for a command that takes paths where others take config files: the flags, and the paths."""
-    parts = list(words(config_class, args))
-    flags = [name if value is None else f"{name}={value}" for name, value in parts if name]
-    return parse(config_class, flags, prog), [read_path(value or "") for name, value in parts if not name]
-
-
-def words(config_class: type, args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """(--name, value) of each flag, and ("", word) of each word that does not belong to a flag.
-
-    `--name=value` and `--name value` are the same. A switch alone is True, another flag at the end is None.
-    """
-    described = {flag.name: flag for flag in describe(config_class)}
-    rest = list(args)
-    while rest:
-        arg = rest.pop(0)
-        if not arg.startswith("-"):
-            yield "", arg
-            continue
-        name, equals, value = arg.partition("=")
-        flag = described.get(name.removeprefix("--").replace("-", "_"))
-        name = f"--{flag.name}" if flag else name
-        if equals:
-            yield name, value
-        elif flag and flag.is_switch and "".join(rest[:1]).lower() not in (*SWITCH, "auto"):
-            yield name, "True"
-        else:
-            yield name, rest.pop(0) if rest else None
-
-
-def typed_text(text: str, encoding: str) -> str:
-    """What was typed, where Python has read it in the locale's `encoding` and kept other bytes as surrogates.
-
-    It is UTF-8 whatever the locale is, or else text in the locale's encoding. Raises UnicodeDecodeError.
-    """
-    try:
-        content = text.encode(encoding, "surrogateescape")
-    except UnicodeEncodeError:
-        return text  # not from the locale: Python itself has made it
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        return content.decode(encoding)
-
-
-def ask(prompt: str) -> str:
-    """A line that is typed, see `typed_text`. Raises ValueError, EOFError."""
-    line = input(prompt)
-    try:
-        return typed_text(line, sys.stdin.encoding or "utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{line!a} is not UTF-8 text") from None
+# ---- values
 
 
 def read_value(flag: Flag, value: Any) -> Any:
-    """What `value`, of the command line or of a config file, means for `flag`. Raises ValueError.
+    """Converts `value`, from the command line or from a config file, to the type of `flag`.
 
-    A whole number may be written as a float (6e5), True and False in any case or as 1 and 0.
+    A whole number may be written as 6e5, and True and False in any case or as 1 and 0. Raises ValueError.
     """
     text = str(value)
     types = list(_alternatives(flag.type))
-    # The word None is text, the None of a config file is not.
-    is_text = str in types and value is not None
-    if is_text and flag.type is UserPath:
-        try:
-            return read_path(text)
-        except ValueError as error:
-            raise ValueError(f"{flag.name}={error}") from None
-    if is_text or text in types:
-        return text
+    # On the command line None is text. In a config file it is not.
+    if text in types or (str in types and value is not None):
+        return read_path(text) if flag.type is UserPath else text
     if text == "None" and type(None) in types:
         return None
     if bool in types and text.lower() in SWITCH:
         return SWITCH[text.lower()]
     try:
         if int in types:
-            return _whole_number(text)
-        if float in types:
+            number = int(text) if text.lstrip("+-").isdecimal() else float(text)
+            if number == int(number) and -(2**63) <= number < 2**64:
+                return int(number)
+        elif float in types:
             return float(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     kinds = {int: "a whole number of at most 64 bits", float: "a number", bool: "True or False"}
     kinds |= {type(None): "None", str: "text"}
@@ -220,8 +179,46 @@ def read_value(flag: Flag, value: Any) -> Any:
     raise ValueError(f"{flag.name}={text} must be {expected}")
 
 
+def _alternatives(kind: Any) -> Iterator[Any]:
+    """The types and the literal values in a union."""
+    parts = get_args(kind)
+    if not parts:
+        yield kind
+    for part in parts:
+        yield from _alternatives(part)
+
+
+def read_path(text: str) -> str:
+    """Replaces ~ at the beginning by the user's home folder. Raises ValueError if the user has none."""
+    path = os.path.expanduser(text)
+    if path == "~" or path.startswith("~/"):
+        raise ValueError(f"{text}: this user has no home folder; set HOME, or write the path without ~")
+    return path
+
+
+def typed_text(text: str, encoding: str) -> str:
+    """The text that a user typed and Python decoded with the locale's `encoding`.
+
+    It is UTF-8 in any locale if its bytes allow it, and else in the locale's encoding. Raises ValueError.
+    """
+    try:
+        # Python stores bytes that it cannot decode as surrogates.
+        content = text.encode(encoding, "surrogateescape")
+    except UnicodeEncodeError:
+        return text  # it does not come from the locale
+    for candidate in ("utf-8", encoding):
+        with suppress(UnicodeDecodeError):
+            return content.decode(candidate)
+    raise ValueError(f"{text!a} is not UTF-8 text")
+
+
+def ask(prompt: str) -> str:
+    """The next line of stdin, by `typed_text`. Raises ValueError, EOFError."""
+    return typed_text(input(prompt), sys.stdin.encoding or "utf-8")
+
+
 def check_bounds(values: Mapping[str, Any], bounds: Mapping[str, tuple[float, float]]) -> None:
-    """Raises ValueError for a number outside its (least, most); NaN is always outside."""
+    """Raises ValueError for a number that is NaN or outside its (minimum, maximum)."""
     for name, (least, most) in bounds.items():
         value = values[name]
         if isinstance(value, int | float) and not least <= value <= most:
@@ -230,7 +227,7 @@ def check_bounds(values: Mapping[str, Any], bounds: Mapping[str, tuple[float, fl
 
 
 def choose(known: Mapping[str, Value], name: str, kind: str) -> Value:
-    """`known[name]`. Raises ValueError with the nearest name; `kind` says what the names stand for."""
+    """`known[name]`. Raises ValueError with the closest name; `kind` is what the names stand for."""
     if name in known:
         return known[name]
     close = difflib.get_close_matches(name, known, n=1)
@@ -238,44 +235,129 @@ def choose(known: Mapping[str, Value], name: str, kind: str) -> Value:
     raise ValueError(f"there is no {kind} {name!r}; {hint}")
 
 
-def _alternatives(kind: Any) -> Iterator[Any]:
-    """The types and the literal values of a union, flat."""
-    parts = get_args(kind)
-    if not parts:
-        yield kind
-    for part in parts:
-        yield from _alternatives(part)
+# ---- config files
 
 
-def _whole_number(text: str) -> int:
+def _find(name: str, presets: Path | None) -> Path:
+    """A config file by its path, by the folder of a run, or by the name of a preset. Raises ValueError."""
+    path = Path(read_path(name))
+    for file in (path, path / "config.py"):
+        if file.is_file():
+            return file
+    if not presets:
+        raise ValueError(
+            f"{name!r} is not a config file, and flags are written --name=value; --help lists them"
+        )
+    known = {preset.stem: preset for preset in sorted(presets.glob("*.py"))}
+    return choose(known, name.removesuffix(".py"), "config file or preset")
+
+
+def _settings_of_file(path: Path, flags: Mapping[str, Flag], scope: dict[str, Any]) -> dict[str, Any]:
+    """Executes a config file in `scope`. Returns {name: value} of the flags that it sets, in any way.
+
+    Ignores names that are not flags, and prints a hint if one resembles a flag. Raises ValueError, OSError.
+    """
+    source = read_text(path)
+    names = _Names(scope | {"__file__": str(path)})
     try:
-        number = int(text)
-    except ValueError:
-        if not float(text).is_integer():
-            raise
-        number = int(float(text))
-    if not -(2**63) <= number < 2**64:
-        raise ValueError("more than 64 bits")
-    return number
+        code = compile(source, str(path), "exec")
+        with _importing_from(path.resolve().parent), IfSlow(f"executing {path}; Ctrl-C stops it"):
+            exec(code, names)
+    except BaseException as error:  # a config file can also exit
+        file, line = _position(error, path)
+        raise ValueError(f"{file}, line {line}: {type(error).__name__}: {error}".rstrip(": ")) from None
+    # _Names does not notice globals().update(...), nor `global` in a function.
+    changed = (name for name in names if names[name] is not scope.get(name, MISSING))
+    lines = dict.fromkeys(changed) | names.lines
+    scope.update(names)
+    settings = {}
+    for name, line in lines.items():
+        if name in flags and name in names:
+            try:
+                settings[name] = read_value(flags[name], names[name])
+            except ValueError as error:
+                raise ValueError(f"{path}{f', line {line}' if line else ''}: {error}") from None
+        # Modules, functions and private names cannot be misspelled settings.
+        elif isinstance(names.get(name), bool | int | float | str) and not name.startswith("_"):
+            for close in difflib.get_close_matches(name, flags, n=1, cutoff=0.8):
+                hint = f"{name!r} is not a flag and is ignored; did you mean {close!r}?"
+                print(f"{path}: {hint}", file=sys.stderr)
+    return settings
 
 
-def read_path(text: str) -> str:
-    """`text` with the user's home in place of a ~ at its front. Raises ValueError where no home is known."""
-    path = os.path.expanduser(text)
-    if path == "~" or path.startswith("~/"):
-        raise ValueError(f"{text}: this user has no home folder; set HOME, or write the path without ~")
+class _Names(dict[str, Any]):
+    """The names in a config file, and the line that assigned each last."""
+
+    def __init__(self, names: dict[str, Any]):
+        super().__init__(names)
+        self.lines: dict[str, int | None] = {}
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        # Code in exec(...) is not a line of the file. The call of exec is.
+        frame = inspect.currentframe()
+        while frame and frame.f_code.co_filename != self["__file__"]:
+            frame = frame.f_back
+        self.lines[name] = frame and frame.f_lineno
+
+
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Inside, modules in `folder` can be imported. They are forgotten at the end.
+
+    Two config files can thus import different modules with the same name, even the name of one of our
+    packages, such as train.py.
+    """
+    modules, search_path = dict(sys.modules), sys.path[:]
+    for name in modules:
+        package = name.partition(".")[0]
+        if package in OWN_PACKAGES and (folder / f"{package}.py").is_file():
+            del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
     try:
-        os.fsencode(path)
-    except UnicodeEncodeError:  # the locale lacks a character: the name of the file is in UTF-8
-        path = os.fsdecode(path.encode())
-    return path
+        yield
+    finally:
+        sys.path[:] = search_path
+        for name, module in list(sys.modules.items()):
+            package, file = name.partition(".")[0], getattr(module, "__file__", None) or ""
+            if package not in modules and file.startswith(str(folder / package)):
+                del sys.modules[name]
+        sys.modules.update(modules)
+
+
+def _position(error: BaseException, path: Path) -> tuple[str, int]:
+    """The innermost file in the config's folder that the error came from, and its line."""
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or "", error.lineno))
+    folder = path.resolve().parent
+    own = [(name, line or 1) for name, line in places if name == str(path) or folder == Path(name).parent]
+    return own[-1] if own else (str(path), 1)
+
+
+def config_text(config_class: type, values: Mapping[str, Any]) -> str:
+    """`values` as a config file, under the headings of --help. `parse` reads the same values from it."""
+    lines = []
+    for group, flags in groupby(describe(config_class), lambda flag: flag.group):
+        lines += ["", f"# {group}"]
+        for flag in flags:
+            if flag.name in values:
+                text = repr(values[flag.name])
+                # inf and nan are not names in Python.
+                text = f"float({text!r})" if text in ("inf", "-inf", "nan") else text
+                lines.append(f"{flag.name} = {text}")
+    return "\n".join(lines[1:]) + "\n"
+
+
+# ---- help
 
 
 def describe(config_class: type, group: str = "flags") -> list[Flag]:
-    """The flags of a dataclass, those of the dataclasses nested in it included.
+    """The flags of a dataclass and of the dataclasses nested in it.
 
-    What they are for is the comment behind each field; a comment on a line of its own is the heading of the
-    fields below it.
+    The comment behind a field is its help, and a comment on a line of its own is the heading of the fields
+    below it.
     """
     headings: dict[str, str] = {}
     helps: dict[str, str] = {}
@@ -288,22 +370,22 @@ def describe(config_class: type, group: str = "flags") -> list[Flag]:
             headings[name] = heading
         elif line.startswith(("    def ", "    @")):
             break
-        # In the next line, where the field was long.
+        # A long field has its comment on the next line.
         if name not in helps and (match := re.search("  # (.*)", line)):
             helps[name] = match[1]
-    found = []
+    flags = []
     for field in fields(config_class):
         group = headings[field.name] or group
         if is_dataclass(field.type) and isinstance(field.type, type):
             values = vars(field.default_factory())  # type: ignore[misc, operator]
-            found += [flag._replace(default=values[flag.name]) for flag in describe(field.type, group)]
-            continue
-        found.append(Flag(field.name, group, helps.get(field.name, ""), field.default, field.type))
-    return found
+            flags += [flag._replace(default=values[flag.name]) for flag in describe(field.type, group)]
+        else:
+            flags.append(Flag(field.name, group, helps.get(field.name, ""), field.default, field.type))
+    return flags
 
 
 def help_text(config_class: type, prog: str, presets: Path | None = None, path_flag: str = "") -> str:
-    """What --help prints, as wide as the terminal, from 60 to 120 columns."""
+    """The text of --help, as wide as the terminal, from 60 to 120 columns."""
     width = min(max(shutil.get_terminal_size().columns, 60), 120)
     files = " [PRESET or FILE.py ...]" if presets else f" [{path_flag.upper()}]" if path_flag else ""
     lines = [f"usage: {prog}{files} [--flag=value ...]", ""]
@@ -312,57 +394,44 @@ def help_text(config_class: type, prog: str, presets: Path | None = None, path_f
     if presets:
         lines += ["presets"]
         for path in sorted(presets.glob("*.py")):
-            first = (
-                path.read_text("utf-8").partition("\n")[0].removeprefix("# ").partition(". ")[0].rstrip(".:")
-            )
-            lines += _row(path.stem, first, width)
+            first_line = path.read_text("utf-8").partition("\n")[0]
+            lines += _row(path.stem, first_line.removeprefix("# ").partition(". ")[0].rstrip(".:"), width)
         lines += [""]
     for group, flags in groupby(describe(config_class), lambda flag: flag.group):
         lines += [f"{group}, with defaults" if group == "flags" else group]
         for flag in flags:
             required = flag.default is MISSING
-            shown = "..." if required else repr(flag.default) if flag.default in ("", "\n") else flag.default
-            lines += _row(f"--{flag.name}={shown}", flag.help + required * " (required)", width)
+            default = (
+                "..." if required else repr(flag.default) if flag.default in ("", "\n") else flag.default
+            )
+            lines += _row(f"--{flag.name}={default}", flag.help + required * " (required)", width)
         lines += [""]
     return "\n".join(lines[:-1])
 
 
-def config_text(config_class: type, values: Mapping[str, Any]) -> str:
-    """`values` as a config file, under the headings of --help. `parse` reads the same values from it."""
-    lines = []
-    for group, flags in groupby(describe(config_class), lambda flag: flag.group):
-        kept = [(flag.name, values[flag.name]) for flag in flags if flag.name in values]
-        lines += ["", f"# {group}", *(f"{name} = {_literal(value)}" for name, value in kept)]
-    return "\n".join(lines[1:]) + "\n"
-
-
-def _literal(value: Any) -> str:
-    return f'float("{value}")' if isinstance(value, float) and not math.isfinite(value) else repr(value)
-
-
 def _row(left: str, text: str, width: int, column: int = 34) -> list[str]:
-    """Two columns; what is too long for the first has a line of its own."""
+    """The lines of a table row with two columns. A long `left` gets a line of its own."""
     right = textwrap.wrap(text, width - column, break_on_hyphens=False) or [""]
     fits = len(left) <= column - 4
     first = [f"  {left:<{column - 2}}{right[0]}".rstrip()] if fits else [f"  {left}", " " * column + right[0]]
     return first + [" " * column + line for line in right[1:]]
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command; what the user can mend is one sentence on stderr and exit code 1, not a traceback.
+# ---- programs
 
-    A character that the console has no code for is printed as its number, such as \\u0416.
-    """
-    # A sample may have a character that the console cannot show: that must not end a training.
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a program. An error that the user can fix is printed as one sentence, and the exit code is 1."""
+    # The console may lack a character of a sample, which must not end a training. Print it as \u0416.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # for `ask`
+        sys.stdin.reconfigure(errors="surrogateescape")  # for typed_text
     try:
         main()
-    except BrokenPipeError:  # nobody reads on, as after `| head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes it at its end
+    except BrokenPipeError:  # the reader of our output has ended, such as `| head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - Python flushes stdout when it exits
         sys.exit(141)
     except (ValueError, OSError) as error:
         if os.environ.get("TRITONGPT_TRACEBACK"):
@@ -377,13 +446,8 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def install(extra: str) -> str:
-    """The command that installs the packages of one of setup.py's extras."""
-    return command("pip", "install", "-e", f".[{extra}]")
-
-
 class IfSlow(threading.Timer):
-    """Prints a line on a terminal where the code inside takes longer than five seconds."""
+    """Prints a line to a terminal if the code inside takes longer than five seconds."""
 
     def __init__(self, text: str, enabled: bool = True):
         super().__init__(5, print, [text], {"file": sys.stderr, "flush": True})
@@ -398,125 +462,15 @@ class IfSlow(threading.Timer):
 
 
 def command(module: str, *words: object) -> str:
-    """A command of this project that can be pasted where this one was typed."""
+    """A command of this project that can be pasted into the shell that started this program."""
     python = sys.executable
-    if Path(shutil.which("python") or "").parent == Path(python).parent:  # torchrun's is python3
-        python = "python"
+    if Path(shutil.which("python") or "").parent == Path(python).parent:
+        python = "python"  # sys.executable may be its python3, which torchrun starts
     elif Path(python).is_relative_to(Path.cwd()):
         python = str(Path(python).relative_to(Path.cwd()))
     return shlex.join([python, "-m", module, *map(str, words)])
 
 
-def _find(name: str, presets: Path | None) -> Path:
-    path = Path(read_path(name))
-    if path.is_file():
-        return path
-    if (path / "config.py").is_file():  # of a run
-        return path / "config.py"
-    known = {p.stem: p for p in sorted(presets.glob("*.py"))} if presets else {}
-    if path.stem in known and path.parent == Path():
-        return known[path.stem]
-    close = difflib.get_close_matches(path.stem, known, n=1)
-    if not known:
-        raise ValueError(
-            f"{name!r} is not a config file, and flags are written --name=value; --help lists them"
-        )
-    hint = f"did you mean {close[0]!r}?" if close else f"presets: {', '.join(known)}"
-    raise ValueError(f"{name!r} is neither a config file nor a preset; {hint}")
-
-
-def _settings_of_file(path: Path, described: Mapping[str, Flag], scope: dict[str, Any]) -> dict[str, Any]:
-    """{name: value} of each flag that the file sets in `scope`, whatever sets it there.
-
-    It can be an assignment, an import, exec or globals(). The file sees what was set before it, as nanoGPT's
-    do. Names that are not flags are ignored, with a hint where one looks like a flag.
-    """
-    names = _Names(scope | {"__file__": str(path)}, str(path))
-    try:
-        # Python itself finds the encoding of bytes, but for UTF-16 and UTF-32.
-        content = path.read_bytes()
-        source = content if text_encoding(content) == "utf-8-sig" else read_text(path)
-        code = compile(source, str(path), "exec")
-        with _importing_from(path.resolve().parent), IfSlow(f"executing {path}; Ctrl-C stops it"):
-            exec(code, names)
-    except BaseException as error:  # whatever the file does
-        where, line = _position(error, path)
-        raise ValueError(f"{where}, line {line}: {type(error).__name__}: {error}".rstrip(": ")) from None
-    # `global` in a function and globals().update are not seen by _Names.
-    changed = (name for name in names if names[name] is not scope.get(name, MISSING))
-    lines = dict.fromkeys(changed) | names.lines
-    scope.update(names)
-    settings = {}
-    for name, number in lines.items():
-        if name in described and name in names:
-            try:
-                settings[name] = read_value(described[name], names[name])
-            except ValueError as error:
-                raise ValueError(f"{path}{f', line {number}' if number else ''}: {error}") from None
-        # Modules and functions that the file imports or defines are not settings.
-        plain = isinstance(names.get(name), (bool, int, float, str)) and not name.startswith("_")
-        close = difflib.get_close_matches(name, described, n=1, cutoff=0.8)
-        if plain and close and name not in described:
-            print(
-                f"{path}: {name!r} is not a flag and is ignored; did you mean {close[0]!r}?", file=sys.stderr
-            )
-    return settings
-
-
-class _Names(dict[str, Any]):
-    """The names of the config file `path`, and the line of it that wrote each one last."""
-
-    def __init__(self, names: dict[str, Any], path: str):
-        super().__init__(names)
-        self.path = path
-        self.lines: dict[str, int | None] = {}
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        super().__setitem__(name, value)
-        frame = inspect.currentframe()
-        while frame and frame.f_code.co_filename != self.path:
-            frame = frame.f_back
-        self.lines[name] = frame and frame.f_lineno
-
-
-@contextmanager
-def _importing_from(folder: Path) -> Iterator[None]:
-    """Modules in `folder` can be imported inside, and are forgotten after: others may have the same names.
-
-    A file there with the name of one of our packages, such as train.py, is imported instead of the package.
-    """
-    hidden = {name: sys.modules[name] for top in OWN_PACKAGES for name in _hidden_by(folder, top)}
-    for name in hidden:
-        del sys.modules[name]
-    search_path, modules = sys.path[:], set(sys.modules)
-    sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path[:] = search_path
-        for name in set(sys.modules) - modules:
-            top = name.partition(".")[0]
-            file = getattr(sys.modules[name], "__file__", None) or ""
-            if top not in modules and file.startswith(str(folder / top)):
-                del sys.modules[name]
-        sys.modules.update(hidden)
-
-
-def _hidden_by(folder: Path, top: str) -> list[str]:
-    """The loaded modules of the package `top`, where `folder` has another of its name."""
-    others = [folder / f"{top}.py", folder / top / "__init__.py"]
-    loaded = Path(getattr(sys.modules.get(top), "__file__", None) or "").resolve()
-    if loaded in others or not any(other.is_file() for other in others):
-        return []
-    return [name for name in sys.modules if name.partition(".")[0] == top]
-
-
-def _position(error: BaseException, path: Path) -> tuple[str, int]:
-    """The innermost file and line of the config's folder that an error came from."""
-    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    if isinstance(error, SyntaxError):
-        places.append((error.filename or "", error.lineno))
-    folder = path.resolve().parent
-    own = [(name, line or 1) for name, line in places if name == str(path) or folder == Path(name).parent]
-    return own[-1] if own else (str(path), 1)
+def install(extra: str) -> str:
+    """The command that installs the packages of one of setup.py's extras."""
+    return command("pip", "install", "-e", f".[{extra}]")

@@ -1,6 +1,11 @@
 """Text to token ids and back: by character, by GPT-2's byte-pair encoding, or by a tokenizer.json.
 
-A checkpoint carries the description of its tokenizer, a dict of plain values: see `to_dict` and `from_dict`.
+A checkpoint and a data set describe their tokenizer, and `from_dict` makes it. A description is one of
+
+    {"kind": "char", "symbols": [...]}
+    {"kind": "gpt2"}
+    {"kind": "json", "vocab_size": 300, "json": the text of a tokenizer.json}
+    {"kind": "unknown", "vocab_size": 300, "why": the sentence that `from_dict` raises}
 """
 
 import hashlib
@@ -76,9 +81,6 @@ class CharTokenizer:
         """An id without a symbol, which a model with a padded vocabulary may sample, becomes U+FFFD."""
         return "".join((i < self.vocab_size and self.symbols[i]) or "\ufffd" for i in ids)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": "char", "symbols": self.symbols}
-
 
 class GPT2Tokenizer:
     """GPT-2's byte-pair encoding, by tiktoken."""
@@ -102,9 +104,6 @@ class GPT2Tokenizer:
         """An id past GPT-2's 50257, which a model with a padded vocabulary may sample, becomes U+FFFD."""
         return self.bpe.decode([i if i < GPT2_VOCAB_SIZE else GPT2_REPLACEMENT for i in ids])
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": "gpt2"}
-
 
 class JsonTokenizer:
     """A tokenizer of Hugging Face's tokenizers, from the text of its tokenizer.json."""
@@ -114,7 +113,6 @@ class JsonTokenizer:
             from tokenizers import Tokenizer as Bpe
         except ImportError:
             raise ValueError(f"a tokenizer.json needs the package tokenizers: {install('data')}") from None
-        self.text = text
         self.vocab_size = _json_vocab_size(text, "the tokenizer.json")
         with _problem("the tokenizer.json cannot be read"):
             self.bpe = Bpe.from_str(text)
@@ -145,9 +143,6 @@ class JsonTokenizer:
         with _problem("the tokenizer.json cannot decode these ids"):
             return self.bpe.decode(list(ids), skip_special_tokens=False)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": "json", "vocab_size": self.vocab_size, "json": self.text}
-
 
 Tokenizer = CharTokenizer | GPT2Tokenizer | JsonTokenizer
 
@@ -166,12 +161,11 @@ def from_dict(description: dict[str, Any]) -> Tokenizer:
 
 
 def unknown(vocab_size: int, why: str) -> dict[str, Any]:
-    """Describes a tokenizer that is not available. `from_dict` raises the sentence `why`."""
     return {"kind": "unknown", "vocab_size": vocab_size, "why": why}
 
 
 def check(description: dict[str, Any], source: str | Path) -> None:
-    """Raises ValueError when a description from `source` is not one of `to_dict` or `unknown`."""
+    """Raises ValueError for a bad description, which is from `source`."""
     types: dict[str, dict[str, type]] = {
         "char": {"symbols": list},
         "gpt2": {},
@@ -386,14 +380,6 @@ class _PlainUnpickler(pickle.Unpickler):
         raise ValueError(
             f"it refers to {module}.{name}, which could run code; write numbers, strings and dicts alone"
         )
-
-
-def read_meta(path: Path) -> list[str]:
-    """The symbols in nanoGPT's meta.pkl by id. Raises ValueError when it has none."""
-    description = describe_meta(path)
-    if description["kind"] == "unknown":
-        raise ValueError(description["why"])
-    return description["symbols"]
 
 
 def write_meta(path: Path, symbols: Sequence[str]) -> None:

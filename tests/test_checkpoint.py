@@ -100,7 +100,7 @@ def test_an_option_that_nanogpt_lacks_resumes_and_other_formats_refuse_it(workpl
     assert_same_weights(straight, resumed)
     with pytest.raises(TypeError, match="qk_norm"):
         NanoGPTConfig(**resumed["model_args"])
-    with pytest.raises(ValueError, match="GPT-2's format cannot say qk_norm=True"):
+    with pytest.raises(ValueError, match="GPT-2's format cannot express qk_norm=True"):
         convert("out/ckpt.pt", Path("hf"))
     assert not Path("hf").exists()
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gpt import sample
 from gpt.model import GPTConfig
-from gpt.tokenizer import describe_dataset, from_dict, read_meta
+from gpt.tokenizer import describe_dataset, describe_meta, from_dict
 from tests.runs import run
 from tests.test_command_line import command
 from train import data, metrics, shards
@@ -304,13 +304,13 @@ def test_ids_in_a_meta_file_that_are_not_numbers_are_refused(tmp_path):
     for meta, value in (({"stoi": {"(": "0"}}, "'0'"), ({"vocab_size": 60.5}, "60.5")):
         path.write_bytes(pickle.dumps(meta))
         with pytest.raises(ValueError, match=rf"the ids .* must be whole numbers, not {value}\)"):
-            read_meta(path)
+            describe_meta(path)
 
 
 def test_symbols_whose_ids_begin_at_1_are_read(workplace):
     """nanoGPT needs the row of id 0 all the same."""
     path = Path("data/tiny/meta.pkl")
-    stoi = {symbol: i for i, symbol in enumerate(read_meta(path), 1)}
+    stoi = {symbol: i for i, symbol in enumerate(describe_meta(path)["symbols"], 1)}
     path.write_bytes(pickle.dumps({"vocab_size": 21, "stoi": stoi}))
     tokenizer = from_dict(describe_dataset(path.parent))
     assert tokenizer.encode("king") == [stoi[c] for c in "king"] and tokenizer.start_id == 1

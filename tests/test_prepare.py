@@ -135,7 +135,7 @@ def test_a_meta_file_that_would_run_code_is_refused(tmp_path):
     path = tmp_path / "meta.pkl"
     path.write_bytes(pickle.dumps({"itos": Hostile()}))
     with pytest.raises(ValueError, match=r"meta.pkl .*refers to builtins.print"):
-        tokenizer.read_meta(path)
+        tokenizer.describe_meta(path)
 
 
 def test_an_own_tokenizer_goes_from_its_training_to_a_sample(workplace, monkeypatch, capsys, text, type_in):

@@ -47,10 +47,7 @@ def find(path: Path) -> list[Path]:
                 raise ValueError(f"{shard} has the words of both splits in its name ({both}): rename it")
             shards.append(shard)
     if not shards:
-        shard_name = f"web_{split}_01.bin"
-        raise FileNotFoundError(
-            f"there is no {path}, and no shard with the word {split} in its name ({shard_name})"
-        )
+        raise FileNotFoundError(f"there is no {path}, and no shard with the word {split} in its name")
     return shards
 
 

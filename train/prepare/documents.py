@@ -187,9 +187,8 @@ def _row_files(inputs: str, paths: list[Path], kind: str, field: str, val_fracti
 def _rows(table: Any, field: str, val_fraction: float, prefix: str = "") -> Splits:
     """Rows of a datasets.Dataset, each a document without `prefix`. Raises ValueError."""
     if field not in table.column_names:
-        raise ValueError(
-            f"there is no column {field!r}; choose by --field among {', '.join(table.column_names)}"
-        )
+        columns = ", ".join(table.column_names)
+        raise ValueError(f"there is no column {field!r}; choose by --field among {columns}")
     if getattr(table.features[field], "dtype", "") not in ("string", "large_string"):
         raise ValueError(f"the column {field!r} is not text but {table.features[field]}")
     if len(table) < 2:
