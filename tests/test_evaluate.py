@@ -136,10 +136,10 @@ def test_two_ranks_give_the_figures_of_one(model, monkeypatch, capsys):
         ("--data=other/val.bin", "other/val.bin was prepared with another tokenizer or alphabet"),
         ("--data=large/val.bin", "large/val.bin holds the token id 99, but vocab_size=17"),
         ("--hellaswag=nowhere.jsonl", "there is no file nowhere.jsonl"),
-        ("--hellaswag=h.jsonl", "h.jsonl, line 2, is no example of ctx, endings and label (KeyError)"),
+        ("--hellaswag=h.jsonl", "h.jsonl, line 2, is not an example with ctx, endings and label (KeyError)"),
         ("--hellaswag=empty.jsonl", "empty.jsonl holds no examples"),
         ("--hellaswag=z.jsonl", "the symbol 'z' (at character 1) is not among the 17"),
-        ("--hellaswag=hub", "--hellaswag=hub needs the package datasets: "),
+        ("--hellaswag=hub", "--hellaswag=hub needs the package datasets"),
     ],
 )
 def test_a_mistake_is_one_sentence(model, monkeypatch, capsys, flag, sentence):

@@ -1,12 +1,11 @@
-"""python -m train.evaluate: what a trained model is worth, as one JSON object; under torchrun by all ranks.
-A figure that is not finite is null; where a loss is not, the exit code is 1.
+"""python -m train.evaluate: evaluates a model on tokens and on HellaSwag, and prints the results as JSON.
 
-On a token file: the mean loss of every token but the first, in order, each once; perplexity; bits per byte.
-A window's tokens have at least block_size - stride tokens before them, but at the start of the file: a
-smaller stride is a fairer figure, and costs block_size / stride times as much.
+On tokens: the mean loss over all tokens of a file except the first, its perplexity, and bits per byte. Each
+token is scored once. It has at least block_size - stride tokens before it, except near the start of the file.
+A smaller stride gives more context and a lower loss, and costs block_size / stride times as much.
 
-On HellaSwag: of four endings the one with the least loss a token is the model's choice (acc_norm; acc is by
-the least sum), tokenized and scored as build-nanogpt and llm.c do.
+On HellaSwag: the model chooses the ending with the lowest loss per token (acc_norm) or in total (acc), as in
+build-nanogpt and llm.c.
 Source: Zellers et al., 2019, https://arxiv.org/abs/1905.07830; https://github.com/karpathy/build-nanogpt
 """
 
@@ -14,7 +13,6 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt import atomic, cli, pretrained, tokenizer
+from gpt import atomic, cli, pretrained
 from gpt.checkpoint import read
 from gpt.cli import UserPath
 from gpt.device import autocast, resolve_dtype
 from gpt.model import GPT
 from gpt.reading import parse_json, read_text
-from gpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer
+from gpt.tokenizer import CharTokenizer, GPT2Tokenizer, Tokenizer, describe_dataset, fits, from_dict
 from train import distributed, fit
 from train.data import Split, preflight, to_device
 from train.distributed import Ranks
@@ -40,39 +38,34 @@ from train.view import progress_bar
 class EvaluateConfig:
     """Evaluate a trained model on tokens, on HellaSwag, or on both: python -m train.evaluate FOLDER
 
-    FOLDER is that of a run. Of tokens: loss in nats, perplexity, bits a byte.
+    FOLDER is the out_dir of a run. On tokens: loss in nats, perplexity, and bits per byte.
     """
 
     # model
     init_from: UserPath = "resume"  # resume (the checkpoint in out_dir), a ckpt.pt or its folder, gpt2, ...
-    out_dir: UserPath = "out"  # where the checkpoint is
+    out_dir: UserPath = "out"  # the folder of the checkpoint
 
     # what to evaluate
-    data: UserPath = ""  # a token file, such as data/openwebtext/val.bin; without, the val.bin of the run
-    stride: int = 0  # tokens from one window to the next; 0 is block_size, and the fastest
-    hellaswag: UserPath = ""  # a jsonl file of ctx, endings and label; or hub, Hugging Face's validation set
-    result: UserPath = ""  # a file for the JSON, beside printing it
+    data: UserPath = ""  # a token file, such as data/openwebtext/val.bin; the default is the run's val.bin
+    stride: int = 0  # tokens from one window to the next; 0 is block_size, which is fastest
+    hellaswag: UserPath = (
+        ""  # a jsonl file with ctx, endings and label; or hub, Hugging Face's validation set
+    )
+    result: UserPath = ""  # a file to write the JSON to, besides printing it
 
     # machine
     batch_size: int = 8  # windows, or examples of HellaSwag, at once on each rank
     backend: str = "auto"  # of torch.distributed: auto, nccl, gloo
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:1, ...
     dtype: str = "auto"  # auto, float32, bfloat16, float16
-    kernels: str = "auto"  # who computes: auto, triton, torch, or with exceptions
-
-
-class Row(NamedTuple):
-    """A sequence, and where in it the targets that count begin."""
-
-    ids: Sequence[int]
-    first: int  # ids[first] is the first token whose loss counts, at least 1
+    kernels: str = "auto"  # implementation: auto, triton, torch, or with exceptions: triton,attention=torch
 
 
 def main() -> None:
     config = cli.parse(EvaluateConfig, sys.argv[1:], prog="python -m train.evaluate", path_flag="init_from")
-    if not config.data and not config.hellaswag:
-        config.data = _own_data(pretrained.source_of(config.init_from, config.out_dir))
     cli.check_bounds(vars(config), {"batch_size": (1, 2**29), "stride": (0, 2**62)})
+    if not config.data and not config.hellaswag:
+        config.data = _validation_data(pretrained.source_of(config.init_from, config.out_dir))
     ranks = distributed.start(config.backend, config.device)
     try:
         result = evaluate(config, ranks)
@@ -81,6 +74,7 @@ def main() -> None:
             raise
         raise ValueError(f"out of memory: try a smaller batch_size than {config.batch_size}") from error
     if ranks.is_main:
+        # to_json writes null for a number that is not finite.
         print(to_json(_rounded(result) if sys.stdout.isatty() else result, indent=1))
         if config.result:
             atomic.write(Path(config.result), to_json(result, indent=1) + "\n")
@@ -93,26 +87,8 @@ def main() -> None:
     distributed.stop(ranks)
 
 
-def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
-    """The figures on `data` and on `hellaswag`, the same on every rank. Raises ValueError, OSError."""
-    source = pretrained.source_of(config.init_from, config.out_dir)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    dtype = resolve_dtype(config.dtype, ranks.device)
-    with cli.IfSlow(f"reading {source}", ranks.is_main):
-        model, described = pretrained.load(source, ranks.device, dtype, dropout=0.0, kernels=config.kernels)
-    model.eval()
-    result: dict[str, Any] = {"model": source, "dtype": dtype}
-    with torch.no_grad(), autocast(ranks.device, dtype):
-        if config.data:
-            result["tokens"] = on_tokens(model, described, config, ranks)
-        if config.hellaswag:
-            tokens = tokenizer.from_dict(described)
-            result["hellaswag"] = on_hellaswag(model, tokens, config, ranks)
-    return result
-
-
-def _own_data(source: str) -> str:
-    """The val.bin of the data that a model was trained on. Raises ValueError where it does not say."""
+def _validation_data(source: str) -> str:
+    """The val.bin of the data that a model was trained on. Raises ValueError if it is unknown."""
     path = pretrained.checkpoint_in(source)
     dataset = "" if pretrained.is_hugging_face(path) else read(Path(path)).config.get("dataset")
     if not dataset:
@@ -121,128 +97,138 @@ def _own_data(source: str) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Five digits of each number, for a reader; programs get all."""
+    """Five digits of each number, for people. Programs get all digits."""
     if isinstance(value, dict):
         return {key: _rounded(part) for key, part in value.items()}
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
-def on_tokens(model: GPT, described: dict[str, Any], config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
-    """Loss in nats, perplexity and bits per byte over all tokens of a file but the first."""
+def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
+    """The results on `data` and on `hellaswag`, the same on every rank. Raises ValueError, OSError."""
+    source = pretrained.source_of(config.init_from, config.out_dir)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    dtype = resolve_dtype(config.dtype, ranks.device)
+    with cli.IfSlow(f"reading {source}", ranks.is_main):
+        model, description = pretrained.load(source, ranks.device, dtype, dropout=0.0, kernels=config.kernels)
+    model.eval()
+    result: dict[str, Any] = {"model": source, "dtype": dtype}
+    with torch.no_grad(), autocast(ranks.device, dtype):
+        if config.data:
+            result["tokens"] = on_tokens(model, description, config, ranks)
+        if config.hellaswag:
+            result["hellaswag"] = on_hellaswag(model, from_dict(description), config, ranks)
+    return result
+
+
+class Row(NamedTuple):
+    """A sequence. Only its ids from `first` on, which is at least 1, are scored."""
+
+    ids: Sequence[int]
+    first: int
+
+
+# ---- tokens
+
+
+def on_tokens(
+    model: GPT, description: dict[str, Any], config: EvaluateConfig, ranks: Ranks
+) -> dict[str, Any]:
+    """Loss in nats, perplexity and bits per byte over all tokens of a file except the first."""
+    block_size = model.config.block_size
+    stride = config.stride or block_size
+    if stride > block_size:
+        raise ValueError(f"stride={stride} must be from 1 to block_size={block_size}")
     path = Path(config.data)
     if not path.exists():
         raise FileNotFoundError(
-            f"there is no {path}; {cli.command('train.prepare')} lists what prepares data"
+            f"there is no {path}; {cli.command('train.prepare')} lists the commands that prepare data"
         )
-    theirs = tokenizer.describe_dataset(path.parent)
-    # GPT-2's leaves no trace beside the file.
-    if not tokenizer.fits(described, theirs) and theirs["kind"] != "gpt2":
+    # A folder that names no tokenizer counts as GPT-2's, which says little.
+    data_tokenizer = describe_dataset(path.parent)
+    if data_tokenizer["kind"] != "gpt2" and not fits(description, data_tokenizer):
         raise ValueError(f"{path} was prepared with another tokenizer or alphabet than the model's")
     file = Split(path, model.config.vocab_size or 0)
     preflight({path.stem: file}, {})
     if len(file) < 2:
-        raise ValueError(f"{path} has {len(file)} tokens: a loss needs two, a token and the one before it")
-    block_size = model.config.block_size
-    stride = config.stride or block_size
-    if not 1 <= stride <= block_size:
-        raise ValueError(f"stride={stride} must be from 1 to block_size={block_size}")
-    sizes = None if described["kind"] == "unknown" else _bytes_of_ids(tokenizer.from_dict(described))
-
-    def rows() -> Iterator[Row]:
-        for index, start in enumerate(_starts(len(file), block_size, stride)):
-            if index // config.batch_size % ranks.world_size == ranks.rank:
-                ids = file.read(np.array([start]), min(block_size + 1, len(file) - start))[0]
-                file.check_ids(int(ids.max()))
-                yield Row(ids.tolist(), 1 if start == 0 else block_size - stride + 1)
-
-    nats, count, size = 0.0, 0.0, 0.0
-    windows = sum(1 for _ in _starts(len(file), block_size, stride))
-    batches = _batches(rows(), config.batch_size)
-    for batch in _shown(batches, str(path), windows, config, ranks):
-        nats += _losses(model, batch, ranks.device).cpu().double().sum().item()
-        scored = [i for row in batch for i in row.ids[row.first :]]
-        count += len(scored)
-        size += sizes[scored].sum() if sizes is not None else 0
-    nats, count, size = _sum(ranks, nats, count, size)
-    assert count == len(file) - 1
-    loss = nats / count
+        raise ValueError(f"{path} has {len(file)} tokens, but a loss needs at least 2")
+    bytes_per_id = None if description["kind"] == "unknown" else _bytes_per_id(from_dict(description))
+    nats, n_tokens, n_bytes = 0.0, 0.0, 0.0
+    # The last window is the first to reach the end of the file.
+    starts = range(0, max(0, len(file) - 1 - block_size) + stride, stride)
+    for batch in _batches(starts, config.data, config, ranks):
+        rows = []
+        for start in batch:
+            ids = file.read(np.array([start]), min(block_size + 1, len(file) - start))[0]
+            file.check_ids(int(ids.max()))
+            # Each window scores the tokens that the windows before it did not.
+            rows.append(Row(ids.tolist(), 1 if start == 0 else block_size - stride + 1))
+        nats += _losses(model, rows, ranks.device).cpu().double().sum().item()
+        scored = [id for row in rows for id in row.ids[row.first :]]
+        n_tokens += len(scored)
+        n_bytes += bytes_per_id[scored].sum() if bytes_per_id is not None else 0
+    nats, n_tokens, n_bytes = _sum(ranks, nats, n_tokens, n_bytes)
+    assert n_tokens == len(file) - 1
+    loss = nats / n_tokens
     return {
-        "file": str(path), "tokens": int(count), "block_size": block_size, "stride": stride,
-        # exp(710) is more than a float holds
-        "loss": loss, "perplexity": math.exp(loss) if loss < 709 else math.inf,
-        "bytes": int(size) or None, "bits_per_byte": nats / math.log(2) / size if size else None,
-    }  # fmt: skip
+        "file": config.data,
+        "tokens": int(n_tokens),
+        "block_size": block_size,
+        "stride": stride,
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 709 else math.inf,  # math.exp(710) overflows
+        "bytes": int(n_bytes) or None,
+        "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None,
+    }
 
 
-def on_hellaswag(model: GPT, tokens: Tokenizer, config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
-    """Shares of the examples where the right ending has the least loss: a token (acc_norm), in sum (acc)."""
+def _bytes_per_id(tokenizer: Tokenizer) -> np.ndarray | None:
+    """The length of each id's text in UTF-8. The end of a document has no text. None if it is unknown."""
+    if isinstance(tokenizer, CharTokenizer):
+        return np.array([len(symbol.encode()) for symbol in tokenizer.symbols])
+    if isinstance(tokenizer, GPT2Tokenizer):
+        texts = map(tokenizer.bpe.decode_single_token_bytes, range(tokenizer.vocab_size))
+        return np.array([0 if [id] == tokenizer.end else len(text) for id, text in enumerate(texts)])
+    return None
+
+
+# ---- HellaSwag
+
+
+def on_hellaswag(model: GPT, tokenizer: Tokenizer, config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
+    """The shares of the examples for which the model chooses the right ending."""
     examples = list(_hellaswag(config.hellaswag))
-    right, right_norm = 0.0, 0.0
-    batches = _batches(iter(examples[ranks.rank :: ranks.world_size]), config.batch_size)
-    for batch in _shown(batches, "HellaSwag", len(examples), config, ranks):
-        rows = [row for context, endings, _ in batch for row in _endings(model, tokens, context, endings)]
-        losses = _losses(model, rows, ranks.device).sum(1).tolist()
-        if any(map(math.isnan, losses)):
-            right = right_norm = math.nan
-        for _, endings, label in batch:
-            of_each, losses = losses[: len(endings)], losses[len(endings) :]
-            lengths, rows = [len(r.ids) - r.first for r in rows[: len(endings)]], rows[len(endings) :]
-            right += min(range(len(endings)), key=of_each.__getitem__) == label
-            right_norm += min(range(len(endings)), key=lambda i: of_each[i] / lengths[i]) == label
-    right, right_norm = _sum(ranks, right, right_norm)
+    n_right, n_right_norm = 0.0, 0.0
+    for batch in _batches(examples, "HellaSwag", config, ranks):
+        rows = [row for ctx, endings, _ in batch for row in _endings(model, tokenizer, ctx, endings)]
+        losses = _losses(model, rows, ranks.device).sum(1).cpu().double()
+        if losses.isnan().any():
+            n_right = n_right_norm = math.nan
+        means = losses / torch.tensor([len(row.ids) - row.first for row in rows])
+        n_endings = [len(endings) for _, endings, _ in batch]
+        for (_, _, label), sums, norms in zip(batch, losses.split(n_endings), means.split(n_endings)):
+            n_right += int(sums.argmin()) == label
+            n_right_norm += int(norms.argmin()) == label
+    n_right, n_right_norm = _sum(ranks, n_right, n_right_norm)
     n = len(examples)
-    return {"source": config.hellaswag, "examples": n, "acc": right / n, "acc_norm": right_norm / n}
+    return {"source": config.hellaswag, "examples": n, "acc": n_right / n, "acc_norm": n_right_norm / n}
 
 
-def _starts(length: int, block_size: int, stride: int) -> Iterator[int]:
-    """Where the windows over a file of `length` tokens begin; the last is the first to reach its end."""
-    start = 0
-    while True:
-        yield start
-        if start + block_size + 1 >= length:
-            return
-        start += stride
-
-
-def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    return iter(lambda: list(islice(items, size)), [])
-
-
-def _shown(
-    batches: Iterator[Any], label: str, items: int, config: EvaluateConfig, ranks: Ranks
-) -> Iterator[Any]:
-    """The batches of this rank, of so many items over all ranks, under a progress bar of the first."""
-    total = -(-items // (config.batch_size * ranks.world_size))
-    return progress_bar(batches, label, total) if ranks.is_main else batches
-
-
-def _losses(model: GPT, rows: Sequence[Row], device: str) -> Tensor:
-    """The loss in nats of every target that counts, 0 elsewhere: (len(rows), longest row - 1), fp32."""
-    idx = torch.zeros(len(rows), max(len(row.ids) for row in rows) - 1, dtype=torch.int64)
-    targets = torch.full_like(idx, -1)
-    for row, inputs, labels in zip(rows, idx, targets):
-        ids = torch.tensor(row.ids)
-        inputs[: len(ids) - 1] = ids[:-1]  # filled up on the right, where what counts does not look
-        labels[row.first - 1 : len(ids) - 1] = ids[row.first :]
-    idx, targets = to_device((idx, targets), device)
-    _, losses = model(idx, targets, reduction="none")
-    return losses
-
-
-def _endings(model: GPT, tokens: Tokenizer, context: str, endings: Sequence[str]) -> Iterator[Row]:
-    """A row for each ending, after the context; what does not fit is taken from the context's beginning."""
-    before = tokens.encode(context)
-    vocab_size, room = model.config.vocab_size or 0, model.config.block_size + 1
+def _endings(model: GPT, tokenizer: Tokenizer, context: str, endings: Sequence[str]) -> Iterator[Row]:
+    """A row for each ending, after the context. A long row loses the beginning of its context."""
+    context_ids = tokenizer.encode(context)
+    vocab_size, block_size = model.config.vocab_size or 0, model.config.block_size
     for ending in endings:
-        after = tokens.encode(" " + ending)
-        ids = (before + after)[-room:]
+        ending_ids = tokenizer.encode(" " + ending)
+        ids = (context_ids + ending_ids)[-block_size - 1 :]
         if max(ids) >= vocab_size:
-            raise ValueError(f"HellaSwag gives token id {max(ids)}, and the model knows {vocab_size} symbols")
-        yield Row(ids, max(1, len(ids) - len(after)))
+            raise ValueError(
+                f"HellaSwag has the token id {max(ids)}, but the model has vocab_size={vocab_size}"
+            )
+        yield Row(ids, max(1, len(ids) - len(ending_ids)))
 
 
 def _hellaswag(source: str) -> Iterator[tuple[str, list[str], int]]:
-    """(context, endings, index of the right one). Raises ValueError, OSError."""
+    """(context, endings, index of the right ending) of each example. Raises ValueError, OSError."""
     if source == "hub":
         try:
             from datasets import load_dataset
@@ -250,9 +236,9 @@ def _hellaswag(source: str) -> Iterator[tuple[str, list[str], int]]:
             raise ValueError(f"--hellaswag=hub needs the package datasets: {cli.install('data')}") from None
         try:
             examples = list(load_dataset("Rowan/hellaswag", split="validation"))
-        except Exception as error:  # whatever the hub and what reads it raise
+        except Exception as error:  # the hub and its readers raise errors of many types
             raise OSError(
-                f"HellaSwag could not be fetched ({str(error).strip().splitlines()[0][:160]}); "
+                f"HellaSwag could not be downloaded ({str(error).strip().splitlines()[0][:160]}); "
                 "give its hellaswag_val.jsonl as --hellaswag=FILE"
             ) from None
     else:
@@ -273,25 +259,39 @@ def _example(source: str, number: int, line: str) -> dict[str, Any]:
         assert all(isinstance(ending, str) for ending in example["endings"])
     except (ValueError, KeyError, TypeError, OverflowError, AssertionError) as error:
         raise ValueError(
-            f"{source}, line {number}, is no example of ctx, endings and label ({type(error).__name__})"
+            f"{source}, line {number}, is not an example with ctx, endings and label ({type(error).__name__})"
         ) from None
     return example
 
 
-def _bytes_of_ids(tokens: Tokenizer) -> np.ndarray | None:
-    """UTF-8 bytes of the text that each id stands for; the end of a document is no text. None: not known."""
-    if isinstance(tokens, CharTokenizer):
-        return np.array([len(symbol.encode()) for symbol in tokens.symbols])
-    if isinstance(tokens, GPT2Tokenizer):
-        sizes = [len(tokens.bpe.decode_single_token_bytes(i)) for i in range(tokenizer.GPT2_VOCAB_SIZE)]
-        sizes[tokenizer.GPT2_END_OF_TEXT] = 0
-        return np.array(sizes)
-    return None
+# ---- both
+
+
+def _batches(items: Sequence[Any], label: str, config: EvaluateConfig, ranks: Ranks) -> Iterator[Any]:
+    """The batches of this rank. The main rank shows a progress bar."""
+    size = config.batch_size
+    starts = range(ranks.rank * size, len(items), ranks.world_size * size)
+    batches = (items[start : start + size] for start in starts)
+    return progress_bar(batches, label, len(starts)) if ranks.is_main else batches
+
+
+def _losses(model: GPT, rows: Sequence[Row], device: str) -> Tensor:
+    """The loss in nats of every scored token, and 0 elsewhere: (len(rows), longest row - 1), fp32."""
+    idx = torch.zeros(len(rows), max(len(row.ids) for row in rows) - 1, dtype=torch.int64)
+    targets = torch.full_like(idx, -1)
+    # Rows are padded on the right, where causal attention does not see the padding.
+    for row, inputs, labels in zip(rows, idx, targets):
+        ids = torch.tensor(row.ids)
+        inputs[: len(ids) - 1] = ids[:-1]
+        labels[row.first - 1 : len(ids) - 1] = ids[row.first :]
+    idx, targets = to_device((idx, targets), device)
+    _, losses = model(idx, targets, reduction="none")
+    return losses
 
 
 def _sum(ranks: Ranks, *values: float) -> list[float]:
-    """Each value summed over the ranks."""
-    device = ranks.device if ranks.backend else "cpu"
+    """Adds up each value over the ranks."""
+    device = ranks.device if ranks.backend else "cpu"  # MPS has no float64
     return ranks.sum(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
 
 
