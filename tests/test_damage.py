@@ -254,11 +254,11 @@ def test_damaged_metrics(workplace, dice, capsys):
 
     def use() -> list[dict[str, Any]]:
         records = metrics.read(path)
-        for loaded in plot.load([Path("out")]):
+        for loaded in plot.load_runs([Path("out")]):
             for x in ("step", "tokens", "time"):
                 iters = plot.column(loaded.steps + loaded.evaluations, "iter")
-                assert np.isfinite(loaded.behind(x)(iters)).all()
-            plot.best(loaded), plot.shown(loaded)
+                assert np.isfinite(loaded.progress(x, iters)).all()
+            plot.lowest(loaded), plot.settled_losses(loaded)
         return records
 
     for content in damaged(whole, dice):

@@ -25,7 +25,7 @@ def evaluation(i, val):
 
 
 def draw(*folders, x="step"):
-    return plot.draw(plot.load([Path(folder) for folder in folders]), x)
+    return plot.draw(plot.load_runs([Path(folder) for folder in folders]), x)
 
 
 def lines(figure, field):
@@ -71,9 +71,9 @@ def test_tokens_and_time_add_up_what_each_step_took():
         assert lines(figure, "val/loss")[0][0] == pytest.approx([sum(each[:i]) for i in (0, 10, 18)])
     # A record that begins later knows the tokens before, but not the time.
     write("later", [step(100), step(101), evaluation(102, 2.0)])
-    [later] = plot.load([Path("later")])
-    assert later.behind("tokens")(np.array([100.0, 102.0])).tolist() == [5000, 5100]
-    assert later.behind("time")(np.array([100.0, 102.0])) == pytest.approx([0.0, 0.2])
+    [later] = plot.load_runs([Path("later")])
+    assert later.progress("tokens", np.array([100.0, 102.0])).tolist() == [5000, 5100]
+    assert later.progress("time", np.array([100.0, 102.0])) == pytest.approx([0.0, 0.2])
 
 
 def test_a_long_run_is_smoothed_and_its_beginning_may_leave_the_picture():

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 stop a run after its step, with a checkpoint."""
+"""SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 stop a run after the current step, with a checkpoint."""
 
 import os
 import signal
@@ -9,22 +9,23 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Handles the signals from its creation on. `received` is the name of the signal that came, or None.
+    """Handles the signals as soon as it is created. `received` is the name of the last signal, or None.
 
-    The first signal also calls `answer` with its name.
+    The first signal calls `on_first` with its name.
     """
 
-    def __init__(self, answer: Callable[[str], None] = lambda signal: None) -> None:
+    def __init__(self, on_first: Callable[[str], None] = lambda signal: None) -> None:
         self.received: str | None = None
-        self.answer = answer
+        self.on_first = on_first
         for number in STOPPING:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # A second Ctrl-C ends the run at once. Under torchrun it does not count: a Ctrl-C reaches the ranks
-        # twice, from the terminal and from torchrun.
+        # A second Ctrl-C ends the run at once. This does not work under torchrun, where one Ctrl-C reaches
+        # each rank twice: from the terminal and from torchrun.
         if self.received and number == signal.SIGINT and "RANK" not in os.environ:
             raise KeyboardInterrupt
-        if self.received is None:
-            self.answer(signal.Signals(number).name)
+        is_first = self.received is None
         self.received = signal.Signals(number).name
+        if is_first:
+            self.on_first(self.received)
