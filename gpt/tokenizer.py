@@ -211,14 +211,27 @@ def fits(model: dict[str, Any], data: dict[str, Any]) -> bool:
     # Two tokenizer.json files with the same tokens may differ in their text.
     contents = [json.loads(part["json"]) for part in (model, data) if part["kind"] == "json"]
     if len(contents) == 2:
-        return _ids(contents[0]) == _ids(contents[1])
+        return _encoding(contents[0]) == _encoding(contents[1])
     if {model["kind"], data["kind"]} == {"json", "gpt2"}:
         return _is_gpt2(contents[0]) and (data["kind"] == "gpt2" or vocab_size(data) == GPT2_VOCAB_SIZE)
     return False
 
 
+def _encoding(content: dict[str, Any]) -> list[Any]:
+    """What decides which ids a text gets: the tokens, the merges, the normalizer, and how text is split."""
+    model, splits = content["model"], content.get("pre_tokenizer")
+    if splits and splits.get("type") == "ByteLevel":  # its other settings change no id
+        splits = [bool(splits.get("add_prefix_space")), splits.get("use_regex", True)]
+    scores = None if isinstance(model["vocab"], dict) else model["vocab"]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+    return [_ids(content), scores, merges, content.get("normalizer"), splits]
+
+
 def _is_gpt2(content: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json has GPT-2's tokens. It may have more."""
+    """Whether a tokenizer.json splits and numbers text as GPT-2's encoding does. It may have more tokens."""
+    splits = content.get("pre_tokenizer") or {}
+    if splits.get("type") != "ByteLevel" or splits.get("add_prefix_space") or content.get("normalizer"):
+        return False
     ids = sorted((i, token) for token, i in _ids(content).items() if i < GPT2_END_OF_TEXT)
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest() == GPT2_SHA256
 
