@@ -72,7 +72,7 @@ def test_the_command_of_a_stop_goes_on_and_that_of_the_end_trains_twice_as_long(
     assert code == 0 and "the run in out/ckpt.pt is finished, after 8 steps" in out
     assert printed_command(out) == longer
     _, out, _ = command(training.main, monkeypatch, capsys, *longer, "--eval_interval=5")
-    assert "resumed out/ckpt.pt at step 8\n" in out and "done: out/ckpt.pt has made 16 steps" in out
+    assert "resumed out/ckpt.pt at step 8\n" in out and "finished after 16 steps: out/ckpt.pt" in out
 
 
 def test_fewer_steps_than_are_made_is_not_a_finished_run(workplace, capsys):
