@@ -1,4 +1,4 @@
-"""Write files that are complete or not there, even after a crash."""
+"""Write files that appear complete or not at all, even after a crash."""
 
 import os
 import shutil

@@ -55,7 +55,7 @@ class Checkpoint:
     # our keys
     # all fields of GPTConfig; each run chooses those in gpt.model.RUN_OPTIONS itself
     gpt_config: dict[str, Any] = field(default_factory=dict)
-    # Tokenizer.to_dict(), for sampling, evaluation and conversion
+    # The description of its tokenizer, for sampling, evaluation and conversion
     tokenizer: dict[str, Any] | None = None
     # describes the data; train.data.preflight compares it with the data of a resumed run
     data: dict[str, dict[str, Any]] = field(default_factory=dict)

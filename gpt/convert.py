@@ -45,10 +45,10 @@ def convert(source: str, target: Path, vocab_size: int | None = None) -> None:
         model = resize_vocabulary(model, vocab_size, symbols)
         purpose = "" if is_unknown else f", for {symbols} symbols"
         print(f"vocabulary: {rows} rows in {source}, {vocab_size} in {target}{purpose}")
-    elif rows == tokenizer.padded_vocab_size(described) != symbols:
-        print(f"vocabulary: {rows} rows for {symbols} symbols; --vocab_size={symbols} leaves the padding out")
     elif rows != symbols:
-        print(f"vocabulary: {rows} rows for the tokenizer's {symbols} symbols; all rows are kept")
+        is_padded = rows == tokenizer.padded_vocab_size(described)
+        hint = f"--vocab_size={symbols} leaves the padding out" if is_padded else "all rows are kept"
+        print(f"vocabulary: {rows} rows for the tokenizer's {symbols} symbols; {hint}")
     to_checkpoint = target.suffix == ".pt"
     with cli.IfSlow(f"writing {target}"):
         (save_checkpoint if to_checkpoint else save_hugging_face)(model, described, target)

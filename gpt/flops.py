@@ -28,8 +28,8 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     # These have the names of faster GPUs.
     if any(word in device_name for word in ("Laptop", "Max-Q", "MIG")):
         return None
-    words = device_name.replace("-", " ").split()
-    known = [name for name in PEAK_TFLOPS if _contains(words, name.split())]
+    words = device_name.replace("-", " ")
+    known = [name for name in PEAK_TFLOPS if f" {name} " in f" {words} "]
     if not known:
         return None
     name = max(known, key=len)
@@ -38,7 +38,3 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     if dtype == "bfloat16" and name in BEFORE_TF32:
         return None
     return PEAK_TFLOPS[name] * 1e12
-
-
-def _contains(words: list[str], name: list[str]) -> bool:
-    return any(words[i : i + len(name)] == name for i in range(len(words)))

@@ -45,7 +45,9 @@ RUN_OPTIONS = ("dropout", "kernels", "activation_checkpointing", "residual_dtype
 @dataclass
 class GPTConfig:
     block_size: int = 1024  # longest sequence, in tokens
-    vocab_size: int | None = 50304  # GPT-2's 50257 symbols, padded to a multiple of 64. None: as the data has
+    vocab_size: int | None = (
+        50304  # GPT-2's 50257 symbols, padded to a multiple of 64; None: that of the data
+    )
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads; divides n_embd
     n_embd: int = 768  # width of the residual stream
@@ -249,8 +251,8 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight
 
         self.apply(self._init_weights)
-        # As in GPT-2: the residual stream is a sum of 2 n_layer outputs, two a block. Each starts smaller by
-        # sqrt(2 n_layer), so the sum has the same variance at any depth.
+        # As in GPT-2: the residual stream is a sum of 2 n_layer outputs, two per block. Each starts smaller
+        # by sqrt(2 n_layer), so the sum has the same variance at any depth.
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -318,8 +320,8 @@ class GPT(nn.Module):
     ) -> "GPT":
         """Loads a GPT-2 by its Hugging Face name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or folder.
 
-        Returns the model on `device`, in float32. It gives the logits of transformers, so its GELU is that of
-        OpenAI. `override_args` may set RUN_OPTIONS. Needs `transformers` (the extra [hf]). Raises ValueError.
+        Returns the model on `device`, in float32, with the logits that transformers computes. `override_args`
+        may set RUN_OPTIONS. Needs `transformers` (the extra [hf]). Raises ValueError.
         """
         override_args = override_args or {}
         if not override_args.keys() <= set(RUN_OPTIONS):

@@ -86,7 +86,7 @@ def is_hugging_face(source: str) -> bool:
 def load(
     source: str, device: str = "cpu", dtype: str = "bfloat16", **overrides: Any
 ) -> tuple[GPT, dict[str, Any]]:
-    """(model on `device`, description of its tokenizer, as of `to_dict`).
+    """The model that `source` names, on `device`, and the description of the tokenizer it was trained with.
 
     `source` is a ckpt.pt, a run's folder, a Hugging Face folder, or the name of one of OpenAI's GPT-2s.
     `dtype` is the precision of the computation. `overrides` are values for dropout and kernels.

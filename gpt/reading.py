@@ -1,4 +1,4 @@
-"""Files that others have written. A file that cannot be read raises an error of one sentence."""
+"""Read files that others have written. A bad file raises an error of one plain sentence."""
 
 import codecs
 import gzip
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, cast
+from typing import Any, TextIO
 
 # The first bytes of compressed files.
 MAGIC = {
@@ -32,16 +32,15 @@ def regular(path: Path) -> Path:
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """A text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark; .gz is decompressed.
+    """Opens a text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Decompresses .gz.
 
-    Raises OSError, and ValueError where the file, or what the code inside reads of it, is not such a text.
+    Raises OSError, and ValueError for bytes that are not such a text, also while the code inside reads.
     """
-
-    def open_bytes() -> BinaryIO:
-        return cast(BinaryIO, gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
-
+    open_file: Any = gzip.open if path.suffix.lower() == ".gz" else open
     try:
-        with open_bytes() as head, TextIOWrapper(open_bytes(), _encoding(path, head.read(1 << 12))) as f:
+        with open_file(path, "rb") as f:
+            encoding = _encoding(path, f.read(1 << 12))
+        with TextIOWrapper(open_file(path, "rb"), encoding) as f:
             try:
                 yield f
             except UnicodeDecodeError as error:

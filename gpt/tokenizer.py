@@ -1,6 +1,11 @@
 """Text to token ids and back: by character, by GPT-2's byte-pair encoding, or by a tokenizer.json.
 
-A checkpoint carries the description of its tokenizer, a dict of plain values: see `to_dict` and `from_dict`.
+A checkpoint and a data set describe their tokenizer, and `from_dict` makes it. A description is one of
+
+    {"kind": "char", "symbols": [...]}
+    {"kind": "gpt2"}
+    {"kind": "json", "vocab_size": 300, "json": the text of a tokenizer.json}
+    {"kind": "unknown", "vocab_size": 300, "why": the sentence that `from_dict` raises}
 """
 
 import hashlib
@@ -76,9 +81,6 @@ class CharTokenizer:
         """An id without a symbol, which a model with a padded vocabulary may sample, becomes U+FFFD."""
         return "".join((i < self.vocab_size and self.symbols[i]) or "\ufffd" for i in ids)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": "char", "symbols": self.symbols}
-
 
 class GPT2Tokenizer:
     """GPT-2's byte-pair encoding, by tiktoken."""
@@ -95,15 +97,12 @@ class GPT2Tokenizer:
         return self.bpe.encode(text, allowed_special={"<|endoftext|>"})
 
     def encode_ordinary(self, text: str) -> NDArray[np.uint32]:
-        """For a corpus: `<|endoftext|>` in the text is text."""
+        """For a corpus: `<|endoftext|>` is text, since a web page may mention it without ending there."""
         return self.bpe.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Sequence[int]) -> str:
         """An id past GPT-2's 50257, which a model with a padded vocabulary may sample, becomes U+FFFD."""
         return self.bpe.decode([i if i < GPT2_VOCAB_SIZE else GPT2_REPLACEMENT for i in ids])
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": "gpt2"}
 
 
 class JsonTokenizer:
@@ -114,7 +113,6 @@ class JsonTokenizer:
             from tokenizers import Tokenizer as Bpe
         except ImportError:
             raise ValueError(f"a tokenizer.json needs the package tokenizers: {install('data')}") from None
-        self.text = text
         self.vocab_size = _json_vocab_size(text, "the tokenizer.json")
         with _problem("the tokenizer.json cannot be read"):
             self.bpe = Bpe.from_str(text)
@@ -145,9 +143,6 @@ class JsonTokenizer:
         with _problem("the tokenizer.json cannot decode these ids"):
             return self.bpe.decode(list(ids), skip_special_tokens=False)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"kind": "json", "vocab_size": self.vocab_size, "json": self.text}
-
 
 Tokenizer = CharTokenizer | GPT2Tokenizer | JsonTokenizer
 
@@ -166,32 +161,26 @@ def from_dict(description: dict[str, Any]) -> Tokenizer:
 
 
 def unknown(vocab_size: int, why: str) -> dict[str, Any]:
-    """Describes a tokenizer that is not available. `from_dict` raises the sentence `why`."""
     return {"kind": "unknown", "vocab_size": vocab_size, "why": why}
 
 
 def check(description: dict[str, Any], source: str | Path) -> None:
-    """Raises ValueError when a description from `source` is not one of `to_dict` or `unknown`."""
-    kinds: dict[Any, dict[str, type]] = {
+    """Raises ValueError for a bad description, which is from `source`."""
+    types: dict[str, dict[str, type]] = {
         "char": {"symbols": list},
         "gpt2": {},
         "json": {"vocab_size": int, "json": str},
         "unknown": {"vocab_size": int, "why": str},
     }
-    kind = description.get("kind")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"{source} has a tokenizer of an unknown kind, {kind!r}; update this project")
-    for key, expected in kinds[kind].items():
-        if type(description.get(key)) is not expected:
-            raise ValueError(f"{source}: its tokenizer's {key} must be of type {expected.__name__}")
-    if kind == "char" and not all(isinstance(symbol, str) for symbol in description["symbols"]):
-        raise ValueError(f"{source}: its tokenizer's symbols must be texts")
-    if description.get("vocab_size", 1) < 1:
-        raise ValueError(f"{source}: its tokenizer's vocab_size must be at least 1")
-    if kind == "json" and _json_vocab_size(description["json"], source) > description["vocab_size"]:
-        raise ValueError(
-            f"{source}: its tokenizer has more symbols than vocab_size={vocab_size(description)}"
-        )
+    with _problem(f"{source} has a tokenizer that this project does not know"):
+        for key, expected in types[description["kind"]].items():
+            if type(description[key]) is not expected:
+                raise TypeError(f"{key} must be of type {expected.__name__}")
+        if not all(isinstance(symbol, str) for symbol in description.get("symbols", [])):
+            raise TypeError("symbols must be texts")
+        n_ids = _json_vocab_size(description["json"], source) if description["kind"] == "json" else 1
+        if vocab_size(description) < n_ids:
+            raise ValueError(f"vocab_size={vocab_size(description)} must be at least {n_ids}")
 
 
 def vocab_size(description: dict[str, Any]) -> int:
@@ -213,7 +202,7 @@ def name(description: dict[str, Any]) -> str:
 
 
 def fits(model: dict[str, Any], data: dict[str, Any]) -> bool:
-    """Whether the ids of data stand for the tokens of a model's tokenizer, as far as is known.
+    """Whether the ids in data are the same tokens to a model's tokenizer, as far as is known.
 
     A tokenizer that adds tokens to GPT-2's encoding fits GPT-2's data.
     """
@@ -222,14 +211,27 @@ def fits(model: dict[str, Any], data: dict[str, Any]) -> bool:
     # Two tokenizer.json files with the same tokens may differ in their text.
     contents = [json.loads(part["json"]) for part in (model, data) if part["kind"] == "json"]
     if len(contents) == 2:
-        return _ids(contents[0]) == _ids(contents[1])
+        return _encoding(contents[0]) == _encoding(contents[1])
     if {model["kind"], data["kind"]} == {"json", "gpt2"}:
         return _is_gpt2(contents[0]) and (data["kind"] == "gpt2" or vocab_size(data) == GPT2_VOCAB_SIZE)
     return False
 
 
+def _encoding(content: dict[str, Any]) -> list[Any]:
+    """What decides which ids a text gets: the tokens, the merges, the normalizer, and how text is split."""
+    model, splits = content["model"], content.get("pre_tokenizer")
+    if splits and splits.get("type") == "ByteLevel":  # its other settings change no id
+        splits = [bool(splits.get("add_prefix_space")), splits.get("use_regex", True)]
+    scores = None if isinstance(model["vocab"], dict) else model["vocab"]
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
+    return [_ids(content), scores, merges, content.get("normalizer"), splits]
+
+
 def _is_gpt2(content: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json has GPT-2's tokens. It may have more."""
+    """Whether a tokenizer.json splits and numbers text as GPT-2's encoding does. It may have more tokens."""
+    splits = content.get("pre_tokenizer") or {}
+    if splits.get("type") != "ByteLevel" or splits.get("add_prefix_space") or content.get("normalizer"):
+        return False
     ids = sorted((i, token) for token, i in _ids(content).items() if i < GPT2_END_OF_TEXT)
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest() == GPT2_SHA256
 
@@ -391,14 +393,6 @@ class _PlainUnpickler(pickle.Unpickler):
         raise ValueError(
             f"it refers to {module}.{name}, which could run code; write numbers, strings and dicts alone"
         )
-
-
-def read_meta(path: Path) -> list[str]:
-    """The symbols in nanoGPT's meta.pkl by id. Raises ValueError when it has none."""
-    description = describe_meta(path)
-    if description["kind"] == "unknown":
-        raise ValueError(description["why"])
-    return description["symbols"]
 
 
 def write_meta(path: Path, symbols: Sequence[str]) -> None:

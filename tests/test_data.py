@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gpt import sample
 from gpt.model import GPTConfig
-from gpt.tokenizer import describe_dataset, from_dict, read_meta
+from gpt.tokenizer import describe_dataset, describe_meta, from_dict
 from tests.runs import run
 from tests.test_command_line import command
 from train import data, metrics, shards
@@ -57,14 +57,6 @@ def test_epochs_and_seeds_differ_in_order_and_offset(tmp_path):
             assert abs(np.corrcoef(a, b)[0, 1]) < 0.05
 
 
-def test_targets_are_the_tokens_that_follow(tmp_path):
-    file = token_file(tmp_path, 1000)
-    idx, targets = file.batch(5, 12)
-    assert idx.dtype == targets.dtype == torch.int64 and idx.shape == (12, 8)
-    assert torch.equal(idx[:, 0], torch.from_numpy(file.starts(5, 12)))
-    assert torch.equal(idx + 1, targets)
-
-
 @settings(max_examples=25, deadline=None)
 @given(
     n=st.integers(40, 900),
@@ -100,10 +92,10 @@ def llm_c_shard(path, ids, magic=20240520, version=1, dtype=np.uint16, count=Non
     seed=st.integers(0, 99),
     kinds=st.integers(0, 2**9),
 )
-def test_shards_give_the_batches_of_the_file_they_would_make(
+def test_a_batch_has_the_windows_of_a_file_or_of_its_shards_and_the_tokens_that_follow(
     tmp_path_factory, lengths, block_size, seed, kinds
 ):
-    """Of whatever sizes and formats: windows may begin in one and end in another, past some in between."""
+    """Shards have any size and format: a window may begin in one and end in another, past some between."""
     if sum(lengths) <= block_size:
         lengths.append(block_size + 1)
     whole, cut = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cut")
@@ -111,15 +103,17 @@ def test_shards_give_the_batches_of_the_file_they_would_make(
     ids.tofile(whole / "train.bin")
     for i, part in enumerate(np.split(ids, np.cumsum(lengths)[:-1])):
         path = cut / f"web_train_{i:06}.bin"
-        _ = llm_c_shard(path, part) if kinds >> i & 1 else part.tofile(path)
-    config = GPTConfig(block_size=block_size, vocab_size=65536)
-    one, many = (TokenFile(folder / "train.bin", config, seed) for folder in (whole, cut))
-    assert len(one) == len(many) == len(ids)
-    for a, b in zip(one.batch(0, 2 * one.windows), many.batch(0, 2 * one.windows)):
-        assert torch.equal(a, b)
-    starts = one.starts(0, one.windows)
-    expected = np.stack([ids[s : s + block_size + 1] for s in starts]).astype(np.int64)
-    assert np.array_equal(many.read(starts, block_size + 1), expected)
+        if kinds >> i & 1:
+            llm_c_shard(path, part)
+        else:
+            part.tofile(path)
+    for folder in (whole, cut):
+        file = TokenFile(folder / "train.bin", GPTConfig(block_size=block_size, vocab_size=65536), seed)
+        assert len(file) == len(ids)
+        starts = file.starts(3, 2 * file.windows)
+        windows = torch.from_numpy(np.stack([ids[s : s + block_size + 1] for s in starts]).astype(np.int64))
+        idx, targets = file.batch(3, 2 * file.windows)
+        assert torch.equal(idx, windows[:, :-1]) and torch.equal(targets, windows[:, 1:])
 
 
 def test_a_shard_belongs_to_the_split_whose_word_is_in_its_name(tmp_path):
@@ -297,7 +291,7 @@ def test_a_meta_file_without_symbols_is_trained_on_and_says_what_sampling_lacks(
     lack = "has vocab_size=30, and it names no symbols (itos, stoi)"
     assert run("--eval_sample=5")["model_args"]["vocab_size"] == 30
     out = capsys.readouterr().out
-    assert f"samples are left out: data/tiny/meta.pkl {lack}: the model can be trained, but sampling" in out
+    assert f"no samples: data/tiny/meta.pkl {lack}: the model can be trained, but sampling" in out
     flags = ["--device=cpu", "--num_samples=1", "--max_new_tokens=2", "--start=king"]
     code, _, err = command(sample.main, monkeypatch, capsys, *flags)
     assert code == 1 and lack in err
@@ -310,13 +304,13 @@ def test_ids_in_a_meta_file_that_are_not_numbers_are_refused(tmp_path):
     for meta, value in (({"stoi": {"(": "0"}}, "'0'"), ({"vocab_size": 60.5}, "60.5")):
         path.write_bytes(pickle.dumps(meta))
         with pytest.raises(ValueError, match=rf"the ids .* must be whole numbers, not {value}\)"):
-            read_meta(path)
+            describe_meta(path)
 
 
 def test_symbols_whose_ids_begin_at_1_are_read(workplace):
     """nanoGPT needs the row of id 0 all the same."""
     path = Path("data/tiny/meta.pkl")
-    stoi = {symbol: i for i, symbol in enumerate(read_meta(path), 1)}
+    stoi = {symbol: i for i, symbol in enumerate(describe_meta(path)["symbols"], 1)}
     path.write_bytes(pickle.dumps({"vocab_size": 21, "stoi": stoi}))
     tokenizer = from_dict(describe_dataset(path.parent))
     assert tokenizer.encode("king") == [stoi[c] for c in "king"] and tokenizer.start_id == 1
@@ -331,6 +325,6 @@ def test_data_without_a_tokenizer_and_a_small_vocabulary_are_trained_on_without_
         Path("data/tiny", name).unlink()
     state = run("--vocab_size=300", "--eval_sample=5")
     assert state["iter_num"] == 8 and state["tokenizer"]["kind"] == "unknown"
-    sentence = "samples are left out: vocab_size=300 is too small for GPT-2's encoding, and data/tiny"
+    sentence = "no samples: vocab_size=300 is too small for GPT-2's encoding, and data/tiny"
     assert capsys.readouterr().out.count(sentence) == 1
     assert run("--init_from=resume", "--max_iters=9")["iter_num"] == 9

@@ -30,7 +30,7 @@ def model(tmp_path, monkeypatch):
     torch.manual_seed(0)
     ours = GPT(GPTConfig(block_size=T, vocab_size=len(SYMBOLS), n_layer=2, n_head=2, n_embd=32))
     stir(ours)
-    described = CharTokenizer(SYMBOLS).to_dict()
+    described = {"kind": "char", "symbols": SYMBOLS}
     save_checkpoint(ours, described, Path("out/ckpt.pt"))
     save_hugging_face(ours, described, Path("folder"))
     return GPT2LMHeadModel.from_pretrained("folder").double().eval()

@@ -61,7 +61,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_resuming_equals_never_havin
     launch.processes[0].terminate()
     assert launch.wait() == [0], launch.printed()
     stopped = load("stopped")["iter_num"]
-    message = f"stopped by SIGTERM after {stopped} steps: stopped/ckpt.pt goes on by"
+    message = f"stopped by SIGTERM after {stopped} steps: to resume from stopped/ckpt.pt:"
     assert message in launch.printed() and 0 < stopped < 300
     run("--dropout=0.2", *LONG, "--init_from=resume", out_dir="stopped")
     assert_same_run("straight", "stopped")

@@ -62,17 +62,17 @@ def test_the_command_after_a_stop_resumes_and_the_one_at_the_end_doubles_the_run
     with monkeypatch.context() as patch:
         patch.setattr(Lines, "step", stop_at_2)
         code, out, _ = command(training.main, monkeypatch, capsys, *TINY, "--out_dir=out")
-    assert code == 0 and "stopped by SIGINT after 4 steps: out/ckpt.pt goes on by" in out
+    assert code == 0 and "stopped by SIGINT after 4 steps: to resume from out/ckpt.pt:" in out
     code, out, _ = command(training.main, monkeypatch, capsys, *printed_command(out))
     assert code == 0 and "resumed out/ckpt.pt at step 4\n" in out and "iter 4:" in out
-    assert "done: out/ckpt.pt has made 8 steps" in out and "gpt.sample out\n" in out
+    assert "finished after 8 steps: out/ckpt.pt" in out and "gpt.sample out\n" in out
     longer = printed_command(out)
     assert longer[1:] == ["--init_from=resume", "--max_iters=16", "--lr_decay_iters=16"]
     code, out, _ = command(training.main, monkeypatch, capsys, *longer[:2])
-    assert code == 0 and "out/ckpt.pt is of a finished run: all 8 steps are made" in out
+    assert code == 0 and "the run in out/ckpt.pt is finished, after 8 steps" in out
     assert printed_command(out) == longer
     _, out, _ = command(training.main, monkeypatch, capsys, *longer, "--eval_interval=5")
-    assert "resumed out/ckpt.pt at step 8\n" in out and "done: out/ckpt.pt has made 16 steps" in out
+    assert "resumed out/ckpt.pt at step 8\n" in out and "finished after 16 steps: out/ckpt.pt" in out
 
 
 def test_a_checkpoint_past_max_iters_is_not_a_finished_run(workplace, capsys):
@@ -83,7 +83,7 @@ def test_a_checkpoint_past_max_iters_is_not_a_finished_run(workplace, capsys):
     capsys.readouterr()
     run("--init_from=resume", "--max_iters=2")
     out = capsys.readouterr().out
-    assert "out/ckpt.pt is at step 4 of 100, past max_iters=2. To go on:" in out
+    assert "out/ckpt.pt is at step 4 of 100, past max_iters=2. To continue:" in out
     assert printed_command(out)[1:] == ["--init_from=resume", "--max_iters=100"]
 
 

@@ -167,7 +167,7 @@ def test_the_124m_has_nanogpts_size_and_flops():
     assert model.flops_per_token() == pytest.approx(8.548e8, rel=1e-3)
 
 
-def test_dropout_is_for_training_only_and_drops():
+def test_dropout_is_for_training_only_and_after_the_embedding_and_both_halves_of_a_block(monkeypatch):
     model = small(dropout=0.5)
     idx = tokens(2, 32)
     assert model(idx, idx)[1] != model(idx, idx)[1]
@@ -175,6 +175,10 @@ def test_dropout_is_for_training_only_and_drops():
     assert model(idx, idx)[1] == model(idx, idx)[1]
     expected = reference(dict(model.state_dict()), model.config, idx)
     torch.testing.assert_close(model(idx, idx, return_logits=True)[0], expected, rtol=1e-4, atol=1e-5)
+    calls = []
+    monkeypatch.setattr("torch.nn.functional.dropout", lambda x, p, *_: calls.append(p) or x)
+    model.train()(idx, idx)
+    assert calls == [0.5] * (1 + 2 * 3)
 
 
 def test_crop_block_size_changes_no_prediction():

@@ -74,14 +74,15 @@ def test_fine_tuning_takes_weights_and_nothing_else(workplace):
 
 def test_training_learns_and_half_precision_follows(workplace):
     flags = ["--max_iters=60", "--lr_decay_iters=60", "--eval_interval=60", "--eval_iters=8"]
-    final = {}
+    first_norm, last_loss = {}, {}
     for dtype in ("float32", "bfloat16", "float16"):
         checkpoint = run(*flags, f"--dtype={dtype}", out_dir=dtype)
-        final[dtype] = series(dtype, "val/loss")[-1]
+        first_norm[dtype], last_loss[dtype] = series(dtype, "grad_norm")[0], series(dtype, "val/loss")[-1]
         assert all(weight.dtype == torch.float32 for weight in checkpoint["model"].values())
-    assert final["float32"] < 2.3  # from 3.04, the log of 21 symbols
-    assert final["bfloat16"] == pytest.approx(final["float32"], abs=0.05)
-    assert final["float16"] == pytest.approx(final["float32"], abs=0.05)
+    assert last_loss["float32"] < 2.3  # from 3.04, the log of 21 symbols
+    for dtype in ("bfloat16", "float16"):
+        assert first_norm[dtype] == pytest.approx(first_norm["float32"], rel=0.02)
+        assert last_loss[dtype] == pytest.approx(last_loss["float32"], abs=0.05)
 
 
 def test_exactly_max_iters_updates_then_an_evaluation_and_a_checkpoint(workplace):
@@ -116,7 +117,7 @@ def test_compiled_once_without_a_graph_break_and_saved_bare(workplace, monkeypat
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 2, "the step's, made by the first pass, and the evaluation's"
     assert not counters["graph_break"]
-    assert re.search(r"^compiled, with a first pass, in \d+\.\d s", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^compiled in \d+\.\d s, including a first pass", capsys.readouterr().out, re.MULTILINE)
     assert compiled["model"].keys() == eager["model"].keys()
     assert_close_weights(eager, compiled, rtol=1e-3)
 
@@ -137,9 +138,10 @@ def test_the_cosine_schedule_is_nanogpts():
     assert {learning_rate(it, constant) for it in (0, 5, 10**6)} == {constant.learning_rate}
 
 
-def test_wsd_warms_up_stays_and_comes_down():
-    sizes = dict(warmup_iters=10, lr_decay_iters=100, wsd_decay_iters=20, learning_rate=1.0, min_lr=0.1)
-    config = TrainConfig(schedule="wsd", **sizes)
+@pytest.mark.parametrize("wsd_decay_iters", [20, 0])
+def test_wsd_warms_up_stays_and_comes_down_over_a_fifth_by_default(wsd_decay_iters):
+    sizes = dict(warmup_iters=10, lr_decay_iters=100, learning_rate=1.0, min_lr=0.1)
+    config = TrainConfig(schedule="wsd", wsd_decay_iters=wsd_decay_iters, **sizes)
     rates = [learning_rate(it, config) for it in range(120)]
     assert rates[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
     assert set(rates[10:81]) == {1.0}
@@ -160,7 +162,7 @@ def test_a_finished_run_and_eval_only_train_nothing_and_save_nothing(workplace, 
     run()
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     run("--init_from=auto")
-    assert "out/ckpt.pt is of a finished run: all 8 steps are made" in capsys.readouterr().out
+    assert "the run in out/ckpt.pt is finished, after 8 steps" in capsys.readouterr().out
     for source in ("resume", "scratch"):
         run(f"--init_from={source}", "--eval_only=True")
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before

@@ -203,34 +203,27 @@ def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScale
     Learning rate, weight decay and betas are those of this run. Raises ValueError.
     """
     way_out = "take the weights alone by --init_from=PATH/ckpt.pt"
-    moments = saved.optimizer or {"state": {}, "param_groups": []}
+    moments = saved.optimizer["state"] if saved.optimizer else {}
     trained_with = saved.config.get("optimizer", "adamw")  # nanoGPT has no other
     if saved.optimizer and trained_with != optimizer.name:
         raise ValueError(
             f"the checkpoint was trained with {trained_with}, and {optimizer.name} cannot go on from its "
             f"moments: give --optimizer={trained_with}, or {way_out}"
         )
-    groups = optimizer.param_groups
-    params = [p for group in groups for p in group["params"]]
-    names_of = [optimizer.moments(group) for group in groups for _ in group["params"]]
+    params = [(p, optimizer.moments(group)) for group in optimizer.param_groups for p in group["params"]]
+    # Before the first step there are no moments.
+    for i, (p, names) in enumerate(params if moments else ()):
+        for name in names:
+            moment = moments.get(i, {}).get(name)
+            if not isinstance(moment, Tensor) or moment.shape != p.shape:
+                shape = tuple(moment.shape) if isinstance(moment, Tensor) else moment or "missing"
+                raise ValueError(
+                    f"the checkpoint's optimizer: {name} of tensor {i} is {shape}, not {tuple(p.shape)}"
+                )
     try:
-        sizes = [[len(group["params"]) for group in each] for each in (moments["param_groups"], groups)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"the checkpoint's optimizer has groups of {sizes[0]} tensors, this run's of {sizes[1]}"
-            )
-        for i, (p, names) in enumerate(zip(params, names_of, strict=True)):
-            # Before the first step, a parameter has no moments.
-            for name in names if i in moments["state"] else ():
-                moment = moments["state"][i].get(name)
-                if not isinstance(moment, Tensor) or moment.shape != p.shape:
-                    shape = tuple(moment.shape) if isinstance(moment, Tensor) else moment or "missing"
-                    raise ValueError(
-                        f"the checkpoint's optimizer: {name} of tensor {i} is {shape}, not {tuple(p.shape)}"
-                    )
         state = {
-            i: {name: _shard_like(value, params[i]) for name, value in values.items()}
-            for i, values in moments["state"].items()
+            i: {name: _shard_like(value, params[i][0]) for name, value in values.items()}
+            for i, values in moments.items()
         }
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         if saved.scaler:

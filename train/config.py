@@ -1,7 +1,7 @@
-"""Every setting of a training run, flat on the command line: `[config.py ...] [--key=value ...]`.
+"""Every setting of a training run: `[config.py ...] [--key=value ...]` on the command line.
 
-Names and defaults are nanoGPT's, so its config files run as they are; where its default supposes a GPU, ours
-is "auto", resolved once and recorded.
+Names and defaults are nanoGPT's, so its config files run unchanged. Where nanoGPT's default assumes a GPU,
+ours is "auto". `resolve` replaces each "auto" by what this machine has.
 """
 
 import math
@@ -21,10 +21,10 @@ from gpt.model import RUN_OPTIONS, GPTConfig
 from train.distributed import Ranks
 
 PRESETS = Path(__file__).parent / "configs"
-# A model's own: what is loaded has them.
+# Fields of GPTConfig that a loaded model brings with it.
 SHAPE = tuple(option.name for option in fields(GPTConfig) if option.name not in RUN_OPTIONS)
 BELOW_1 = math.nextafter(1, 0)
-# The least and the most that makes a run. A product of two sizes, in bytes, still has 64 bits.
+# The bounds of each number. The product of two sizes, in bytes, still fits into 64 bits.
 SIZE, COUNT, REAL = 2**29, 2**62, sys.float_info.max
 BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (-(2**63), 2**64 - 1), "log_interval": (1, COUNT), "timeout": (1, 2**31 - 1),
@@ -43,20 +43,22 @@ class TrainConfig:
     """Train a GPT.
 
     Presets, config files and flags are read in order, and later ones win. A config file assigns to the names
-    of flags, as in n_layer = 6. Flags are shown with their defaults; --eval_only alone means True. A step is
-    one update of the weights.
+    of flags, such as n_layer = 6. Flags are listed with their defaults. --eval_only alone means True. A step
+    is one update of the weights.
     """
 
     # run and output
     out_dir: UserPath = "out"  # where ckpt.pt, config.py and metrics.jsonl go
-    init_from: UserPath = "scratch"  # scratch, resume, auto (resume if any), gpt2*, a ckpt.pt or its folder
-    seed: int = 1337  # of weights, dropout and data order
+    init_from: UserPath = (
+        "scratch"  # scratch, resume, auto (resume if possible), gpt2*, a ckpt.pt or its folder
+    )
+    seed: int = 1337  # for weights, dropout and data order
     log_interval: int = 1  # steps between printed lines
-    print_config: bool = False  # print every setting as a config file, with what auto is here, and end
-    profile: str = ""  # START:STOP: a trace of those steps in out_dir, and a list of what costs most
+    print_config: bool = False  # print every setting as a config file, with "auto" replaced, and stop
+    profile: str = ""  # START:STOP: trace these steps into out_dir and list the most expensive operations
     wandb_log: bool = False  # log to Weights & Biases as well (extra [wandb])
-    wandb_project: str = "owt"  # its project
-    wandb_run_name: str = "gpt2"  # its run
+    wandb_project: str = "owt"  # project in Weights & Biases
+    wandb_run_name: str = "gpt2"  # run in Weights & Biases
 
     # evaluation and checkpoints
     eval_interval: int = 2000  # steps between evaluations; a checkpoint follows each
@@ -64,12 +66,14 @@ class TrainConfig:
     eval_only: bool = False  # evaluate once and stop
     eval_sample: int = 0  # tokens sampled and printed at each evaluation; 0 is off
     always_save_checkpoint: bool = True  # False: sample from best.pt, the lowest validation loss, not ckpt.pt
-    keep_last: int = 2  # checkpoints kept as ckpt-STEP.pt: what resume falls back to if ckpt.pt is damaged
+    keep_last: int = 2  # older checkpoints, ckpt-STEP.pt: resume falls back to them if ckpt.pt is damaged
 
     # data
-    dataset: UserPath = "openwebtext"  # folder in data/ with train.bin, val.bin or shards; resume has its own
+    dataset: UserPath = (
+        "openwebtext"  # folder in data/ with train.bin and val.bin, or shards; resume knows its own
+    )
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all ranks
-    batch_size: int | Literal["auto"] = 12  # sequences of block_size tokens in a micro-batch; auto: what fits
+    batch_size: int | Literal["auto"] = 12  # sequences in a micro-batch; auto: as many as fit
 
     # model
     model: GPTConfig = field(default_factory=lambda: GPTConfig(bias=False, vocab_size=None))
@@ -77,39 +81,35 @@ class TrainConfig:
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # adamw, or muon for the matrices of the blocks
     weight_decay: float = 1e-1  # of matrices and embeddings
-    beta1: float = 0.9  # AdamW: memory of the gradient's mean, about 1 / (1 - beta1) steps
-    beta2: float = 0.95  # AdamW: memory of its square
-    grad_clip: float = 1.0  # largest norm of the whole gradient; 0 is off
+    beta1: float = 0.9  # AdamW: decay of the mean of the gradient
+    beta2: float = 0.95  # AdamW: decay of the mean of the squared gradient
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 switches clipping off
 
     # schedule
     max_iters: int = 600000  # steps in the run
-    learning_rate: float = 6e-4  # at its highest, after the warm-up
-    schedule: Literal["cosine", "wsd"] = (
-        "cosine"  # after the warm-up: cosine, or wsd: stay, then go down linearly
-    )
+    learning_rate: float = 6e-4  # peak learning rate, after the warm-up
+    schedule: Literal["cosine", "wsd"] = "cosine"  # cosine decay, or wsd: constant, then a linear decay
     warmup_iters: int = 2000  # steps of warm-up
-    lr_decay_iters: int = 600000  # the step at which min_lr is reached
-    min_lr: float = 6e-5  # where the decay ends
-    decay_lr: bool = True  # False keeps learning_rate as it is, without warm-up
-    wsd_decay_iters: int = 0  # steps of the wsd schedule's descent; 0: a fifth of lr_decay_iters
+    lr_decay_iters: int = 600000  # step at which the decay ends, at min_lr
+    min_lr: float = 6e-5  # learning rate after the decay
+    decay_lr: bool = True  # False: constant learning_rate, without a warm-up
+    wsd_decay_iters: int = 0  # steps of the linear decay of wsd; 0: a fifth of lr_decay_iters
 
     # machine
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:1, ...
     dtype: str = "auto"  # auto, float32, bfloat16, float16 (with loss scaling)
     compile: bool | Literal["auto"] = "auto"  # torch.compile the model; auto: on CUDA
-    strategy: Literal["ddp", "fsdp"] = (
-        "ddp"  # over ranks: ddp, or fsdp, which shards weights, gradients and optimizer
-    )
-    backend: str = "auto"  # of torch.distributed: auto, nccl, gloo
-    timeout: int = 600  # seconds that a rank waits for another before the run ends with an error
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights, gradients and optimizer over the ranks
+    backend: str = "auto"  # torch.distributed: auto, nccl, gloo
+    timeout: int = 600  # seconds that a rank waits for the others before the run fails
 
     def flat(self) -> dict[str, Any]:
-        """Plain values by flag: what is recorded with a checkpoint."""
+        """{flag: value} of all flags, as a checkpoint records them."""
         values = asdict(self)
         return values | values.pop("model")
 
     def check(self) -> None:
-        """Raises ValueError for numbers that make no run."""
+        """Raises ValueError for values that no run can have."""
         cli.check_bounds(self.flat(), BOUNDS)
         if not 0 <= self.model.dropout < 1:
             raise ValueError(f"dropout={self.model.dropout} must be at least 0 and below 1")
@@ -121,7 +121,7 @@ class TrainConfig:
 
     @property
     def micro_batch(self) -> int:
-        """batch_size, which is a number when the command line has been read."""
+        """batch_size, which is a number once the command line is read."""
         assert self.batch_size != "auto"
         return self.batch_size
 
@@ -137,15 +137,15 @@ class TrainConfig:
 
     @property
     def sequences(self) -> int:
-        """In a step, over all ranks."""
+        """Sequences in a step, over all ranks."""
         return self.micro_batch * self.gradient_accumulation_steps
 
 
 def parse(args: Sequence[str]) -> tuple[TrainConfig, dict[str, list[str]]]:
-    """The configuration, checked, and the values of each flag that was set. Raises ValueError.
+    """Returns the checked configuration, and the values of each flag that was set. Raises ValueError.
 
-    Where batch_size is auto, it gets the number it was set to before: that says how long a step is, and
-    `train.fit` looks for what fits.
+    With --batch_size=auto, batch_size is the number that was set before it. This number says how many
+    sequences a step has; `train.fit` then finds the micro-batch that fits.
     """
     config, given = cli.parse_given(TrainConfig, args, prog="python -m train", presets=PRESETS)
     if config.batch_size == "auto":
@@ -156,11 +156,11 @@ def parse(args: Sequence[str]) -> tuple[TrainConfig, dict[str, list[str]]]:
 
 
 def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """Puts what this machine gives in place of every "auto". Raises ValueError for what it cannot do."""
+    """Replaces every "auto" by what this machine has. Raises ValueError for what it does not support."""
     if config.gradient_accumulation_steps % ranks.world_size:
         raise ValueError(
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} is the total over all ranks "
-            f"and does not divide by the {ranks.world_size} there are; try {_multiple(config, ranks)}"
+            f"and must be a multiple of their number, {ranks.world_size}; try {_multiple(config, ranks)}"
         )
     if config.strategy == "fsdp" and not ranks.backend:
         raise ValueError("strategy='fsdp' shards over ranks: start it with torchrun, one process a GPU")
@@ -168,7 +168,8 @@ def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     is_new = config.init_from == "scratch"
     shape = (model.n_embd // model.n_head, DTYPES[dtype]) if is_new else ()
     operations = kernels.load(model.kernels, ranks.device, *shape)
-    # On a GPU "auto" depends on the head size. A model that is loaded brings its own, so GPT decides.
+    # On a GPU "auto" depends on the head size, which is known here for a new model only. GPT decides later
+    # for a loaded one.
     if is_new or ranks.device_type != "cuda":
         model = replace(model, kernels=operations.spec)
     return replace(
@@ -182,10 +183,10 @@ def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
 
 
 def config_file(config: TrainConfig, given: Mapping[str, Sequence[str]] | None = None) -> str:
-    """A resolved configuration as the config file of the same run, on the same kind of machine.
+    """A resolved configuration as a config file, which makes the same run on the same kind of machine.
 
-    `given`, the values of the flags that were set, where no model is loaded yet: the model that init_from
-    names keeps its own shape, and a resumed run its data.
+    With `given`, the values of the flags that were set, no model is loaded yet. Then the shape is left out if
+    init_from names a model, and the dataset if a run is resumed: the checkpoint has them.
     """
     values = config.flat()
     values.pop("print_config")
@@ -193,15 +194,15 @@ def config_file(config: TrainConfig, given: Mapping[str, Sequence[str]] | None =
         for name in set(SHAPE).difference(given):
             del values[name]
     if given is not None and config.init_from in ("resume", "auto") and "dataset" not in given:
-        del values["dataset"]  # a checkpoint has it
-    values["device"] = config.device.removesuffix(":0")  # "cuda": under torchrun, each rank's own
+        del values["dataset"]
+    values["device"] = config.device.removesuffix(":0")  # under torchrun each rank has its own
     values["backend"] = "auto" if config.backend == "none" else config.backend
     heading = "# Every setting of a run; python -m train FILE.py makes it again.\n\n"
     return heading + cli.config_text(TrainConfig, values)
 
 
 def resume_command(config: TrainConfig, ranks: Ranks, **changes: Any) -> str:
-    """A command that goes on with this run, with some settings changed."""
+    """The command that resumes this run, with some settings changed."""
     own = Path(config.out_dir, "config.py")
     words = [str(own) if own.exists() else f"--out_dir={config.out_dir}", "--init_from=resume"]
     words += [f"--{name}={value}" for name, value in changes.items()]
@@ -213,7 +214,7 @@ def resume_command(config: TrainConfig, ranks: Ranks, **changes: Any) -> str:
 
 
 def twice_as_long(config: TrainConfig) -> dict[str, int]:
-    """The settings of twice as many steps, over which a learning rate that has ended is spread."""
+    """The settings for twice as many steps. A learning rate that has decayed gets as much longer."""
     longer = {"max_iters": 2 * config.max_iters}
     if config.decay_lr and config.lr_decay_iters <= config.max_iters:
         longer["lr_decay_iters"] = longer["max_iters"]
@@ -226,5 +227,5 @@ def save_config(config: TrainConfig, folder: Path) -> None:
 
 
 def _multiple(config: TrainConfig, ranks: Ranks) -> int:
-    """The nearest number of accumulation steps that divides."""
+    """The multiple of the number of ranks that is nearest to gradient_accumulation_steps."""
     return ranks.world_size * max(1, round(config.gradient_accumulation_steps / ranks.world_size))

@@ -27,7 +27,7 @@ LOOKED_AT = (256, 1 << 17)  # pieces that are checked before training, and token
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """The tokenizer of a data set, in the form of `Tokenizer.to_dict`. Raises FileNotFoundError."""
+    """The description of a data set's tokenizer. Raises FileNotFoundError, ValueError."""
     try:
         for name in ("train.bin", "val.bin"):
             shards.find(folder / name)

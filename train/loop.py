@@ -1,7 +1,8 @@
-"""A training run from top to bottom: `train` is all of it, and what it calls follows below.
+"""A training run from top to bottom: `train` is all of it, and the functions that it calls follow.
 
-The order is that of nanoGPT's train.py. What is different: a resumed run makes the same steps, bit for bit,
-as one that never stopped; a signal ends a run with a checkpoint; a step without a finite gradient is skipped.
+The order is that of nanoGPT's train.py. Three things differ. A resumed run makes the same steps, bit for bit,
+as a run that never stopped. A signal ends a run with a checkpoint. A step whose gradient is not finite is
+skipped.
 """
 
 import math
@@ -44,7 +45,7 @@ from train.view import Lines
 Batch = tuple[Tensor, Tensor]
 Precision = Callable[[], AbstractContextManager]
 
-HOPELESS = 20  # steps skipped in a row; float16 needs a few to find its loss scale
+HOPELESS = 20  # skipped steps in a row that end a run; float16 skips a few to find its loss scale
 
 
 def train(
@@ -54,20 +55,20 @@ def train(
     stop: StopRequest | None = None,
     view: Lines | None = None,
 ) -> None:
-    """The whole run, from `config` to the last checkpoint, or until `stop` asks for an end.
+    """Trains to the last checkpoint, or until `stop` has received a signal.
 
-    `given` are the values of the flags that were set explicitly, `view` is where the run is shown.
-    Raises ValueError and OSError, a sentence each.
+    `given` has the values of the flags that were set explicitly, and `view` shows the run. Raises ValueError
+    and OSError with a sentence for the user.
     """
     given = given or {}
     out_dir = Path(config.out_dir)
-    # Each rank draws dropout masks of its own. It draws weights too, but those of rank 0 are taken.
-    torch.manual_seed((config.seed + ranks.rank) % 2**64)  # the largest seed has ranks too
-    # Where float32 is asked for on a GPU, TF32 is good enough for matrix products. A CPU has none.
+    # Each rank draws its own dropout masks. All ranks draw weights too, but rank 0's are used.
+    torch.manual_seed((config.seed + ranks.rank) % 2**64)
+    # On a GPU, float32 matrix products may use TF32, as in nanoGPT.
     torch.backends.cuda.matmul.allow_tf32 = True
 
-    # The beginning: new weights, the run's own checkpoint, or weights from elsewhere. Settings that this
-    # machine cannot meet are refused before anything is written.
+    # Start from new weights, from the run's own checkpoint, or from other weights. Settings that this machine
+    # does not support are refused before anything is written.
     config = resolve(config, ranks)
     with cli.IfSlow("checking the checkpoint", ranks.is_main):
         start = checkpoint.find_start(config, given, ranks)
@@ -90,7 +91,7 @@ def train(
             print(nothing_to_do(start.latest, before, config, ranks))
         return
 
-    # What is trained, and by what.
+    # The model as it is trained, and its optimizer.
     precision = partial(autocast, ranks.device, config.dtype)
     fitted = ""
     if "auto" in given.get("batch_size", ())[-1:]:
@@ -101,7 +102,7 @@ def train(
     if resumes:
         checkpoint.restore(before, optimizer, scaler, ranks)
 
-    # The data. Evaluation has another seed: its windows are not those that training is about to see.
+    # The data. Evaluation uses another seed, so its windows are not the next ones of training.
     train_file = TokenFile(data_dir / "train.bin", config.model, config.seed)
     eval_files = {
         split: TokenFile(data_dir / f"{split}.bin", config.model, config.seed + 1)
@@ -111,13 +112,13 @@ def train(
     with cli.IfSlow("checking the data", ranks.is_main):
         data = preflight(eval_files, before.data if same_data else {})
     micro_batches = read_ahead(train_file, progress.position, config.micro_batch, ranks)
-    # gradient_accumulation_steps counts over all ranks, so that the step is the same on one GPU and on eight.
+    # gradient_accumulation_steps is the total over all ranks, so a step is the same on one GPU and on eight.
     accumulation = config.gradient_accumulation_steps // ranks.world_size
 
-    # Logging. A run compiles before its first step, so that no step's time includes the compiler.
+    # Logging. The run compiles before its first step, so no step's time includes the compiler.
     metrics = Metrics(config, ranks, model, view or Lines(), progress, before.config)
     resumed = f"resumed {start.latest} at step {progress.iter_num:,}" if resumes else ""
-    del before, start  # their tensors are the old file, mapped into memory
+    del before, start  # their tensors are memory maps of the old file
     metrics.start(len(train_file), len(eval_files["val"]))
     for line in filter(None, (resumed, fitted)):
         metrics.print(line)
@@ -127,7 +128,7 @@ def train(
                 trained, config.micro_batch, config.model.block_size, ranks, precision()
             )
         if config.compile:
-            metrics.print(f"compiled, with a first pass, in {seconds:.1f} s, which are in no step's time")
+            metrics.print(f"compiled in {seconds:.1f} s, including a first pass")
         if ranks.is_main:
             save_config(replace(config, init_from=progress.began), out_dir)
     profile = Profile(config, progress.iter_num, ranks, metrics)
@@ -136,11 +137,11 @@ def train(
     skips = SkippedSteps(progress.skipped, ranks.device)
 
     while True:
-        # The rate is a function of the step alone: a resumed run needs no state for it.
+        # The learning rate depends on the step alone, so a checkpoint need not store it.
         lr = learning_rate(progress.iter_num, config)
         last = progress.iter_num >= config.max_iters or config.eval_only
 
-        # Evaluate now and then, and save what was evaluated. A run that resumes from there has done it.
+        # Evaluate at intervals and save a checkpoint. A run resumed from there does not evaluate again.
         due = progress.iter_num % config.eval_interval == 0 and not progress.evaluated
         if due or last:
             profile.finish(progress.iter_num)
@@ -150,7 +151,7 @@ def train(
                 metrics.evaluation(progress.iter_num, losses, lr)
                 if sample_tokenizer is not None:
                     metrics.print(sample_text(model, sample_tokenizer, config))
-                # Weights that give no loss are not worth what they would replace.
+                # Weights whose loss is not finite must not replace a good checkpoint.
                 if progress.iter_num > 0 and not config.eval_only and math.isfinite(losses["val"]):
                     is_best = losses["val"] < progress.best_val_loss
                     progress.best_val_loss = min(losses["val"], progress.best_val_loss)
@@ -167,10 +168,10 @@ def train(
         loss, grad_norm = train_step(
             trained, optimizer, scaler, share, accumulation, config.grad_clip, precision
         )
-        # Asked before anything waits for a GPU: a rank that is lost is noticed here.
+        # This comes before anything that waits for a GPU, so a lost rank is noticed here.
         stopping = asked_to_stop(stop, ranks)
         skips.count(grad_norm)
-        # A GPU is waited for only in the steps that are logged.
+        # Only a step that is logged waits for the GPU.
         if progress.iter_num % config.log_interval == 0 and skips.in_a_row >= HOPELESS:
             raise ValueError(no_longer_learns(progress, skips, config))
         metrics.step(progress.iter_num, loss, grad_norm, lr, skips.total)
@@ -180,7 +181,7 @@ def train(
         progress.evaluated = False
         saver.check()
 
-        # Stop between two steps, but not after one that was skipped: float16 may be looking for its scale.
+        # Stop after this step, unless it was skipped: float16 may still be searching for its loss scale.
         if stopping and progress.iter_num < config.max_iters and not skips.in_a_row:
             progress.skipped = int(skips.total)
             metrics.flush()
@@ -200,10 +201,10 @@ def train(
 def prepare(
     model: GPT, config: TrainConfig, ranks: Ranks
 ) -> tuple[nn.Module, Optimizer, torch.amp.GradScaler]:
-    """What is trained (the model, compiled, in its strategy), what trains it, and its loss scale."""
+    """Returns (the compiled model in DDP or FSDP, its optimizer, its loss scaler)."""
     trained = distributed.parallel(model, config.strategy, config.compile, config.dtype, ranks)
     optimizer = optimizer_for(model, config, ranks.device_type)
-    # float16 has few exponents: the loss is scaled up so that small gradients do not become zero.
+    # float16 has few exponent bits. The loss is scaled up so that small gradients do not become zero.
     return trained, optimizer, torch.amp.GradScaler(ranks.device_type, enabled=config.dtype == "float16")
 
 
@@ -218,32 +219,33 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """One step of the optimizer over `accumulation` micro-batches of (inputs, targets).
 
-    Returns (mean loss on this rank, norm of the whole gradient before clipping) as tensors on the device:
-    nothing here waits for a GPU. Where the norm is not finite, the step is skipped.
+    Returns (mean loss on this rank, norm of the whole gradient before clipping) as tensors on the device, so
+    nothing here waits for the GPU. If the norm is not finite, the step is skipped.
     """
     losses = []
     for i, (idx, targets) in enumerate(micro_batches, start=1):
-        # Gradients add up in .grad; ranks need to exchange them only once, in the last backward pass.
+        # Gradients add up in .grad, so the ranks exchange them only once, in the last backward pass.
         with distributed.exchange(model, i == accumulation):
             with precision():
                 _, loss = model(idx, targets)
-            # The sum of the micro-batches' gradients is to be that of the mean over all of them.
+            # The gradients of the micro-batches are summed. Dividing the loss makes the sum a mean.
             loss = loss / accumulation
             scaler.scale(loss).backward()
         losses.append(loss.detach())
     scaler.unscale_(optimizer)
     grad_norm = clip_gradient(model.parameters(), grad_clip)
     step_if_finite(optimizer, scaler, grad_norm)
-    # None instead of zeros: the memory is free until the next backward pass.
+    # None instead of zeros frees the memory until the next backward pass.
     optimizer.zero_grad(set_to_none=True)
     return torch.stack(losses).sum(), grad_norm
 
 
 def read_ahead(file: TokenFile, position: int, size: int, ranks: Ranks) -> Iterator[Batch]:
-    """This rank's micro-batches of `size` windows, from `position` of the run on.
+    """Yields this rank's micro-batches of `size` windows, starting at `position`.
 
-    Each is assembled, and sent to the device, while the one before is computed. The windows of a step are
-    dealt out by micro-step, then by rank, so a step has the same ones whatever the number of ranks.
+    A thread assembles the next micro-batch and sends it to the device while this one is computed. Within a
+    step the windows are numbered by micro-step, then by rank, so a step has the same windows on any number of
+    ranks.
     """
 
     def assemble(i: int) -> Batch:
@@ -268,10 +270,10 @@ def estimate_loss(
     precision: Precision,
     part: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Mean loss over the first eval_iters micro-batches of each file: always the same, shared by all ranks.
+    """The mean loss of eval_iters micro-batches of each file, always the same ones, shared by all ranks.
 
-    Draws no random numbers: how often a run is evaluated changes nothing else in it. Calls `part` with the
-    micro-batches that are done, and with all of them.
+    It draws no random numbers, so evaluating more often changes nothing else in a run. It calls `part` with
+    the number of micro-batches that are done, and with their total.
     """
     model.eval()
     losses = {}
@@ -282,7 +284,7 @@ def estimate_loss(
             i = first + ranks.rank
             batch = file.batch(i * config.micro_batch, config.micro_batch)
             idx, targets = to_device(batch, ranks.device)
-            # Shards are gathered by all ranks together, so those to spare in the last round compute as well.
+            # FSDP gathers weights on all ranks together, so a rank without a micro-batch computes one too.
             with precision():
                 _, loss = model(idx, targets)
             if i < config.eval_iters:
@@ -293,26 +295,26 @@ def estimate_loss(
 
 
 def asked_to_stop(stop: StopRequest | None, ranks: Ranks) -> bool:
-    """Whether a signal has reached any rank: they stop after the same step."""
+    """Whether any rank has received a signal. All ranks get the same answer and stop after the same step."""
     return ranks.any(stop is not None and stop.received is not None)
 
 
 def nothing_to_do(latest: Path, saved: Checkpoint, config: TrainConfig, ranks: Ranks) -> str:
-    """Why a run that is resumed makes no step, and what makes some."""
+    """The message for a resumed run that has no steps left: why, and the command that trains further."""
     planned = saved.config.get("max_iters", config.max_iters)
     if saved.iter_num < planned:
         position = f"at step {saved.iter_num:,} of {planned:,}, past max_iters={config.max_iters}"
-        return f"{latest} is {position}. To go on:\n  {resume_command(config, ranks, max_iters=planned)}"
+        return f"{latest} is {position}. To continue:\n  {resume_command(config, ranks, max_iters=planned)}"
     longer = twice_as_long(replace(config, max_iters=saved.iter_num))
     return (
-        f"{latest} is of a finished run: all {saved.iter_num:,} steps are made. To train further:\n"
+        f"the run in {latest} is finished, after {saved.iter_num:,} steps. To train further:\n"
         f"  {resume_command(config, ranks, **longer)}\n"
         f"To start over, delete {latest.parent}/*.pt, or give another --out_dir."
     )
 
 
 def no_longer_learns(progress: Progress, skips: SkippedSteps, config: TrainConfig) -> str:
-    """Why a run is given up, and what it can go on from."""
+    """The error of a run whose gradient stays not finite: what to try, and the last checkpoint."""
     latest = Path(config.out_dir, "ckpt.pt")
     good = f"the last good checkpoint is {latest}" if latest.exists() else "there is no checkpoint yet"
     return (
@@ -324,9 +326,9 @@ def no_longer_learns(progress: Progress, skips: SkippedSteps, config: TrainConfi
 def known_tokenizer(
     data: dict[str, Any], before: dict[str, Any], model: GPT, data_dir: Path
 ) -> dict[str, Any]:
-    """The tokenizer to record: that of the data, or of the run `before` where the data do not name it.
+    """The tokenizer to record: the data's, or if the data do not name one, that of the run `before`.
 
-    Data without a tokenizer are GPT-2's, unless the model has fewer symbols than that.
+    Data that name no tokenizer count as GPT-2's, unless the model's vocabulary is smaller.
     """
     vocab_size = model.config.vocab_size or 0
     if data["kind"] == "gpt2" and vocab_size < GPT2_VOCAB_SIZE:
@@ -341,9 +343,9 @@ def known_tokenizer(
 def tokenizer_for_samples(
     described: dict[str, Any], model: GPT, config: TrainConfig, ranks: Ranks, metrics: Metrics
 ) -> Tokenizer | None:
-    """The tokenizer of eval_sample's texts; None, and a line that says why, where none can be written."""
+    """The tokenizer for eval_sample. If samples are impossible, it prints why and returns None."""
     tokenizer, reason = None, ""
-    # With fsdp all ranks take part in a sample, or none does.
+    # With FSDP all ranks compute a sample together.
     if config.eval_sample > 0 and (ranks.is_main or config.strategy == "fsdp"):
         try:
             tokenizer = from_dict(described)
@@ -353,27 +355,30 @@ def tokenizer_for_samples(
     if tokenizer is not None and tokenizer.start_id >= vocab_size:
         reason = f"they would start from the id {tokenizer.start_id}, and vocab_size={vocab_size}"
     if described["kind"] == "unknown" or reason:
-        metrics.print(f"samples are left out: {reason or described['why']}")
+        metrics.print(f"no samples: {reason or described['why']}")
     return None if ranks.any(bool(reason)) else tokenizer
 
 
 def sample_text(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> str:
-    """A text of eval_sample tokens; the random numbers of the training stay untouched."""
+    """Samples eval_sample tokens, with a random generator of its own."""
     settings = SampleConfig(max_new_tokens=config.eval_sample)
     generator = torch.Generator(config.device).manual_seed(config.seed)
     model.eval()
     with torch.compiler.set_stance("force_eager"), autocast(config.device, config.dtype):
         try:
             text = generate(model, tokenizer, [tokenizer.start_id], settings, generator)
-        except ValueError as error:  # logits that are not finite: the training goes on without a sample
+        except ValueError as error:  # the logits are not finite
             text = f"no sample: {error}"
     model.train()
     return text
 
 
 def trial(size: int, model: GPT, config: TrainConfig, ranks: Ranks, precision: Precision) -> None:
-    """Two steps of micro-batches of `size` by this rank alone. At the end memory is as full as in any step:
-    the moments are there, the gradients of the micro-batch before, and DDP's buckets beside them."""
+    """Makes two steps with micro-batches of `size` on this rank alone.
+
+    Memory is then as full as it gets in a run: the optimizer has its moments, .grad the gradients of the
+    micro-batch before, and `buckets` stands for DDP's.
+    """
     alone = replace(ranks, world_size=1, backend=None, hosts=None)
     buckets = torch.empty_like(nn.utils.parameters_to_vector(model.parameters())) if ranks.backend else None
     trained, optimizer, scaler = prepare(model, config, alone)

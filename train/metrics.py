@@ -1,19 +1,20 @@
-"""What a run says about itself: to whom looks on (train/view.py), to metrics.jsonl, to wandb.
+"""Logging: the console (train/view.py), metrics.jsonl and wandb.
 
-metrics.jsonl has one object a line. A step: iter, loss (mean of the whole global batch, in nats), lr,
-grad_norm (before clipping), skipped (steps so far whose gradient was not finite: they change no weight),
-ms (a step, mean since the last line), tokens_per_s, mfu (percent; null where the peak is unknown), memory_gb
-(the most so far, 10^9 bytes: of tensors on rank 0's GPU, or of the process where there is none). An
-evaluation: iter, train/loss, val/loss, lr. `iter` counts the updates made before. What is not finite is
-null.
+metrics.jsonl has one JSON object in each line. `iter` counts the updates made before. Numbers that are not
+finite are null.
 
-An event has a name, event, and iter and time (ISO 8601, UTC). "start", of a run or of its resuming: evaluated
-(the evaluation of this iter is behind it), config (every flag as resolved), parameters, flops_per_token,
-tokens_per_step, train_tokens, val_tokens, ranks, gpu (null on a CPU), torch (its version). "stop", by a
-signal: reason. A run that ends otherwise has its last evaluation as its last line, or none where it failed.
+- A step: iter, loss (mean over the global batch, in nats), lr, grad_norm (before clipping), skipped (steps so
+  far that were skipped because the gradient was not finite), ms (milliseconds a step, mean since the last
+  line), tokens_per_s, mfu (percent; null where the peak is unknown), memory_gb (peak, in 10^9 bytes: tensors
+  on rank 0's GPU, or the process on a CPU).
+- An evaluation: iter, train/loss, val/loss, lr.
+- An event: event (its name), iter, time (ISO 8601, UTC). "start", when a run begins or is resumed, has
+  evaluated (whether this iter is already evaluated), config (every flag), parameters, flops_per_token,
+  tokens_per_step, train_tokens, val_tokens, ranks, gpu (null on a CPU), torch. "stop", after a signal, has
+  reason. A run that finishes ends with an evaluation.
 
-Lines are only ever added. A run that died makes the steps since its last checkpoint once more: what comes
-before a "start" and is not before its iter has been replaced, and `read` leaves it out.
+Lines are only ever added. A run that crashed repeats the steps since its last checkpoint. So `read` drops
+earlier lines whose iter is not below that of a later "start".
 """
 
 import json
@@ -40,11 +41,11 @@ from train.config import TrainConfig, resume_command, twice_as_long
 from train.distributed import Ranks
 from train.view import Lines
 
-SETTLING = 5  # steps after the start whose time says nothing about the rest
+SETTLING = 5  # the first steps are slower than the rest: they do not count for the estimates
 
 
 class Metrics:
-    """Only rank 0 writes; `step` and `evaluation` are for all ranks to call."""
+    """Only rank 0 writes, but all ranks must call `step` and `evaluation`."""
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class Metrics:
         progress: Progress,
         before: dict[str, Any],
     ):
-        """`progress` is where the run starts; `before` the flags of the run that it goes on from, or {}."""
+        """`progress` is where the run starts. `before` has the flags of a resumed checkpoint, or is {}."""
         self.config, self.ranks, self.model, self.view = config, ranks, model, view
         self.first_step = self.last_logged = progress.iter_num
         self.evaluated = progress.evaluated
@@ -63,14 +64,14 @@ class Metrics:
         self.skipped = progress.skipped
         self.before = before
         self.mfu: float | None = None
-        self.seconds: float | None = None  # a step, smoothed
-        self.pauses: dict[str, list[float]] = {}  # seconds, by what was done meanwhile
+        self.seconds: float | None = None  # of a step, smoothed
+        self.pauses: dict[str, list[float]] = {}  # seconds of each evaluation, compilation, ...
         self.wandb = self.file = None
-        self.beginning: dict[str, Any] | None = None  # an event for when something has come of it
+        self.beginning: dict[str, Any] | None = None  # the "start" event, written with the first record
         if ranks.is_main:
             if config.wandb_log:
                 self.wandb = _start_wandb(config, self.print)
-            if not config.eval_only:  # looking at a run leaves its record alone
+            if not config.eval_only:
                 self.file = _open(Path(config.out_dir, "metrics.jsonl"))
         self.started = time.perf_counter()
 
@@ -79,7 +80,7 @@ class Metrics:
             self.view.print(text)
 
     def start(self, train_tokens: int, val_tokens: int) -> None:
-        """Says what is about to be trained, on what, and which settings differ from those before."""
+        """Prints what will be trained, on which data, and which settings differ from the checkpoint's."""
         if not self.ranks.is_main:
             return
         config, c = self.config, self.config.model
@@ -110,7 +111,7 @@ class Metrics:
         if config.eval_only:
             del summary["run"], summary["cost"]
         now = config.flat()
-        if self.before:  # of a run before there was a choice
+        if self.before:  # an older checkpoint may have no residual_dtype
             self.before.setdefault("residual_dtype", "float32")
         changed = [
             f"not as before: {name} was {self.before[name]!r} and is {now[name]!r}"
@@ -125,9 +126,9 @@ class Metrics:
             self.print(line)
 
     def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, skipped: Tensor | int = 0) -> None:
-        """Called after each step; the GPU is waited for only when there is something to say.
+        """Called after each step. Only a step that is logged waits for the GPU.
 
-        `loss` is this rank's, `skipped` counts the steps so far that were left out.
+        `loss` is this rank's. `skipped` counts the skipped steps so far.
         """
         config = self.config
         if self.ranks.is_main:
@@ -165,32 +166,31 @@ class Metrics:
             self.wandb.log(record | ({} if self.mfu is None else {"mfu": 100 * self.mfu}))
 
     def stop(self, step: int, signal: str | None) -> None:
-        """The run ends before it is finished, by a signal to this rank or, without one, to another."""
+        """The run ends early, because of a signal to this rank or, if `signal` is None, to another rank."""
         if self.ranks.is_main:
             reason = f"stopped by {signal}" if signal else "stopped with another rank"
             latest = Path(self.config.out_dir, "ckpt.pt")
-            how = "nothing is saved yet, so the same command begins anew"
+            how = "nothing is saved yet, so the same command starts over"
             if latest.exists():
-                how = f"{latest} goes on by\n  {resume_command(self.config, self.ranks)}"
+                how = f"to resume from {latest}:\n  {resume_command(self.config, self.ranks)}"
             self._write(_event("stop", step, reason=reason))
             self.view.close()
             self.print(f"{reason} after {step:,} steps: {how}")
 
     def done(self, step: int, best_val_loss: float) -> None:
-        """The run is finished: where its checkpoint is, and what can be done with it."""
+        """Prints where the checkpoint of the finished run is, and what to do with it."""
         latest = Path(self.config.out_dir, "ckpt.pt")
         if self.ranks.is_main and latest.exists():
             self.view.close()
             self.print(
-                f"the run is done: {latest} has made {step:,} steps, "
-                f"lowest validation loss {best_val_loss:.4f}\n"
+                f"finished after {step:,} steps: {latest}, lowest validation loss {best_val_loss:.4f}\n"
                 f"  sample from it  {cli.command('gpt.sample', self.config.out_dir)}\n"
                 f"  train further   {resume_command(self.config, self.ranks, **twice_as_long(self.config))}"
             )
 
     @contextmanager
     def paused(self, doing: str) -> Iterator[None]:
-        """What runs inside is not counted into the time of a step."""
+        """The time inside does not count as time of a step."""
         self._synchronize()
         paused = time.perf_counter()
         with self.view.busy(doing) if self.ranks.is_main else nullcontext():
@@ -201,12 +201,12 @@ class Metrics:
         self.started += seconds
 
     def part(self, done: int, total: int) -> None:
-        """How much of what `paused` names is done."""
+        """The progress of what runs in `paused`."""
         if self.ranks.is_main:
             self.view.part(done, total)
 
     def flush(self) -> None:
-        """Puts what was said onto the disk: called before the checkpoint that makes it history."""
+        """Flushes to the disk. Called before a checkpoint, so that the file is never behind it."""
         if self.file is not None:
             os.fsync(self.file.fileno())
 
@@ -218,7 +218,7 @@ class Metrics:
             self.wandb.finish()
 
     def _seconds_left(self, done: int) -> float | None:
-        """An estimate: the rest goes on as the last steps and, once known, the last evaluation."""
+        """An estimate from the time of the last steps and of the last evaluation."""
         evaluations = self.pauses.get("evaluating", [])
         measures = evaluations[1:] if self.config.compile else evaluations  # the first compiles
         if self.seconds is None:
@@ -230,8 +230,8 @@ class Metrics:
     def _write(self, record: dict[str, Any]) -> None:
         beginning, self.beginning = self.beginning, None
         if self.file is not None:
-            for told in (beginning, record) if beginning else (record,):
-                self.file.write(to_json(told) + "\n")
+            for each in (beginning, record) if beginning else (record,):
+                self.file.write(to_json(each) + "\n")
             self.file.flush()
 
     def _synchronize(self) -> None:
@@ -240,7 +240,7 @@ class Metrics:
 
 
 def to_json(record: dict[str, Any], indent: int | None = None) -> str:
-    """What is not finite becomes null: JSON has no name for it."""
+    """JSON with null for numbers that are not finite, which JSON cannot write."""
     return json.dumps(json.loads(json.dumps(record), parse_constant=lambda name: None), indent=indent)
 
 
@@ -250,10 +250,10 @@ def _event(name: str, step: int, **fields: Any) -> dict[str, Any]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The steps and evaluations of a metrics.jsonl, each once.
+    """The steps and evaluations in a metrics.jsonl, each once.
 
-    A last line that a crash has cut short is left out, and so is a line that is not a record; stderr says how
-    many of those there are. Raises OSError, and ValueError for a file of another program.
+    It skips a last line that a crash has cut short. It skips lines that are not records too, and prints their
+    number to stderr. Raises OSError, and ValueError for a file of another program.
     """
     _check_own(path)
     records: list[dict[str, Any]] = []
@@ -274,12 +274,12 @@ def read(path: Path) -> list[dict[str, Any]]:
                 r for r in records if r["iter"] < first or ("val/loss" in r and r["iter"] in of_evaluation)
             ]
     if left_out:
-        print(f"{path}: {left_out:,} lines are not records of a run, and are left out", file=sys.stderr)
+        print(f"{path}: {left_out:,} lines are not records of a run and are skipped", file=sys.stderr)
     return records
 
 
 def _is_record(record: Any) -> bool:
-    """Whether a value is a step, an evaluation or an event, as they are described above."""
+    """Whether a value is a step, an evaluation or an event."""
     if not isinstance(record, dict) or type(record.get("iter")) is not int or not 0 <= record["iter"] < 2**62:
         return False
     if "event" in record:
@@ -290,23 +290,23 @@ def _is_record(record: Any) -> bool:
 
 
 def _is_figure(value: Any) -> bool:
-    """A number that a picture has room for, or null for what was not finite."""
+    """A number that can be plotted, or null."""
     return value is None or (type(value) in (int, float) and abs(value) < 1e100)
 
 
 def _check_own(path: Path) -> None:
-    """Raises ValueError where the first line is not one of a run's: it may be another program's only copy."""
+    """Raises ValueError if a run did not write the first line, so that no other program's file is changed."""
     with regular(path).open("rb") as file:
         first = file.readline()
     if first.endswith(b"\n") and not first.startswith((b'{"event": ', b'{"iter": ')):
         raise ValueError(
             f"{path} was not written by a training run of this project (it begins with {first[:60]!r}), and "
-            "is left as it is: move it elsewhere, or choose another --out_dir"
+            "is left unchanged: move it elsewhere, or choose another --out_dir"
         )
 
 
 def _open(path: Path) -> TextIO:
-    """The file to add to, without a last line that a crash has cut short. Raises ValueError."""
+    """Opens the file for appending, without a last line that a crash has cut short. Raises ValueError."""
     if path.exists():
         _check_own(path)
     file = path.open("a+b")
@@ -316,7 +316,7 @@ def _open(path: Path) -> TextIO:
 
 
 def _memory(device: str) -> int:
-    """Bytes that were taken at most: by tensors on the GPU, or by the process."""
+    """Peak bytes of tensors on the GPU, or of the process on a CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -324,11 +324,11 @@ def _memory(device: str) -> int:
 
 
 def _start_wandb(config: TrainConfig, say: Callable[[str], None]) -> Any:
-    """Logs offline where there is neither a key nor anybody to ask for one."""
+    """Logs offline if there is no API key and no terminal to ask for one."""
     try:
         import wandb
 
-        # The folder wandb, where offline runs are, imports too, as an empty package: ask for a name in it.
+        # The folder wandb of offline runs can be imported too, as an empty package. It has no `init`.
         from wandb import init
     except ImportError:
         raise ValueError(
@@ -338,11 +338,11 @@ def _start_wandb(config: TrainConfig, say: Callable[[str], None]) -> Any:
     try:
         start()
     except wandb.Error as error:
-        if "configured" not in str(error):  # "No API key configured", and it asks where it can
+        if "configured" not in str(error):  # not "No API key configured"
             raise ValueError(
                 f"wandb did not start ({error}); "
                 "WANDB_MODE=offline logs to the disk, --wandb_log=False not at all"
             ) from error
         run = start(mode="offline")
-        say(f"wandb knows no API key and logs to the disk; later: wandb sync {Path(run.dir).parent}")
+        say(f"wandb has no API key and logs to the disk; to upload later: wandb sync {Path(run.dir).parent}")
     return wandb

@@ -1,7 +1,7 @@
 """The optimizers, the learning-rate schedule, gradient clipping and skipped steps."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -64,9 +64,8 @@ class Muon(torch.optim.Optimizer):
         self._step_supports_amp_scaling = adamw.defaults["fused"]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """Changes nothing if `found_inf`, which a GradScaler or `step_if_finite` sets, is not zero."""
-        assert closure is None
         found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for p in group["params"] if "momentum" in group else ():

@@ -41,18 +41,13 @@ def find(path: Path) -> list[Path]:
     for shard in sorted(path.parent.glob("*.[bB][iI][nN]")):
         words = set(re.findall("[a-z]+", shard.stem.lower()))
         # macOS leaves a file ._NAME beside each file that it copies to another system.
-        if shard.name.startswith("._") or not words & own:
-            continue
-        if words & others:
-            raise ValueError(
-                f"{shard} has the words of both splits in its name "
-                f"({', '.join(sorted(words & (own | others)))}): rename it, so that one is left"
-            )
-        shards.append(shard)
+        if words & own and not shard.name.startswith("._"):
+            if words & others:
+                both = ", ".join(sorted(words & (own | others)))
+                raise ValueError(f"{shard} has the words of both splits in its name ({both}): rename it")
+            shards.append(shard)
     if not shards:
-        raise FileNotFoundError(
-            f"there is no {path}, and no shard with the word {split} in its name (web_{split}_01.bin)"
-        )
+        raise FileNotFoundError(f"there is no {path}, and no shard with the word {split} in its name")
     return shards
 
 
@@ -63,10 +58,10 @@ def open_tokens(path: Path) -> NDArray:
     if len(start) < 4 or int(start[0]) not in FORMATS:
         return _open_headerless(path, size, start.tobytes())
     magic, version, n_tokens = int(start[0]), int(start[1]), int(start[2:].view("<i8")[0])
-    known_version, dtype = FORMATS[magic]
-    if version != known_version:
+    known, dtype = FORMATS[magic]
+    if version != known:
         raise ValueError(
-            f"{path} is a shard of version {version}; of magic {magic} only version {known_version} is known"
+            f"{path} is a shard of version {version}; of magic {magic} only version {known} is known"
         )
     expected_size = 4 * HEADER_INTS + n_tokens * np.dtype(dtype).itemsize
     if n_tokens < 0 or size != expected_size:
@@ -80,13 +75,9 @@ def open_tokens(path: Path) -> NDArray:
 def _open_headerless(path: Path, size: int, head: bytes) -> NDArray:
     for name, magic in FOREIGN.items():
         if head.startswith(magic):
-            raise ValueError(
-                f"{path} is {name}, not a file of ids: write its ids as uint16 by numpy's tofile"
-            )
+            raise ValueError(f"{path} is {name}, not a file of ids: write uint16 ids by numpy's tofile")
     if size % 2:
-        raise ValueError(
-            f"{path} has an odd number of bytes, {size:,}, so it is not uint16; prepare it again"
-        )
+        raise ValueError(f"{path} has an odd number of bytes, {size:,}, and is not uint16; prepare it again")
     ids = np.memmap(path, "<u2", mode="r") if size else np.empty(0, np.uint16)
     if _is_uint32(ids) and read_meta(path.parent).get("dtype") != "uint16":
         code = f"import numpy as np; p = {str(path)!r}; np.fromfile(p, 'u4').astype('u2').tofile(p)"

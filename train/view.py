@@ -1,4 +1,4 @@
-"""How a run looks: nanoGPT's lines in a pipe or a file, one live view below what scrolls on a terminal."""
+"""What a run shows: nanoGPT's lines in a pipe or a file, and a live view on a terminal."""
 
 import math
 import os
@@ -12,17 +12,17 @@ from gpt import cli
 
 Item = TypeVar("Item")
 
-# Under these names nanoGPT prints what is told at the start.
+# nanoGPT's words for two lines of the summary.
 NANOGPT = {"parameters": "number of parameters:", "tokens a step": "tokens per iteration will be:"}
-PATIENCE = 5  # seconds in which a reader expects to see something
+PATIENCE = 5  # seconds without output after which a reader would wonder
 STOPS = {"starting": "once the run has begun", "compiling": "once the run has begun"}
 STOPS |= {"evaluating": "after this evaluation", "training": "after this step"}
 
 
 class Lines:
-    """Plain lines. Steps and evaluations come as the records of train/metrics.py."""
+    """Plain lines. Steps and evaluations arrive as the records of train/metrics.py."""
 
-    estimated = False  # how long the run will take
+    estimated = False  # whether it has printed how long the run will take
     doing = "starting"
     says_if_slow = True
     last_print = math.inf
@@ -32,12 +32,12 @@ class Lines:
         self.last_print = time.monotonic()
 
     def start(self, summary: dict[str, str], done: int, steps: int, best: float) -> None:
-        """Of a run of `steps` steps, `done` of them before; `best` is its lowest validation loss so far."""
+        """Shows the summary. `done` of the `steps` were made before; `best` is the lowest validation loss."""
         for label, text in summary.items():
             self.print(f"{NANOGPT.get(label, label)} {text}")
 
     def advance(self, done: int) -> None:
-        """So many steps are made."""
+        """Called after each step, with the number of steps so far."""
         self.doing = "training"
 
     @contextmanager
@@ -49,12 +49,12 @@ class Lines:
         self.doing = before
 
     def part(self, done: int, total: int) -> None:
-        """How much of what `busy` names is done."""
+        """The progress of what `busy` is doing."""
         if time.monotonic() - self.last_print > PATIENCE:
             self.print(f"{self.doing}: {done:,} of {total:,} batches")
 
     def stopping(self, signal: str) -> None:
-        """Called by the handler of a signal, perhaps in the middle of a print, which allows no second."""
+        """Called by a signal handler, perhaps inside a print: os.write works even then."""
         os.write(2, f"{self._answer(signal)}\n".encode())
 
     def _answer(self, signal: str) -> str:
@@ -62,11 +62,11 @@ class Lines:
         return f"{signal}: stopping {STOPS.get(self.doing, 'after this step')}{again}"
 
     def step(self, record: dict[str, Any], left: float | None) -> None:
-        """`left`: an estimate of the seconds to the end, None as long as there is none."""
+        """`left` estimates the seconds to the end of the run. It is None for the first steps."""
         mfu = "" if record["mfu"] is None else f", mfu {record['mfu']:.2f}%"
         self.print(f"iter {record['iter']}: loss {record['loss']:.4f}, time {record['ms']:.2f}ms{mfu}")
         if left is not None and not self.estimated:
-            self.print(f"time left: about {_duration(left)}, by the time of the first steps")
+            self.print(f"time left: about {_duration(left)}")
             self.estimated = True
 
     def evaluation(self, record: dict[str, Any]) -> None:
@@ -74,29 +74,29 @@ class Lines:
         self.print(f"step {record['iter']}: {losses}")
 
     def close(self) -> None:
-        """What is printed afterwards stays below."""
+        """The live view stops. What is printed afterwards appears below it."""
 
 
 class LiveView(Lines):
-    """The figures of the last logged step, redrawn in place; everything else scrolls by above them."""
+    """A view of the last logged step, redrawn in place. Everything else scrolls above it."""
 
     says_if_slow = False
-    CELL = 18  # columns of a label and its figure
+    CELL = 18  # columns for a label and its figure
     GAP = 2
 
     def __init__(self) -> None:
-        """Raises ImportError where the package rich is missing."""
+        """Raises ImportError if the package rich is missing."""
         from rich.console import Console
         from rich.live import Live
 
         self.console = Console(highlight=False)
         self.done, self.steps = 0, 1
-        self.parts: tuple[int, int] | None = None  # done and all, of what is not training
+        self.parts: tuple[int, int] | None = None  # done and total of an evaluation
         self.answer = ""
         self.figures: dict[str, str] = {}
         self.best = math.inf
         self.started = time.monotonic()
-        self.end: float | None = None  # expected, on the same clock
+        self.end: float | None = None  # expected end, on the same clock
         self.live = Live(get_renderable=self._frame, console=self.console, vertical_overflow="crop")
 
     def print(self, text: str) -> None:
@@ -114,7 +114,7 @@ class LiveView(Lines):
         self.console.print(table, "")
         self.started = time.monotonic()
         self.live.start()
-        # A process that is killed cannot give the cursor back.
+        # rich hides the cursor. A process that is killed could not show it again.
         self.console.show_cursor(True)
 
     def advance(self, done: int) -> None:
@@ -151,7 +151,7 @@ class LiveView(Lines):
         self.end = None if left is None else time.monotonic() + left
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        self.best = min(self.best, record["val/loss"])  # in this order a NaN is not taken
+        self.best = min(self.best, record["val/loss"])  # with a NaN this keeps self.best
         super().evaluation(record)
 
     def close(self) -> None:
@@ -165,7 +165,7 @@ class LiveView(Lines):
         from rich.table import Table
         from rich.text import Text
 
-        width = self.console.width - 2  # room for the ^C that a terminal echoes behind the last line
+        width = self.console.width - 2  # room for the ^C that a terminal prints behind the last line
         progress = Table.grid(padding=(0, self.GAP, 0, 0), expand=True)
         for ratio in (None, 1, None):
             progress.add_column(no_wrap=True, ratio=ratio)
@@ -194,7 +194,7 @@ class LiveView(Lines):
 
 @contextmanager
 def open_view() -> Iterator[Lines]:
-    """A live view where stdout is a terminal that can have one, else lines. Leaves the terminal as it was."""
+    """A live view if stdout is a terminal that supports one, else plain lines."""
     view = Lines()
     if sys.stdout.isatty():
         try:
@@ -212,7 +212,7 @@ def open_view() -> Iterator[Lines]:
 def progress_bar(
     items: Iterable[Item], label: str, total: int, size: Callable[[Item], int] = lambda item: 1
 ) -> Iterator[Item]:
-    """Yields the items; on a terminal, stderr has a bar of their sizes meanwhile, with the time left."""
+    """Yields the items, and shows a progress bar on stderr if it is a terminal."""
     if not sys.stderr.isatty():
         yield from items
         return
@@ -227,7 +227,7 @@ def progress_bar(
 
 
 def _duration(seconds: float) -> str:
-    """In its two largest units, as 2d 4h or 1m 44s."""
+    """Such as 2d 4h or 1m 44s: the two largest units."""
     whole = max(0, round(seconds))
     for size, unit, part, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if whole >= size:

@@ -48,7 +48,7 @@ class PrepareConfig:
     )
     field: str = "text"  # the column of .jsonl and .parquet that holds the text
     val_fraction: float = 0.1  # share for validation, of the characters or of the documents
-    endoftext: bool = False  # make <|endoftext|> in the text the token that ends a document, not text
+    endoftext: bool = False  # read <|endoftext|> in the text as the token that ends a document
     workers: int = 0  # threads that encode; 0: one for each core
 
 

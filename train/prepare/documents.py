@@ -1,4 +1,4 @@
-"""A corpus from texts, files and data sets, read in pieces: only a few of them are in memory at a time.
+"""Read texts, files and data sets as a corpus, in pieces, of which only a few are in memory at a time.
 
 A corpus is one running text or many documents. nanoGPT splits Shakespeare as a running text, whose end is for
 validation, and OpenWebText as documents, some of which are drawn at random for validation.
@@ -103,21 +103,22 @@ def find(inputs: str) -> list[Path]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The files in a folder that can be read, sorted. Prints how many others there are."""
+    """The files in a folder that can be read, sorted. Prints how many others it leaves out."""
     # macOS leaves a file ._NAME beside each file that it copies to another system.
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("._"))
     others = Counter(_kind(p) for p in paths if _kind(p) not in KINDS and not p.name.startswith("."))
     if others:
         counts = ", ".join(f"{n:,} {kind or 'without an ending'}" for kind, n in others.most_common())
-        print(f"{folder}: only .txt, .jsonl and .parquet are read; left out: {counts}", file=sys.stderr)
+        problem = f"{folder}: only .txt, .jsonl and .parquet are read; left out: {counts}"
+        print(f"{problem} (a glob takes them)", file=sys.stderr)
     return [p for p in paths if _kind(p) in KINDS]
 
 
 def cut(chunks: Iterable[str], look_back: int = 1 << 16) -> Iterator[str]:
-    """The same text in pieces. Their ids, one piece after the other, are those of the whole text.
+    """Cuts a text into pieces whose ids together are those of the whole text.
 
-    Each piece ends at the last SEAM of what is read. Only a text without one in `look_back` characters is cut
-    elsewhere, and its ids may differ there.
+    A piece ends at a seam (see SEAM). A text without one in `look_back` characters is cut anywhere, and its
+    ids may differ there.
     """
     rest = ""
     for chunk in chunks:
@@ -133,7 +134,7 @@ def cut(chunks: Iterable[str], look_back: int = 1 << 16) -> Iterator[str]:
 
 
 def _running(read: Callable[[], Iterator[str]], val_fraction: float, source: str) -> Corpus:
-    """One text, which `read` gives in chunks."""
+    """A running text, which `read` yields in chunks."""
     n_characters = sum(map(len, read()))
     if n_characters < 2:
         raise ValueError(f"the text has {n_characters} characters: nothing to train on")
@@ -155,7 +156,7 @@ def _between(chunks: Iterator[str], start: int, stop: int) -> Iterator[str]:
 
 
 def _text_files(paths: list[Path], val_fraction: float, at_least: int) -> Splits:
-    """Text files, each a document, of which `at_least` so many are for validation."""
+    """Text files, each a document. At least `at_least` of them are for validation."""
     order = np.random.default_rng(SPLIT_SEED).permutation(len(paths))
     in_val = {paths[i] for i in order[: max(at_least, round(len(paths) * val_fraction))]}
 
@@ -186,9 +187,8 @@ def _row_files(inputs: str, paths: list[Path], kind: str, field: str, val_fracti
 def _rows(table: Any, field: str, val_fraction: float, prefix: str = "") -> Splits:
     """Rows of a datasets.Dataset, each a document without `prefix`. Raises ValueError."""
     if field not in table.column_names:
-        raise ValueError(
-            f"there is no column {field!r}; choose by --field among {', '.join(table.column_names)}"
-        )
+        columns = ", ".join(table.column_names)
+        raise ValueError(f"there is no column {field!r}; choose by --field among {columns}")
     if getattr(table.features[field], "dtype", "") not in ("string", "large_string"):
         raise ValueError(f"the column {field!r} is not text but {table.features[field]}")
     if len(table) < 2:

@@ -28,7 +28,7 @@ Ids = NDArray[np.uint32]  # (tokens,)
 
 
 def describe_tokenizer(kind: str, corpus: Corpus) -> dict[str, Any]:
-    """The tokenizer that `kind` names, in the form of `Tokenizer.to_dict`. Raises ValueError and OSError.
+    """The description of the tokenizer that `kind` names. Raises ValueError and OSError.
 
     `kind` is gpt2, char (an id for each symbol of the corpus), the path of a tokenizer.json, or a Hugging
     Face folder that has a tokenizer.
@@ -40,7 +40,7 @@ def describe_tokenizer(kind: str, corpus: Corpus) -> dict[str, Any]:
         for split in (corpus.train, corpus.val):
             for piece in split.pieces():
                 symbols.update("\n" if piece is None else piece)  # a new line ends a document
-        return tokenizer.CharTokenizer(sorted(symbols)).to_dict()
+        return {"kind": "char", "symbols": sorted(symbols)}
     if Path(kind).is_dir():
         return tokenizer.describe_folder(Path(kind))
     if not Path(kind).is_file():
@@ -89,10 +89,10 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
                 marks[mark] += (piece or "").count(mark)
             yield piece
 
-    with _made(folder), ExitStack() as files, ThreadPoolExecutor(workers) as pool:
+    with _making(folder), ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
         for name, split in (("train", corpus.train), ("val", corpus.val)):
             # The stack renames the first file last: once train.bin is there, everything is.
-            path = files.enter_context(atomic.replacing(folder / f"{name}.bin"))
+            path = stack.enter_context(atomic.replacing(folder / f"{name}.bin"))
             pieces = progress_bar(counting_marks(split.pieces()), str(folder / name), split.size, _size)
             ids = _map_in_order(pool, encode_batch, _batches(pieces), ahead=2 * workers)
             n_tokens, sha256 = _write(path, ids, dtype)
@@ -110,16 +110,14 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
         form = "one token each" if endoftext else f"text of {length} tokens each"
         print(f"the text has {end_mark} {n_marks:,} times: {form}")
         if is_token and not endoftext:
-            print(
-                "if it ends documents, remove the data and prepare it with --endoftext=True: one token each"
-            )
+            print("if it ends documents, remove the data and prepare it with --endoftext=True")
     if n_marks := marks[BYTE_ORDER_MARK]:
         print(f"the text has a byte-order mark (U+FEFF) in {n_marks:,} places, as where files were joined")
     return meta
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
+def _making(folder: Path) -> Iterator[None]:
     """Makes `folder`. After an error inside, removes it again if it is empty."""
     folder.mkdir(parents=True, exist_ok=True)
     try:

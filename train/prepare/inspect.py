@@ -27,7 +27,9 @@ def inspect(folder: Path) -> None:
         in_shards = "" if len(paths) == 1 else f" in {len(paths)} shards"
         print(f"{split}: {n_tokens:,} tokens{in_shards}, {dtypes}, largest id {largest}")
         if largest >= vocab_size:
-            print(f"{split}: the vocabulary of {vocab_size:,} has no id {largest}: it is another tokenizer's")
+            print(
+                f"{split}: the vocabulary of {vocab_size:,} has no id {largest}: wrong tokenizer, or damaged"
+            )
         if meta and meta[split]["tokens"] != n_tokens:
             print(f"{split}: meta.json says {meta[split]['tokens']:,} tokens: cut short, or replaced")
         elif meta and len(paths) == 1 and meta[split].get("sha256") not in (None, _sha256(paths[0])):
