@@ -87,7 +87,8 @@ def parse_with_paths(config_class: type[Config], args: Sequence[str], prog: str)
     """Reads `[PATH ...] [--name=value ...]`. Returns the settings and the paths."""
     parts = list(words(config_class, args))
     flags = [name if value is None else f"{name}={value}" for name, value in parts if name]
-    return parse(config_class, flags, prog), [read_path(value or "") for name, value in parts if not name]
+    paths = [os.path.expanduser(value or "") for name, value in parts if not name]
+    return parse(config_class, flags, prog), paths
 
 
 def words(config_class: type, args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -159,7 +160,7 @@ def read_value(flag: Flag, value: Any) -> Any:
     types = list(_alternatives(flag.type))
     # On the command line None is text. In a config file it is not.
     if text in types or (str in types and value is not None):
-        return read_path(text) if flag.type is UserPath else text
+        return os.path.expanduser(text) if flag.type is UserPath else text
     if text == "None" and type(None) in types:
         return None
     if bool in types and text.lower() in SWITCH:
@@ -186,14 +187,6 @@ def _alternatives(kind: Any) -> Iterator[Any]:
         yield kind
     for part in parts:
         yield from _alternatives(part)
-
-
-def read_path(text: str) -> str:
-    """Replaces ~ at the beginning by the user's home folder. Raises ValueError if the user has none."""
-    path = os.path.expanduser(text)
-    if path == "~" or path.startswith("~/"):
-        raise ValueError(f"{text}: this user has no home folder; set HOME, or write the path without ~")
-    return path
 
 
 def typed_text(text: str, encoding: str) -> str:
@@ -240,7 +233,7 @@ def choose(known: Mapping[str, Value], name: str, kind: str) -> Value:
 
 def _find(name: str, presets: Path | None) -> Path:
     """A config file by its path, by the folder of a run, or by the name of a preset. Raises ValueError."""
-    path = Path(read_path(name))
+    path = Path(os.path.expanduser(name))
     for file in (path, path / "config.py"):
         if file.is_file():
             return file
@@ -264,8 +257,8 @@ def _settings_of_file(path: Path, flags: Mapping[str, Flag], scope: dict[str, An
         with _importing_from(path.resolve().parent), IfSlow(f"executing {path}; Ctrl-C stops it"):
             exec(code, names)
     except BaseException as error:  # a config file can also exit
-        file, line = _position(error, path)
-        raise ValueError(f"{file}, line {line}: {type(error).__name__}: {error}".rstrip(": ")) from None
+        message = f"{_position(error, path)}: {type(error).__name__}: {error}"
+        raise ValueError(message.rstrip(": ")) from None
     # _Names does not notice globals().update(...), nor `global` in a function.
     changed = (name for name in names if names[name] is not scope.get(name, MISSING))
     lines = dict.fromkeys(changed) | names.lines
@@ -326,14 +319,16 @@ def _importing_from(folder: Path) -> Iterator[None]:
         sys.modules.update(modules)
 
 
-def _position(error: BaseException, path: Path) -> tuple[str, int]:
-    """The innermost file in the config's folder that the error came from, and its line."""
+def _position(error: BaseException, path: Path) -> str:
+    """The innermost line in the config's folder that the error came from."""
     places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
         places.append((error.filename or "", error.lineno))
-    folder = path.resolve().parent
-    own = [(name, line or 1) for name, line in places if name == str(path) or folder == Path(name).parent]
-    return own[-1] if own else (str(path), 1)
+    lines = [f"{path}, line 1"]
+    for file, line in places:
+        if file == str(path) or Path(file).parent == path.resolve().parent:
+            lines.append(f"{file}, line {line or 1}")
+    return lines[-1]
 
 
 def config_text(config_class: type, values: Mapping[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """python -m gpt.sample: continues prompts with a trained model. Has nanoGPT's flags, and more."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -92,7 +93,7 @@ def _prompts(config: SampleConfig) -> list[str]:
             raise ValueError(f"{config.prompts} holds no prompts: write one per line")
         return lines
     if config.start.startswith("FILE:"):
-        return [read_text(Path(cli.read_path(config.start[5:])))]
+        return [read_text(Path(os.path.expanduser(config.start[5:])))]
     return [config.start]
 
 

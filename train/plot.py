@@ -124,8 +124,10 @@ def draw(runs: list[Run], x: str = "step") -> Any:
         label = run.label
         if alone:
             top.lines[-1].set_label("training loss")
-            values, style = column(run.evaluations, "train/loss"), {"color": colour, "mfc": "white", "ms": 5}
-            top.plot(evaluations_x, values, "s", **style, gid="train/loss", label="training loss, evaluated")
+            top.plot(
+                evaluations_x, column(run.evaluations, "train/loss"), "s", color=colour, mfc="white", ms=5,
+                gid="train/loss", label="training loss, evaluated",
+            )  # fmt: skip
             colour, label = COLOURS[1], "validation loss"
         values, label = column(run.evaluations, "val/loss"), label + lowest(run)
         top.plot(evaluations_x, values, "o-", color=colour, ms=4, lw=1.2, gid="val/loss", label=label)

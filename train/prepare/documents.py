@@ -6,6 +6,7 @@ validation, and OpenWebText as documents, some of which are drawn at random for 
 
 import glob
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -90,7 +91,7 @@ def hub(path: str, part: str | None, val_fraction: float, processes: int) -> Cor
 def find(inputs: str) -> list[Path]:
     """The files that `inputs` names, each once. Raises OSError."""
     paths: dict[Path, None] = {}
-    for name in map(cli.read_path, inputs.split(",")):
+    for name in map(os.path.expanduser, inputs.split(",")):
         matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
         named: list[Path] = []
         for path in map(Path, matches):
