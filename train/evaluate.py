@@ -143,7 +143,7 @@ def on_tokens(
         raise FileNotFoundError(
             f"there is no {path}; {cli.command('train.prepare')} lists the commands that prepare data"
         )
-    # A folder that names no tokenizer counts as GPT-2's, which says little.
+    # A folder without a tokenizer counts as GPT-2's, so that answer proves nothing.
     data_tokenizer = describe_dataset(path.parent)
     if data_tokenizer["kind"] != "gpt2" and not fits(description, data_tokenizer):
         raise ValueError(f"{path} was prepared with another tokenizer or alphabet than the model's")
@@ -177,6 +177,7 @@ def on_tokens(
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 709 else math.inf,  # math.exp(710) overflows
         "bytes": int(n_bytes) or None,
+        # Unlike the loss, this is comparable between tokenizers.
         "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None,
     }
 
@@ -229,6 +230,7 @@ def _endings(model: GPT, tokenizer: Tokenizer, context: str, endings: Sequence[s
 
 def _hellaswag(source: str) -> Iterator[tuple[str, list[str], int]]:
     """(context, endings, index of the right ending) of each example. Raises ValueError, OSError."""
+    examples: list[Any]
     if source == "hub":
         try:
             from datasets import load_dataset
@@ -241,27 +243,24 @@ def _hellaswag(source: str) -> Iterator[tuple[str, list[str], int]]:
                 f"HellaSwag could not be downloaded ({str(error).strip().splitlines()[0][:160]}); "
                 "give its hellaswag_val.jsonl as --hellaswag=FILE"
             ) from None
+    elif Path(source).exists():
+        examples = list(filter(None, read_text(Path(source)).split("\n")))
     else:
-        if not Path(source).exists():
-            raise FileNotFoundError(f"there is no file {source}: give HellaSwag's jsonl, or --hellaswag=hub")
-        lines = read_text(Path(source)).split("\n")
-        examples = [_example(source, number, line) for number, line in enumerate(lines, start=1) if line]
+        raise FileNotFoundError(f"there is no file {source}: give HellaSwag's jsonl, or --hellaswag=hub")
     if not examples:
         raise ValueError(f"{source} holds no examples")
-    for example in examples:
-        yield example["ctx"], list(example["endings"]), int(example["label"])
-
-
-def _example(source: str, number: int, line: str) -> dict[str, Any]:
-    try:
-        example = parse_json(line, source)
-        assert isinstance(example["ctx"], str) and 0 <= int(example["label"]) < len(example["endings"])
-        assert all(isinstance(ending, str) for ending in example["endings"])
-    except (ValueError, KeyError, TypeError, OverflowError, AssertionError) as error:
-        raise ValueError(
-            f"{source}, line {number}, is not an example with ctx, endings and label ({type(error).__name__})"
-        ) from None
-    return example
+    for number, example in enumerate(examples, start=1):
+        try:
+            if isinstance(example, str):
+                example = parse_json(example, source)
+            context, endings, label = example["ctx"], list(example["endings"]), int(example["label"])
+            assert all(isinstance(text, str) for text in (context, *endings)) and 0 <= label < len(endings)
+        except (ValueError, KeyError, TypeError, OverflowError, AssertionError) as error:
+            raise ValueError(
+                f"{source}, line {number}, is not an example with ctx, endings and label "
+                f"({type(error).__name__})"
+            ) from None
+        yield context, endings, label
 
 
 # ---- both
