@@ -73,7 +73,7 @@ def checkpoint_in(source: str) -> str:
 def is_hugging_face(source: str) -> bool:
     """Whether `source` is one of OpenAI's GPT-2s or a folder, and not a checkpoint.
 
-    Raises ValueError for a misspelled GPT-2.
+    Raises ValueError for a misspelled name, such as gpt2-medum.
     """
     if source.startswith("gpt2") and not Path(source).exists():
         return cli.choose(dict.fromkeys(GPT2_NAMES, True), source, "model")

@@ -25,7 +25,6 @@ class StopRequest:
         # each rank twice: from the terminal and from torchrun.
         if self.received and number == signal.SIGINT and "RANK" not in os.environ:
             raise KeyboardInterrupt
-        is_first = self.received is None
+        if self.received is None:
+            self.on_first(signal.Signals(number).name)
         self.received = signal.Signals(number).name
-        if is_first:
-            self.on_first(self.received)
