@@ -6,6 +6,8 @@ from pathlib import Path
 
 from gpt.cli import IfSlow
 
+if sys.platform == "win32":  # no fcntl, no resource
+    sys.exit("error: tritongpt needs Linux or macOS; on Windows run it in WSL 2")
 try:
     with IfSlow("loading PyTorch"):
         import torch  # noqa: F401

@@ -46,8 +46,8 @@ WRONG = [
     ("embedding", (TARGET, W), r"weight \(8,\) must be \(V, C\)"),
     ("decode_attention", (QUERY, CACHE[:, :1], CACHE[:, :1], LENGTHS), r"k_cache \(2, 1, 9, 16\) must be"),
     ("decode_attention", (QUERY, CACHE[:, :, :0], CACHE[:, :, :0], LENGTHS), "with T at least 1"),
-    ("decode_attention", (QUERY, CACHE, CACHE[:, :, :8], LENGTHS), r"v_cache \(2, 3, 8, 16\) must have one shape"),
-    ("decode_attention", (QUERY.half(), CACHE, CACHE, LENGTHS), "q is torch.float16, .* they must have one dtype"),
+    ("decode_attention", (QUERY, CACHE, CACHE[:, :, :8], LENGTHS), r"\(2, 3, 8, 16\) must have one shape"),
+    ("decode_attention", (QUERY.half(), CACHE, CACHE, LENGTHS), "torch.float16, .* must have one dtype"),
     ("decode_attention", (QUERY, CACHE, CACHE, LENGTHS.int()), r"lengths is \(2,\) torch.int32 on cpu; q"),
     ("decode_attention", (QUERY[..., :8], CACHE[..., :8], CACHE[..., :8], LENGTHS), "has D=8"),
     ("gelu", (X, "sigmoid"), "approximate='sigmoid' must be one of none, tanh"),
@@ -142,7 +142,7 @@ def test_an_explicit_request_is_met_or_refused(spec, gpu):
     [
         ("tritn", "no implementation of layer_norm is called 'tritn'; did you mean 'triton'?"),
         ("torch,atention=triton", "no operation is called 'atention'; did you mean 'attention'?"),
-        ("torch,attention=cudnn", "no implementation of attention is called 'cudnn'; choose one of triton, torch"),
+        ("torch,attention=cudnn", "no implementation of attention is called 'cudnn'; choose one of triton"),
         ("torch,attention=flash_attn", "the package is not installed (pip install flash-attn)"),
     ],
 )

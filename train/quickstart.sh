@@ -8,7 +8,7 @@ if "$PYTHON" -m train.prepare "$DATA"; then :; else
     DATA=stdlib_char
     "$PYTHON" -m train.prepare "$DATA"
 fi
-# A GPU gets a larger model, which takes it about as long as the small one takes a CPU: not timed yet.
+# A GPU trains nanoGPT's larger character model. It should take minutes; nobody has timed it yet.
 preset=quickstart
 "$PYTHON" -c 'import sys, torch; sys.exit(torch.cuda.is_available())' || preset=train_shakespeare_char
 out="out-$preset-$DATA"
