@@ -115,7 +115,7 @@ def words(config_class: type, args: Sequence[str]) -> Iterator[tuple[str, str | 
 
 
 def _setting(word: str, value: str | None, flags: Mapping[str, Flag]) -> dict[str, Any]:
-    """{name: value} of the flag `word`, which is "--name"."""
+    """Checks one flag, "--name" and its value. Returns {name: value}."""
     name = word.removeprefix("--")
     if name not in flags:
         close = difflib.get_close_matches(name.strip("-"), flags, n=1)
@@ -129,7 +129,7 @@ def _setting(word: str, value: str | None, flags: Mapping[str, Flag]) -> dict[st
             value = typed_text(value, sys.getfilesystemencoding())
         return {name: read_value(flags[name], value)}
     except ValueError as error:
-        _refuse(f"--{error}")
+        _refuse(str(error))
 
 
 def _refuse(problem: str) -> NoReturn:
@@ -332,7 +332,7 @@ def _position(error: BaseException, path: Path) -> str:
 
 
 def config_text(config_class: type, values: Mapping[str, Any]) -> str:
-    """`values` as a config file, under the headings of --help. `parse` reads the same values from it."""
+    """A config file that sets these values, under the headings of --help."""
     lines = []
     for group, flags in groupby(describe(config_class), lambda flag: flag.group):
         lines += ["", f"# {group}"]
@@ -436,7 +436,7 @@ def run(main: Callable[[], None]) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in OWN_PACKAGES:
             raise
-        sys.exit(f"error: the package {error.name} is not installed here; make install brings it")
+        sys.exit(f"error: the package {error.name} is not installed: run make install")
     except KeyboardInterrupt:
         sys.exit(130)
 

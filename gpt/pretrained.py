@@ -27,7 +27,7 @@ def from_checkpoint(
     `overrides` are values for options in RUN_OPTIONS.
     """
     saved = saved or checkpoint.read(path)
-    # Of the options that each run chooses, the checkpoint's dropout alone is the default.
+    # Options that each run chooses do not come from the checkpoint, except dropout.
     options = {k: v for k, v in saved.gpt_config.items() if k not in RUN_OPTIONS or k == "dropout"}
     model = GPT(GPTConfig(**options | overrides), device, dtype)
     model.load_weights(saved.model, path)

@@ -85,7 +85,7 @@ def load_runs(folders: list[Path]) -> list[Run]:
             raise FileNotFoundError(f"{folder} holds no metrics.jsonl, so it is not a run; {runs_here()}")
         records = read(path)
         if not records:
-            raise ValueError(f"{path} holds no step and no evaluation yet")
+            raise ValueError(f"{path} has no steps and no evaluations yet")
         label = name if names.count(name) == 1 else str(folder)
         # In a locale that lacks a character of the name, Python keeps bytes, which matplotlib cannot draw.
         label = os.fsencode(label).decode(errors="replace")
