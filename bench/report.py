@@ -1,7 +1,7 @@
 """python -m bench.report: write the tables and pictures of bench/results, and compare with earlier results.
 
     python -m bench.report               bench/results/README.md, its pictures, and the block in README.md
-    python -m bench.report --compare     exit with 1 where a figure is over 3% worse than the one before it
+    python -m bench.report --compare     exit with 1 where a figure is over 3% worse than the previous one
 
 Of each GPU the newest result of a benchmark counts. Every table names the GPU, versions, commit and command.
 """
@@ -89,7 +89,7 @@ def figures(result: Result) -> Iterator[tuple[str, float, float]]:
 
 
 def changes(results: list[Result]) -> list[tuple[str, bool]]:
-    """(description, whether it is a loss) of each figure's last value and the one before it on its GPU.
+    """(description, whether it is a loss) of each figure's last value and its previous value on that GPU.
 
     A loss is more than 3% worse, and worse by more than the spread of the runs.
     """

@@ -255,7 +255,7 @@ def write(path: str | Path, benchmark: str, device: str, **results: Any) -> None
 
 
 def of_same_commit(path: str | Path, name: str) -> list[dict[str, Any]]:
-    """The list `name` of a file that the same commit wrote: a run that was cut short goes on from it."""
+    """The list `name` of a file that the same commit wrote: a run that was cut short resumes from it."""
     if not Path(path).is_file() or commit() is None:
         return []
     before = json.loads(Path(path).read_text())

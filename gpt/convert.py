@@ -30,7 +30,7 @@ def main() -> None:
 def convert(source: str, target: Path, vocab_size: int | None = None) -> None:
     """Converts and prints what changed. Raises ValueError, OSError; never overwrites a file."""
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} is there already; remove it, or choose another name")
+        raise ValueError(f"{target} exists already; remove it, or choose another name")
     with cli.IfSlow(f"reading {source}"):
         model, described = load(source)
     symbols = tokenizer.vocab_size(described)

@@ -50,7 +50,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
                     "convert it to UTF-8"
                 ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is not a whole .gz file: {error}") from None
+        raise ValueError(f"{path} is an incomplete .gz file: {error}") from None
 
 
 def _encoding(path: Path, head: bytes) -> str:

@@ -306,7 +306,7 @@ def test_an_interrupted_preparation_leaves_no_data_and_begins_anew(small_pieces,
         content = Path("out", f"{split}.bin").read_bytes()
         assert content == Path("whole", f"{split}.bin").read_bytes()
         assert whole[split]["sha256"] == hashlib.sha256(content).hexdigest()
-    with pytest.raises(ValueError, match="out is there already; remove it"):
+    with pytest.raises(ValueError, match="out exists already; remove it"):
         encode(out, corpus, kind, 1)
 
 
@@ -365,7 +365,7 @@ def test_openwebtext_is_split_and_encoded_as_nanogpt_does(small_pieces, monkeypa
     assert read("data/openwebtext") == as_nanogpt(bpe, rows * 10, 0.0005)
     assert "nanoGPT counted 9,035,582,198 and 4,434,897" in out
     assert calls == [("Skylion007/openwebtext", None, "train", 1)]
-    assert type_in("openwebtext")[:2] == (0, "data/openwebtext is there already\n")
+    assert type_in("openwebtext")[:2] == (0, "data/openwebtext exists already\n")
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: Path("no such\nhost").read_text())
     code, _, err = type_in("fineweb_edu")
     assert code == 1 and err.startswith("error: HuggingFaceFW/fineweb-edu could not be loaded (FileNotFound")
@@ -432,7 +432,7 @@ BAD_FILES = {  # name -> content, message
     "latin.txt": (b"e" * 400 + b"t\xe9", "latin.txt is not UTF-8 text: byte 401 cannot be read"),
     "be32.txt": ("some text".encode("utf-32-be"), "iconv -f UTF-32BE -t UTF-8"),
     "z.txt": (b"\x28\xb5\x2f\xfd rest", "z.txt is compressed (zstd)"),
-    "cut.txt.gz": (gzip.compress(bytes(range(256)))[:-20], "cut.txt.gz is not a whole .gz file"),
+    "cut.txt.gz": (gzip.compress(bytes(range(256)))[:-20], "cut.txt.gz is an incomplete .gz file"),
     "none.jsonl": (b"", "none.jsonl has no rows"),
     "other.jsonl": (b'{"n": 1, "body": "b"}\n' * 3, "no column 'text'; choose by --field among n, body"),
     "bad.jsonl": (b'{"text": "b"}\n{"text": \n', "bad.jsonl, line 2: Expecting value at column"),
@@ -448,7 +448,7 @@ BAD_FLAGS = {
     "text --name=x --input=a.txt --tokenizer=gpt": "'gpt' is neither gpt2, char, nor the path",
     "text --name=x --input=a.txt --tokenizer=a.txt": "a.txt is not a tokenizer.json",
     "text --name=x --input=a.txt --val_fraction=1": "val_fraction=1.0 must be above 0 and below 1",
-    "tokenizer --input=a.txt --output=a.txt": "a.txt is there already",
+    "tokenizer --input=a.txt --output=a.txt": "a.txt exists already",
     "inspect nothing": "data/nothing/train.bin",
     "inspect": "inspect takes the name of one data set",
 }

@@ -334,7 +334,7 @@ def test_a_mistake_in_converting_is_one_sentence(folder, monkeypatch, capsys):
     Path("empty").mkdir()
     for args, words in (
         (["hf"], "FROM TO"),
-        (["hf", "hf"], "hf is there already"),
+        (["hf", "hf"], "hf exists already"),
         (["nowhere.pt", "x"], "there is no checkpoint nowhere.pt"),
         (["truncated", "x"], "'truncated' could not be loaded"),
         (["gpt2-medum", "x"], "did you mean 'gpt2-medium'"),

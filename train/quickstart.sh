@@ -12,7 +12,7 @@ fi
 preset=quickstart
 "$PYTHON" -c 'import sys, torch; sys.exit(torch.cuda.is_available())' || preset=train_shakespeare_char
 out="out-$preset-$DATA"
-echo "Training into $out. Ctrl-C saves and stops; make quickstart goes on from there."
+echo "Training into $out. Ctrl-C saves and stops; make quickstart resumes from there."
 "$PYTHON" -m train $preset --dataset="$DATA" --out_dir="$out" --init_from=auto --eval_sample=200
 "$PYTHON" -m train.plot "$out"
 echo

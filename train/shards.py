@@ -19,7 +19,7 @@ from gpt.reading import read_json, regular
 
 HEADER_INTS = 256
 FORMATS: dict[int, tuple[int, type]] = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}  # by magic
-# The first bytes of files that are no token files.
+# The first bytes of files that are not token files.
 FOREIGN = {"a NumPy array (.npy)": b"\x93NUMPY", "compressed (gzip)": b"\x1f\x8b", "a zip archive": b"PK\3\4"}
 WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}  # in the names of shards
 
@@ -67,7 +67,7 @@ def open_tokens(path: Path) -> NDArray:
     if n_tokens < 0 or size != expected_size:
         raise ValueError(
             f"{path} has {size:,} bytes, but its header, which says {n_tokens:,} tokens, makes "
-            f"{expected_size:,}: it is not whole; copy or prepare it again"
+            f"{expected_size:,}: it is incomplete; copy or prepare it again"
         )
     return np.memmap(path, dtype, mode="r", offset=4 * HEADER_INTS, shape=(n_tokens,))
 

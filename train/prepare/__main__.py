@@ -98,7 +98,7 @@ def prepare_by_name(name: str, workers: int) -> None:
     """Prepares a corpus unless it is there. Prints a line if nanoGPT counted other numbers of tokens."""
     folder, entry = Path("data", name), CORPORA[name]
     if is_complete(folder):
-        print(f"{folder} is there already")
+        print(f"{folder} exists already")
         return
     meta = encode(folder, entry.load(workers), entry.tokenizer, workers)
     if entry.nanogpt not in (None, (meta["train"]["tokens"], meta["val"]["tokens"])):

@@ -58,7 +58,7 @@ def is_complete(folder: Path) -> bool:
 def check_free(folder: Path) -> None:
     """Raises ValueError when `folder` already has data."""
     if is_complete(folder):
-        raise ValueError(f"{folder} is there already; remove it, or choose another --name")
+        raise ValueError(f"{folder} exists already; remove it, or choose another --name")
 
 
 def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: bool = False) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, path: Path) -> None:
     if vocab_size <= N_BYTES:
         raise ValueError(f"vocab_size={vocab_size} must be above {N_BYTES}: each byte is a token already")
     if path.exists():
-        raise ValueError(f"{path} is there already; remove it, or choose another --output")
+        raise ValueError(f"{path} exists already; remove it, or choose another --output")
     bpe = ByteLevelBPETokenizer()
     texts = (piece for piece in corpus.train.pieces() if piece is not None)
     bpe.train_from_iterator(texts, vocab_size, show_progress=os.isatty(2), special_tokens=[ENDS_OF_TEXT[0]])
