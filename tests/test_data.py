@@ -200,7 +200,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
             TokenFile(path, config, 0)
     for header, message in (
         (dict(version=2), "shard of version 2; of magic 20240520 only version 1 is known"),
-        (dict(magic=20240801, version=7), "says 100 tokens, makes 1,424: it is not whole"),
+        (dict(magic=20240801, version=7), "says 100 tokens, makes 1,424: it is incomplete"),
     ):
         llm_c_shard(path, np.zeros(100), **header)
         with pytest.raises(ValueError, match=message):

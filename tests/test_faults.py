@@ -183,7 +183,7 @@ def test_a_hung_rank_ends_the_run_with_a_sentence(workplace):
     hung.kill()
     assert launch.wait() == [1, -signal.SIGKILL]
     assert "error: another rank died or did not answer within timeout=5 s" in launch.printed()
-    assert "--init_from=resume goes on from the last checkpoint" in launch.printed()
+    assert "--init_from=resume continues from the last checkpoint" in launch.printed()
 
 
 def test_data_cut_short_while_training_ends_the_run_with_a_sentence_and_the_last_checkpoint_whole(workplace):

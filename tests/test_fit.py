@@ -109,7 +109,7 @@ def test_out_of_memory_at_any_time_is_a_sentence(workplace, monkeypatch, capsys,
     """Each time the real failure of the allocator."""
     flags, saved = [f"--block_size={2**29}", f"--n_embd={2**20}"], "nothing is saved yet"
     if when == "training":
-        flags, saved = [], "--init_from=resume goes on from out/ckpt.pt"
+        flags, saved = [], "--init_from=resume continues from out/ckpt.pt"
         train_step, calls = loop.train_step, []
 
         def failing(*args):

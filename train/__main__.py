@@ -32,7 +32,7 @@ def main() -> None:
             raise
         raise OSError(
             f"another rank died or did not answer within timeout={config.timeout} s ({error}); "
-            "--init_from=resume goes on from the last checkpoint"
+            "--init_from=resume continues from the last checkpoint"
         ) from error
     distributed.stop(ranks)
 

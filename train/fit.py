@@ -104,7 +104,7 @@ def explain(error: BaseException, config: TrainConfig) -> str:
     request = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
     amount = f" ({request[1]} more were needed)" if request else ""
     latest = Path(config.out_dir, "ckpt.pt")
-    saved = f"--init_from=resume goes on from {latest}" if latest.exists() else "nothing is saved yet"
+    saved = f"--init_from=resume continues from {latest}" if latest.exists() else "nothing is saved yet"
     return (
         f"out of memory{amount}: try a smaller batch_size than {config.batch_size}, with "
         f"gradient_accumulation_steps={config.gradient_accumulation_steps} raised as much for the same step, "
