@@ -1,7 +1,8 @@
 """The format of ckpt.pt: all its keys, the one function that writes it, and the one that reads it.
 
 It is nanoGPT's format with more keys: a dict of tensors and plain values, saved by torch.save. nanoGPT's
-train.py and sample.py can read our files. `read` fills in what nanoGPT's files, and older ones of ours, lack.
+train.py and sample.py can read our files, unless the model has an option that nanoGPT lacks. `read` fills in
+the keys that nanoGPT's files and our older ones lack.
 """
 
 import math
@@ -22,15 +23,15 @@ from gpt.hugging_face import MASKS
 from gpt.model import RUN_OPTIONS, GPTConfig
 from gpt.reading import regular
 
-# nanoGPT calls GPTConfig(**model_args) with these seven, and fails for an eighth.
+# nanoGPT's sample.py calls GPTConfig(**model_args) with these seven. Its train.py reads only the first six.
 MODEL_ARGS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
 TIED = ("transformer.wte.weight", "lm_head.weight")
 # DDP and torch.compile add these to the names of the weights.
 WRAPPERS = ("module", "_orig_mod")
 
 
-class Moments(TypedDict):
-    """The state_dict of an optimizer: {number of the parameter: {name of the moment: tensor}}, and groups."""
+class OptimizerState(TypedDict):
+    """An optimizer's state_dict: state[index of the parameter][name] is a tensor."""
 
     state: dict[int, dict[str, Any]]
     param_groups: list[dict[str, Any]]
@@ -38,24 +39,24 @@ class Moments(TypedDict):
 
 @dataclass
 class Checkpoint:
-    """The keys of a ckpt.pt, with the values of those that a file lacks as defaults.
+    """The keys of a ckpt.pt. Missing keys get the defaults.
 
-    Training writes all of them. `gpt.convert` writes a model without a history, and leaves out the rest.
+    Training sets all of them. `gpt.convert` writes a model without a history: the rest keep their defaults.
     """
 
     # nanoGPT's keys
     model: dict[str, Tensor]  # the weights, by their name in GPT.state_dict()
-    model_args: dict[str, Any]  # seven fields of GPTConfig, used if gpt_config is missing
+    model_args: dict[str, Any]  # used if gpt_config is missing
     # train.checkpoint.restore reads moments and step counts; learning rate and decay come from the flags
-    optimizer: Moments | None = None
+    optimizer: OptimizerState | None = None
     iter_num: int = 0  # steps made
     best_val_loss: float = math.inf
-    config: dict[str, Any] = field(default_factory=dict)  # all flags of the run, to compare when it resumes
+    config: dict[str, Any] = field(default_factory=dict)  # all flags; a resumed run prints what changed
 
     # our keys
-    # all fields of GPTConfig; each run chooses those in gpt.model.RUN_OPTIONS itself
+    # all fields of GPTConfig; the next run overrides those in gpt.model.RUN_OPTIONS
     gpt_config: dict[str, Any] = field(default_factory=dict)
-    # The description of its tokenizer, for sampling, evaluation and conversion
+    # the tokenizer's description, for sampling, evaluation and conversion
     tokenizer: dict[str, Any] | None = None
     # describes the data; train.data.preflight compares it with the data of a resumed run
     data: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -63,7 +64,7 @@ class Checkpoint:
     scaler: dict[str, Any] = field(default_factory=dict)
     # by rank, the states of its random number generators: {"cpu": state, device type: state}
     rng: list[dict[str, Tensor]] = field(default_factory=list)
-    # the other fields of train.checkpoint.Progress
+    # how far the run is; train.checkpoint.Progress describes these
     position: int | None = None
     skipped: int = 0
     evaluated: bool = False
@@ -71,12 +72,16 @@ class Checkpoint:
 
 
 def model_args(config: GPTConfig) -> dict[str, Any]:
-    """nanoGPT's model_args, and the options in use that it lacks: it fails for those, as it should."""
-    return {name: getattr(config, name) for name in MODEL_ARGS} | beyond_gpt2(config)
+    """nanoGPT's model_args. If the model has options that nanoGPT lacks, these options alone.
+
+    nanoGPT's train.py ignores such options, and would go on to train a different model. So the sizes that it
+    reads are left out, and it fails.
+    """
+    return beyond_gpt2(config) or {name: getattr(config, name) for name in MODEL_ARGS}
 
 
 def beyond_gpt2(config: GPTConfig) -> dict[str, Any]:
-    """The options in use that neither nanoGPT nor GPT-2's format knows."""
+    """The non-default options that neither nanoGPT nor Hugging Face's GPT-2 has."""
     known = (*MODEL_ARGS, *RUN_OPTIONS, "activation")
     others = [option for option in fields(GPTConfig) if option.name not in known]
     return {
@@ -85,7 +90,7 @@ def beyond_gpt2(config: GPTConfig) -> dict[str, Any]:
 
 
 def write(checkpoint: Checkpoint, path: Path) -> None:
-    """Raises OSError."""
+    """Writes the keys that are not None. Raises OSError, for example if the disk is full."""
     try:
         torch.save({key: value for key, value in vars(checkpoint).items() if value is not None}, path)
     except RuntimeError as error:  # torch's writer does not say that the disk is full
@@ -95,8 +100,8 @@ def write(checkpoint: Checkpoint, path: Path) -> None:
 def read(path: Path) -> Checkpoint:
     """Reads a ckpt.pt of this project or of nanoGPT. Its tensors stay in the file, mapped into memory.
 
-    The weights get the names of GPT's. Only tensors and plain values are read, so a file cannot run code.
-    Raises OSError, and ValueError for a file that is damaged or not a checkpoint.
+    Weights are renamed to the names in GPT.state_dict(). Only tensors and plain values are read, so a file
+    cannot run code. Raises OSError, and ValueError for a file that is damaged or not a checkpoint.
     """
     values = _load(path)
     try:
@@ -128,7 +133,8 @@ def _checkpoint_from(values: Any) -> Checkpoint:
     # nanoGPT saves the best loss as a tensor with one value.
     if isinstance(best := values.get("best_val_loss"), Tensor) and best.numel() == 1:
         values["best_val_loss"] = best.item()
-    # Our older files were saved after evaluations only, nanoGPT's before the evaluation of their step.
+    # nanoGPT evaluates again after a resume, and so do we with its files. Our older files have a position but
+    # no `evaluated`: they were saved only after an evaluation.
     values.setdefault("evaluated", "position" in values)
     kinds = get_type_hints(Checkpoint)
     for name in values.keys() & kinds.keys():
@@ -140,21 +146,23 @@ def _checkpoint_from(values: Any) -> Checkpoint:
         for name, weight in checkpoint.model.items()
         if not name.endswith(MASKS)
     }
-    # The two are one tensor. Some programs save it under one name only.
+    # Embedding and head share one tensor. Some programs save it under one name only.
     for name, other in (TIED, TIED[::-1]):
         if other in checkpoint.model:
             checkpoint.model.setdefault(name, checkpoint.model[other])
 
     if not checkpoint.gpt_config:
-        # nanoGPT's file, or an older one of ours, whose only other option was the activation. The first
-        # versions of nanoGPT saved neither dropout nor bias.
+        # From nanoGPT, or an old file of ours, which had one more option: activation. The first versions of
+        # nanoGPT saved neither dropout nor bias.
         args = {name: checkpoint.model_args[name] for name in MODEL_ARGS if name in checkpoint.model_args}
         if lacking := [name for name in MODEL_ARGS if name not in (*args, "dropout", "bias")]:
             raise ValueError(f"its model_args lack {', '.join(lacking)}")
         checkpoint.gpt_config = {"activation": values.get("activation", "gelu")} | args
     options = get_type_hints(GPTConfig)
     if unknown := sorted(checkpoint.gpt_config.keys() - options.keys()):
-        raise ValueError(f"it has a model option that is unknown here: {unknown[0]}; update this project")
+        raise ValueError(
+            f"it uses the model option {unknown[0]}, which this version does not know; update tritongpt"
+        )
     for name, value in checkpoint.gpt_config.items():
         _check_type(value, options[name], name)
     _check_sizes(GPTConfig(**checkpoint.gpt_config), checkpoint.model)
@@ -162,7 +170,7 @@ def _checkpoint_from(values: Any) -> Checkpoint:
 
 
 def _check_sizes(config: GPTConfig, weights: dict[str, Tensor]) -> None:
-    """Compares the sizes in `config` with the weights, before they decide how much memory GPT takes."""
+    """Compares the sizes in `config` with the weights, before a model of that size is allocated."""
     for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
         if getattr(config, name) in (0, None):
             raise ValueError(f"{name} must be at least 1")
@@ -172,7 +180,7 @@ def _check_sizes(config: GPTConfig, weights: dict[str, Tensor]) -> None:
     for name, n in rows.items():
         shape = tuple(weights[name].shape) if name in weights else "missing"
         if shape != (n, config.n_embd):
-            raise ValueError(f"{name} is {shape}, but its sizes say {(n, config.n_embd)}")
+            raise ValueError(f"{name} is {shape}, but the config says {(n, config.n_embd)}")
 
 
 NAMES_OF_TYPES = {
@@ -208,7 +216,7 @@ def _check_type(value: Any, kind: Any, name: str) -> None:
         if not fits or (expected is int and not 0 <= value < 2**62):
             is_short = isinstance(value, int | float | str | None)
             actual = repr(value)[:60] if is_short else f"a {type(value).__name__}"
-            raise ValueError(f"{name} is {actual}, and must be {NAMES_OF_TYPES[expected]}")
+            raise ValueError(f"{name} is {actual}, but must be {NAMES_OF_TYPES[expected]}")
 
 
 def _load(path: Path) -> Any:
@@ -217,24 +225,25 @@ def _load(path: Path) -> Any:
     size = regular(path).stat().st_size
     try:
         # With mmap=True, torch.load checks nothing itself.
-        members = _whole_members(path)
+        sizes_in_file = _checked_sizes(path)
         values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        # Tensors that share memory have one member. In memory they are in the order of the file.
+        # Tensors that share memory are one member of the archive. A memory map keeps the order of the file,
+        # so the sizes in the order of their addresses must be those of the members.
         storages = [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
-        if [sizes[address] for address in sorted(sizes)] != members:
-            raise ValueError("its tensors have other sizes than the archive's members")
+        if [sizes[address] for address in sorted(sizes)] != sizes_in_file:
+            raise ValueError("the sizes of its tensors differ from those of the archive's members")
         return values
     except PermissionError:
         raise
-    except Exception as error:  # what is raised depends on the part of the file that is damaged
+    except Exception as error:  # its type depends on what is damaged
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
             reason = f"it is damaged, or it holds objects, which could run code ({reason})"
-        raise ValueError(f"{path} ({size:,} bytes) is truncated or no checkpoint: {reason}") from None
+        raise ValueError(f"{path} ({size:,} bytes) is truncated or not a checkpoint: {reason}") from None
 
 
-def _whole_members(path: Path) -> list[int]:
+def _checked_sizes(path: Path) -> list[int]:
     """Checks the zip archive of a checkpoint. Returns the sizes of its tensors in bytes, in file order."""
     with zipfile.ZipFile(path) as archive:
         members = sorted(archive.infolist(), key=lambda member: member.header_offset)

@@ -30,7 +30,7 @@ from train.prepare.__main__ import write
 
 @dataclass
 class NanoGPTConfig:
-    """nanoGPT's GPTConfig: it is called with **model_args, so an eighth name is a TypeError."""
+    """nanoGPT's GPTConfig. Its sample.py calls it with **model_args, so an eighth name is a TypeError."""
 
     block_size: int = 1024
     vocab_size: int = 50304
@@ -41,9 +41,16 @@ class NanoGPTConfig:
     bias: bool = True
 
 
+def resume_in_nanogpt(model_args, dropout):
+    """The config that nanoGPT's train.py makes from a checkpoint. It reads six names and ignores the rest."""
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
+    return NanoGPTConfig(**{name: model_args[name] for name in names}, dropout=dropout)
+
+
 def test_nanogpt_can_read_what_is_written_here(workplace):
     state = run("--dropout=0.1")
-    assert NanoGPTConfig(**state["model_args"]) == NanoGPTConfig(16, 21, 2, 2, 32, 0.1, False)
+    expected = NanoGPTConfig(16, 21, 2, 2, 32, 0.1, False)
+    assert NanoGPTConfig(**state["model_args"]) == resume_in_nanogpt(state["model_args"], 0.1) == expected
     assert state["config"]["dataset"] == "tiny" and state["config"]["n_layer"] == 2
     assert all(isinstance(v, bool | int | float | str | None) for v in state["config"].values())
     assert isinstance(state["iter_num"], int) and isinstance(state["best_val_loss"], float)
@@ -100,6 +107,8 @@ def test_an_option_that_nanogpt_lacks_resumes_and_other_formats_refuse_it(workpl
     assert_same_weights(straight, resumed)
     with pytest.raises(TypeError, match="qk_norm"):
         NanoGPTConfig(**resumed["model_args"])
+    with pytest.raises(KeyError, match="n_layer"):
+        resume_in_nanogpt(resumed["model_args"], 0.0)
     with pytest.raises(ValueError, match="GPT-2's format cannot express qk_norm=True"):
         convert("out/ckpt.pt", Path("hf"))
     assert not Path("hf").exists()
@@ -119,9 +128,12 @@ def test_what_is_not_a_checkpoint_is_refused_and_the_key_is_named(workplace):
     for content, message in (
         ([1, 2], "it holds a list"),
         ({"weights": 1}, "it lacks model, model_args"),
-        (state | {"iter_num": -4}, "iter_num is -4, and must be a whole number of at least 0"),
-        (state | {"optimizer": {"state": {"a": {}}}}, "a key of optimizer['state'] is 'a', and must be"),
-        (state | {"gpt_config": {"wings": 2}}, "has a model option that is unknown here: wings"),
+        (state | {"iter_num": -4}, "iter_num is -4, but must be a whole number of at least 0"),
+        (state | {"optimizer": {"state": {"a": {}}}}, "a key of optimizer['state'] is 'a', but must be"),
+        (
+            state | {"gpt_config": {"wings": 2}},
+            "it uses the model option wings, which this version does not know",
+        ),
         (earlier | {"model_args": {"n_layer": 2}}, "its model_args lack n_head, n_embd, block_size, vocab_"),
         (state | {"config": Hostile()}, "holds objects, which could run code"),
     ):
