@@ -16,7 +16,7 @@ from gpt import generate as generation
 from tests.runs import TINY, run, surroundings
 from train import __main__ as training
 from train import distributed, evaluate, plot
-from train.config import PRESETS, SHAPE, TrainConfig, config_file, parse, resolve
+from train.config import MODEL_FIELDS, PRESETS, TrainConfig, config_file, parse, resolve
 from train.loop import train
 from train.prepare import __main__ as prepare
 
@@ -226,7 +226,7 @@ def test_a_mistake_in_training_is_one_sentence_with_the_numbers(workplace, monke
         ("--dtype=int8", "dtype='int8'", "float32, bfloat16, float16"),
         ("--batch_size=0", "batch_size=0", "at least 1"),
         ("--dropout=1.0", "dropout=1.0", "below 1"),
-        ("--backend=mpi", "backend='mpi'", "nccl, gloo"),
+        ("--backend=mpi", "backend='mpi'", "nccl or gloo"),
         ("--init_from=gpt2-medum", "did you mean 'gpt2-medium'"),
         ("--dataset=missing", "data/missing/train.bin", "python -m train.prepare"),
         ("--block_size=90000", "49,801 tokens", "block_size=90000"),
@@ -355,9 +355,9 @@ def test_modules_beside_two_config_files_may_have_one_name_even_that_of_our_pack
         Path(folder).mkdir()
         Path(folder, "train.py").write_text(f"n_{name} = 2")
         Path(folder, "c.py").write_text("from train import *\n")
-    Path("d.py").write_text("from train.config import SHAPE\nn_embd = len(SHAPE)\n")
+    Path("d.py").write_text("from train.config import MODEL_FIELDS\nn_embd = len(MODEL_FIELDS)\n")
     given = parse(["a/c.py", "b/c.py", "d.py"])[1]
-    assert given == {"n_layer": ["2"], "n_head": ["2"], "n_embd": [str(len(SHAPE))]}
+    assert given == {"n_layer": ["2"], "n_head": ["2"], "n_embd": [str(len(MODEL_FIELDS))]}
     assert ours == {key: module for key, module in sys.modules.items() if key.startswith("train")}
 
 

@@ -21,10 +21,10 @@ from gpt.model import RUN_OPTIONS, GPTConfig
 from train.distributed import Ranks
 
 PRESETS = Path(__file__).parent / "configs"
-# Fields of GPTConfig that a loaded model brings with it.
-SHAPE = tuple(option.name for option in fields(GPTConfig) if option.name not in RUN_OPTIONS)
+# The fields of GPTConfig that a loaded model brings with it.
+MODEL_FIELDS = tuple(option.name for option in fields(GPTConfig) if option.name not in RUN_OPTIONS)
 BELOW_1 = math.nextafter(1, 0)
-# The bounds of each number. The product of two sizes, in bytes, still fits into 64 bits.
+# Bounds of the numeric flags. SIZE is small enough that the bytes of a SIZE x SIZE tensor fit into 64 bits.
 SIZE, COUNT, REAL = 2**29, 2**62, sys.float_info.max
 BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (-(2**63), 2**64 - 1), "log_interval": (1, COUNT), "timeout": (1, 2**31 - 1),
@@ -50,7 +50,7 @@ class TrainConfig:
     # run and output
     out_dir: UserPath = "out"  # where ckpt.pt, config.py and metrics.jsonl go
     init_from: UserPath = (
-        "scratch"  # scratch, resume, auto (resume if possible), gpt2*, a ckpt.pt or its folder
+        "scratch"  # scratch, resume, auto (resume if possible), gpt2*, a ckpt.pt, a run's or model's folder
     )
     seed: int = 1337  # for weights, dropout and data order
     log_interval: int = 1  # steps between printed lines
@@ -61,18 +61,18 @@ class TrainConfig:
     wandb_run_name: str = "gpt2"  # run in Weights & Biases
 
     # evaluation and checkpoints
-    eval_interval: int = 2000  # steps between evaluations; a checkpoint follows each
-    eval_iters: int = 200  # micro-batches of each split in an evaluation, shared by all ranks
+    eval_interval: int = 2000  # steps between evaluations; each after step 0 saves a checkpoint
+    eval_iters: int = 200  # micro-batches per split in an evaluation, divided among the ranks
     eval_only: bool = False  # evaluate once and stop
     eval_sample: int = 0  # tokens sampled and printed at each evaluation; 0 is off
-    always_save_checkpoint: bool = True  # False: sample from best.pt, the lowest validation loss, not ckpt.pt
-    keep_last: int = 2  # older checkpoints, ckpt-STEP.pt: resume falls back to them if ckpt.pt is damaged
+    always_save_checkpoint: bool = True  # False: sampling and evaluation load best.pt, the lowest val loss
+    keep_last: int = 2  # ckpt-STEP.pt files: the newest is ckpt.pt itself, older ones replace it if damaged
 
     # data
     dataset: UserPath = (
-        "openwebtext"  # folder in data/ with train.bin and val.bin, or shards; resume knows its own
+        "openwebtext"  # folder in data/ with train.bin and val.bin, or shards; resume uses the checkpoint's
     )
-    gradient_accumulation_steps: int = 40  # micro-batches in a step, over all ranks
+    gradient_accumulation_steps: int = 40  # micro-batches per step, over all ranks
     batch_size: int | Literal["auto"] = 12  # sequences in a micro-batch; auto: as many as fit
 
     # model
@@ -114,20 +114,20 @@ class TrainConfig:
         if not 0 <= self.model.dropout < 1:
             raise ValueError(f"dropout={self.model.dropout} must be at least 0 and below 1")
         if self.backend not in ("auto", "nccl", "gloo"):
-            raise ValueError(f"backend={self.backend!r} is none of auto, nccl, gloo")
+            raise ValueError(f"backend={self.backend!r} must be auto, nccl or gloo")
         steps = self.profiled
         if steps and steps[0] >= self.max_iters:
-            raise ValueError(f"profile={self.profile}: this run makes the steps 0 to {self.max_iters - 1}")
+            raise ValueError(f"profile={self.profile}: this run has only the steps 0 to {self.max_iters - 1}")
 
     @property
     def micro_batch(self) -> int:
-        """batch_size, which is a number once the command line is read."""
+        """Sequences per micro-batch: batch_size, which `parse` has made a number."""
         assert self.batch_size != "auto"
         return self.batch_size
 
     @property
     def profiled(self) -> range:
-        """The steps of `profile`. Raises ValueError."""
+        """Parses `profile` into a range of steps. Raises ValueError if it is malformed."""
         start, _, stop = self.profile.partition(":")
         if self.profile and not (start.isdigit() and stop.isdigit() and int(start) < int(stop)):
             raise ValueError(
@@ -137,15 +137,15 @@ class TrainConfig:
 
     @property
     def sequences(self) -> int:
-        """Sequences in a step, over all ranks."""
+        """Sequences per step, over all ranks."""
         return self.micro_batch * self.gradient_accumulation_steps
 
 
 def parse(args: Sequence[str]) -> tuple[TrainConfig, dict[str, list[str]]]:
     """Returns the checked configuration, and the values of each flag that was set. Raises ValueError.
 
-    With --batch_size=auto, batch_size is the number that was set before it. This number says how many
-    sequences a step has; `train.fit` then finds the micro-batch that fits.
+    With --batch_size=auto, batch_size is the last number given by a preset or flag, or the default. It fixes
+    the sequences per step, and `train.fit` then finds the micro-batch that fits.
     """
     config, given = cli.parse_given(TrainConfig, args, prog="python -m train", presets=PRESETS)
     if config.batch_size == "auto":
@@ -156,20 +156,19 @@ def parse(args: Sequence[str]) -> tuple[TrainConfig, dict[str, list[str]]]:
 
 
 def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """Replaces every "auto" by what this machine has. Raises ValueError for what it does not support."""
+    """Replaces every "auto" by what this machine has. Raises ValueError for settings it does not support."""
     if config.gradient_accumulation_steps % ranks.world_size:
         raise ValueError(
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} is the total over all ranks "
             f"and must be a multiple of their number, {ranks.world_size}; try {_multiple(config, ranks)}"
         )
     if config.strategy == "fsdp" and not ranks.backend:
-        raise ValueError("strategy='fsdp' shards over ranks: start it with torchrun, one process a GPU")
+        raise ValueError("strategy='fsdp' shards over ranks: start it with torchrun, one process per GPU")
     model, dtype = config.model, resolve_dtype(config.dtype, ranks.device)
     is_new = config.init_from == "scratch"
     shape = (model.n_embd // model.n_head, DTYPES[dtype]) if is_new else ()
     operations = kernels.load(model.kernels, ranks.device, *shape)
-    # On a GPU "auto" depends on the head size, which is known here for a new model only. GPT decides later
-    # for a loaded one.
+    # On a GPU "auto" needs the head size. For a loaded model that is not known yet; GPT resolves it.
     if is_new or ranks.device_type != "cuda":
         model = replace(model, kernels=operations.spec)
     return replace(
@@ -183,21 +182,21 @@ def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
 
 
 def config_file(config: TrainConfig, given: Mapping[str, Sequence[str]] | None = None) -> str:
-    """A resolved configuration as a config file, which makes the same run on the same kind of machine.
+    """Returns the text of a config file that repeats a resolved configuration on the same kind of machine.
 
-    With `given`, the values of the flags that were set, no model is loaded yet. Then the shape is left out if
-    init_from names a model, and the dataset if a run is resumed: the checkpoint has them.
+    `given` (the flags that were set) is for --print_config, before a model is loaded. Settings that the
+    checkpoint will supply are left out then.
     """
     values = config.flat()
     values.pop("print_config")
     if given is not None and config.init_from not in ("scratch", "auto"):
-        for name in set(SHAPE).difference(given):
+        for name in set(MODEL_FIELDS).difference(given):
             del values[name]
     if given is not None and config.init_from in ("resume", "auto") and "dataset" not in given:
         del values["dataset"]
-    values["device"] = config.device.removesuffix(":0")  # under torchrun each rank has its own
+    values["device"] = config.device.removesuffix(":0")  # the rank decides which GPU
     values["backend"] = "auto" if config.backend == "none" else config.backend
-    heading = "# Every setting of a run; python -m train FILE.py makes it again.\n\n"
+    heading = "# Every setting of a run; python -m train FILE.py repeats it.\n\n"
     return heading + cli.config_text(TrainConfig, values)
 
 
@@ -214,7 +213,7 @@ def resume_command(config: TrainConfig, ranks: Ranks, **changes: Any) -> str:
 
 
 def twice_as_long(config: TrainConfig) -> dict[str, int]:
-    """The settings for twice as many steps. A learning rate that has decayed gets as much longer."""
+    """Flags for twice as many steps. A decay that ends within the run is stretched to the new end."""
     longer = {"max_iters": 2 * config.max_iters}
     if config.decay_lr and config.lr_decay_iters <= config.max_iters:
         longer["lr_decay_iters"] = longer["max_iters"]
@@ -222,7 +221,7 @@ def twice_as_long(config: TrainConfig) -> dict[str, int]:
 
 
 def save_config(config: TrainConfig, folder: Path) -> None:
-    """Writes `config_file` as config.py. Raises OSError."""
+    """Writes `config_file` as config.py. Raises OSError if `folder` cannot be written to."""
     atomic.write(folder / "config.py", config_file(config))
 
 
