@@ -26,7 +26,7 @@ from gpt.reading import regular
 from gpt.sampling import Sampling
 from tests.runs import run
 from train import distributed, evaluate, metrics, plot, shards
-from train.checkpoint import Progress, newest_whole, restore
+from train.checkpoint import Progress, newest_intact, restore
 from train.config import TrainConfig, parse
 from train.data import Split, preflight
 from train.optim import optimizer_for
@@ -93,7 +93,7 @@ def test_damaged_checkpoints_are_refused_or_read_right(workplace, dice):
         refused += saved is None
         if saved is None:
             with pytest.raises((ValueError, OSError)):
-                newest_whole(path)
+                newest_intact(path)
             continue
         assert saved.config == right.config and saved.iter_num == 1
         for name, weight in right.model.items():
@@ -132,7 +132,7 @@ def test_an_archive_that_torch_would_read_as_noise_is_refused(workplace, fault):
                 content = b"big"
             kind = zipfile.ZIP_DEFLATED if fault == "compressed" else zipfile.ZIP_STORED
             odd.writestr(member.filename, content, kind)
-    with pytest.raises(ValueError, match=r"odd.pt .* is truncated or no checkpoint"):
+    with pytest.raises(ValueError, match=r"odd.pt .* is truncated or not a checkpoint"):
         checkpoint.read(Path("odd.pt"))
 
 
@@ -158,8 +158,8 @@ def test_a_damaged_checkpoint_is_used_by_no_program(workplace):
 
 def test_a_resumed_run_checks_its_checkpoint_once(workplace, monkeypatch):
     run(*SMALL)
-    check, checked = checkpoint._whole_members, []
-    monkeypatch.setattr(checkpoint, "_whole_members", lambda path: checked.append(str(path)) or check(path))
+    check, checked = checkpoint._checked_sizes, []
+    monkeypatch.setattr(checkpoint, "_checked_sizes", lambda path: checked.append(str(path)) or check(path))
     assert run(*SMALL, "--init_from=resume", "--max_iters=2")["iter_num"] == 2
     assert checked == ["out/ckpt.pt"]
 
@@ -343,7 +343,7 @@ def test_what_is_not_a_file_is_refused_and_not_waited_for(workplace, kind):
     for read in (
         lambda: regular(put(Path("any"))),
         lambda: checkpoint.read(put(Path("ckpt.pt"))),
-        lambda: newest_whole(put(Path("out/ckpt.pt"))),
+        lambda: newest_intact(put(Path("out/ckpt.pt"))),
         lambda: metrics.read(put(Path("out/metrics.jsonl"))),
         lambda: tokenizer.describe_json(put(Path("tokenizer.json"))),
         lambda: tokenizer.describe_meta(put(data / "meta.pkl")),

@@ -1,4 +1,4 @@
-"""Muon against its definition and torch.optim.Muon; which tensors it takes; what it cannot go on from."""
+"""Muon against its definition and torch.optim.Muon; which tensors it takes; what it cannot continue from."""
 
 import math
 
@@ -132,7 +132,7 @@ def test_one_optimizer_does_not_go_on_from_the_other_but_takes_its_weights(workp
     first = run("--optimizer=adamw", "--max_iters=4")
     with pytest.raises(
         ValueError,
-        match=r"was trained with adamw, and muon cannot .* --optimizer=adamw, or .* --init_from=",
+        match=r"trained with adamw, whose state muon cannot use: .* --optimizer=adamw, or .* --init_from=",
     ):
         run("--optimizer=muon", "--init_from=resume")
     still = ["--max_iters=1", "--learning_rate=0", "--min_lr=0"]

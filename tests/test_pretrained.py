@@ -234,7 +234,7 @@ def test_the_tokenizer_in_a_folder_goes_along_whatever_its_layout_and_class(monk
     for kind in ("hf", "saved elsewhere.json"):
         initial_model(config, given, describe_tokenizer(kind, None), ranks, start)
     for data in (GPT2, CHARS):
-        with pytest.raises(ValueError, match=r"hf was trained with another tokenizer"):
+        with pytest.raises(ValueError, match=r"hf and data/x have different tokenizers"):
             initial_model(config, given, data, ranks, start)
 
 

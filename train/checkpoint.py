@@ -1,10 +1,10 @@
 """Checkpoints of a run: out_dir/ckpt.pt is the latest, out_dir/best.pt has the lowest validation loss.
 
-gpt/checkpoint.py describes what is in them. It is the same for every strategy and number of ranks.
+Their format is in gpt/checkpoint.py. It does not depend on the strategy or the number of ranks.
 
-A checkpoint is written under a temporary name, flushed to the disk and then renamed: a crash leaves the one
-before it whole. ckpt-STEP.pt are the last few. The latest of them is the same file as ckpt.pt. If the disk
-damages ckpt.pt, resuming falls back to the one before.
+A checkpoint is written under a temporary name, flushed to the disk and then renamed, so a crash cannot damage
+the previous one. ckpt-STEP.pt are the last few checkpoints. The newest of them is a hard link to ckpt.pt. So
+if the disk damages ckpt.pt, a run resumes from the next older one.
 """
 
 import fcntl
@@ -30,7 +30,7 @@ from gpt import pretrained, tokenizer
 from gpt.atomic import flush, replacing
 from gpt.checkpoint import Checkpoint, missing, model_args, read, write
 from gpt.model import GPT, RUN_OPTIONS
-from train.config import SHAPE, TrainConfig
+from train.config import MODEL_FIELDS, TrainConfig
 from train.distributed import Ranks
 from train.optim import Optimizer
 
@@ -51,7 +51,7 @@ class Progress:
         """The progress in `saved`. For a new run, `saved` has only defaults."""
         progress = cls(**{key.name: getattr(saved, key.name) for key in fields(cls)})
         if saved.position is None:
-            # nanoGPT reads windows at random. Go on where a run of ours would be after as many steps.
+            # nanoGPT reads windows at random. Continue where a run of ours would be after that many steps.
             progress.position = saved.iter_num * config.sequences
         if saved.began is None:
             progress.began = saved.config.get("init_from", config.init_from)
@@ -59,7 +59,7 @@ class Progress:
 
 
 class Start(NamedTuple):
-    """What a run starts from."""
+    """Where a run starts: the answer of `find_start`."""
 
     source: str  # scratch, resume, or another value of init_from
     latest: Path  # the checkpoint to resume
@@ -68,10 +68,10 @@ class Start(NamedTuple):
 
 
 def find_start(config: TrainConfig, given: Container[str], ranks: Ranks) -> Start:
-    """What the run starts from. `given` are the flags that were set.
+    """Decides what to start from: new weights, the run's own checkpoint, or other weights.
 
-    Rank 0 looks at the disk, so that all ranks agree. Raises ValueError if a new run would replace the
-    checkpoints of another.
+    `given` are the flags that were set. Only rank 0 reads the disk, and it broadcasts the answer. Raises
+    ValueError if a new run would replace the checkpoints of another.
     """
     if not ranks.is_main:
         return ranks.broadcast(None)
@@ -80,7 +80,7 @@ def find_start(config: TrainConfig, given: Container[str], ranks: Ranks) -> Star
     if source == "auto":
         source = "resume" if _candidates(latest) else "scratch"
     if source == "resume":
-        latest, saved = newest_whole(latest)
+        latest, saved = newest_intact(latest)
         recorded = saved.config.get("dataset")
         if recorded and "dataset" not in given and recorded != dataset:
             print(f"dataset: {recorded}, as in {latest}", flush=True)
@@ -104,12 +104,12 @@ def _refuse_to_replace(latest: Path) -> None:
     time = datetime.fromtimestamp(newest.stat().st_mtime).isoformat(" ", "minutes")
     raise ValueError(
         f"{newest} is the checkpoint of another run ({step}, saved {time}), and a new run would replace it: "
-        "--init_from=resume goes on from it, --out_dir=FOLDER starts in another folder; to start again in "
+        "--init_from=resume continues it, --out_dir=FOLDER starts in a different folder; to start again in "
         f"{latest.parent}, delete its checkpoints first"
     )
 
 
-def newest_whole(latest: Path) -> tuple[Path, Checkpoint]:
+def newest_intact(latest: Path) -> tuple[Path, Checkpoint]:
     """The path and content of `latest`, or of the newest undamaged checkpoint beside it.
 
     Prints a line for each damaged one. Raises FileNotFoundError if there is no checkpoint, and ValueError if
@@ -118,7 +118,7 @@ def newest_whole(latest: Path) -> tuple[Path, Checkpoint]:
     problems: list[Exception] = []
     candidates = _candidates(latest)
     if candidates and not latest.exists():
-        print(f"{latest} is not there: looking for the one before", flush=True)
+        print(f"{latest} is missing: trying the previous checkpoint", flush=True)
     for path in candidates:
         try:
             return path, read(path)
@@ -126,12 +126,12 @@ def newest_whole(latest: Path) -> tuple[Path, Checkpoint]:
             raise
         except (ValueError, OSError) as error:
             problems.append(error)
-            print(f"{path} is damaged ({error}): looking for the one before", flush=True)
+            print(f"{path} is damaged ({error}): trying the previous checkpoint", flush=True)
     if not problems:
         raise missing(latest)
     raise ValueError(
-        f"{problems[0]}; no checkpoint beside it is whole either: put a copy of one in its place, or start a "
-        "new run in another --out_dir"
+        f"{problems[0]}; there is no intact checkpoint beside it: restore one from a backup, or start a new "
+        "run with a different --out_dir"
     )
 
 
@@ -143,7 +143,7 @@ def _candidates(latest: Path) -> list[Path]:
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
-    """The ckpt-STEP.pt by step."""
+    """{step: path} of the ckpt-STEP.pt files."""
     matches = ((re.fullmatch(r"ckpt-(\d+)\.pt", path.name), path) for path in folder.glob("ckpt-*.pt"))
     return {int(match[1]): path for match, path in matches if match}
 
@@ -151,64 +151,68 @@ def _numbered(folder: Path) -> dict[int, Path]:
 def initial_model(
     config: TrainConfig, given: Container[str], data_tokenizer: dict[str, Any], ranks: Ranks, start: Start
 ) -> tuple[GPT, Checkpoint]:
-    """The model that `start` names, on the rank's device, and the checkpoint to resume.
+    """Makes the model that `start` names, on the rank's device. Returns it and the checkpoint to resume.
 
-    A new run gets an empty checkpoint, with defaults only. `given` are the flags that were set. Raises
+    For a new run this is an empty checkpoint, with defaults only. `given` are the flags that were set. Raises
     ValueError if flags, checkpoint and data do not fit together.
     """
     options, device = config.model, ranks.device
-    nothing = Checkpoint(model={}, model_args={})
+    empty = Checkpoint(model={}, model_args={})
     if start.source == "scratch":
         vocab_size = options.vocab_size or tokenizer.padded_vocab_size(data_tokenizer)
-        return GPT(replace(options, vocab_size=vocab_size), device, config.dtype).to(device), nothing
+        return GPT(replace(options, vocab_size=vocab_size), device, config.dtype).to(device), empty
 
     resumes = start.source == "resume"
     source = str(start.latest) if resumes else pretrained.checkpoint_in(start.source)
     overrides = {name: getattr(options, name) for name in RUN_OPTIONS}
-    saved = nothing
+    saved = empty
     if not resumes and pretrained.is_hugging_face(source):
         model = GPT.from_pretrained(source, overrides, device, config.dtype)
         model_tokenizer = pretrained.hugging_face_tokenizer(source)
     else:
         if not Path(source).suffix and not Path(source).exists():
             known = ", ".join(("scratch", "resume", "auto", *pretrained.GPT2_NAMES))
-            raise ValueError(f"init_from={source!r} must be {known}, or the path of a ckpt.pt")
+            raise ValueError(
+                f"init_from={source!r} must be {known}, the path of a ckpt.pt, or the folder of a run or "
+                "of a Hugging Face model"
+            )
         path, dtype = Path(source), config.dtype
         model, saved = pretrained.from_checkpoint(path, device, dtype, start.saved, **overrides)
         model_tokenizer = saved.tokenizer or data_tokenizer
     if not tokenizer.fits(model_tokenizer, data_tokenizer):
         raise ValueError(
-            f"{source} was trained with another tokenizer or alphabet than data/{config.dataset} has: "
-            f"{tokenizer.name(model_tokenizer)}, and the data {tokenizer.name(data_tokenizer)}"
+            f"{source} and data/{config.dataset} have different tokenizers or alphabets: the model uses "
+            f"{tokenizer.name(model_tokenizer)}, the data {tokenizer.name(data_tokenizer)}"
         )
     if model_tokenizer["kind"] == "unknown" != data_tokenizer["kind"] and not resumes and ranks.is_main:
         print(
-            f"{source} does not say which tokenizer it was trained with: that of data/{config.dataset} "
-            f"is taken, {tokenizer.name(data_tokenizer)}",
+            f"{source} names no tokenizer; assuming that of data/{config.dataset}, "
+            f"{tokenizer.name(data_tokenizer)}",
             flush=True,
         )
     # A shorter context is the only change of shape that keeps the weights.
     if not resumes and options.block_size < model.config.block_size and "block_size" in given:
         model.crop_block_size(options.block_size)
-    for name in SHAPE:
+    for name in MODEL_FIELDS:
         flag, actual = getattr(options, name), getattr(model.config, name)
         if name in given and flag not in (None, actual):
-            raise ValueError(f"{source} has {name}={actual}, and {name}={flag} was asked for; leave it out")
-    return model, saved if resumes else nothing
+            raise ValueError(f"{source} has {name}={actual}; leave out {name}={flag}")
+    return model, saved if resumes else empty
 
 
 def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScaler, ranks: Ranks) -> None:
     """Restores the optimizer's moments and step counts, the loss scale and this rank's random numbers.
 
-    Learning rate, weight decay and betas are those of this run. Raises ValueError.
+    Learning rate, weight decay and betas are those of this run. Raises ValueError if the optimizer differs or
+    does not fit.
     """
-    way_out = "take the weights alone by --init_from=PATH/ckpt.pt"
+    way_out = "load only the weights with --init_from=PATH/ckpt.pt"
     moments = saved.optimizer["state"] if saved.optimizer else {}
     trained_with = saved.config.get("optimizer", "adamw")  # nanoGPT has no other
     if saved.optimizer and trained_with != optimizer.name:
         raise ValueError(
-            f"the checkpoint was trained with {trained_with}, and {optimizer.name} cannot go on from its "
-            f"moments: give --optimizer={trained_with}, or {way_out}"
+            f"the checkpoint was trained with {trained_with}, whose state {optimizer.name} cannot use: "
+            f"give --optimizer={trained_with}, or {way_out}"
         )
     params = [(p, optimizer.moments(group)) for group in optimizer.param_groups for p in group["params"]]
     # Before the first step there are no moments.
@@ -235,8 +239,8 @@ def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScale
                 torch.get_device_module(ranks.device).set_rng_state(rng[ranks.device_type])
     except (RuntimeError, LookupError, TypeError) as error:
         raise ValueError(
-            f"the checkpoint's optimizer, scaler or rng cannot be restored ({error}); go on from another "
-            f"checkpoint, or {way_out}"
+            f"the checkpoint's optimizer, scaler or rng cannot be restored ({error}); resume from a "
+            f"different checkpoint, or {way_out}"
         ) from None
 
 
@@ -250,7 +254,7 @@ def _shard_like(value: Any, parameter: Tensor) -> Any:
 
 @dataclass
 class Saver:
-    """Saves a run. A thread writes the file, one at a time, while training goes on."""
+    """Saves a run. Writes in a background thread, one checkpoint at a time."""
 
     model: GPT
     optimizer: torch.optim.Optimizer
@@ -258,18 +262,18 @@ class Saver:
     config: TrainConfig
     ranks: Ranks
     tokenizer: dict[str, Any]
-    # what train.data.preflight returns
+    # the description of the data by train.data.preflight
     data: dict[str, Any]
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     pending: Future[None] | None = None
 
     def save(self, progress: Progress, best: bool) -> None:
-        """Copies the run and returns while the copy is written. All ranks must call it.
+        """Copies the state of the run, then writes it in the background. All ranks must call it.
 
-        Waits for the previous checkpoint, and raises OSError if that could not be written.
+        Waits for the previous checkpoint first. Raises OSError if that could not be written.
         """
         self.wait()
-        state = self._copy_of_run(progress)
+        state = self._copy_state(progress)
         if self.ranks.is_main:
             folder, keep_last = Path(self.config.out_dir), self.config.keep_last
             self.pending = self.thread.submit(save, folder, state, best, keep_last)
@@ -284,8 +288,11 @@ class Saver:
         if self.pending is not None and self.pending.done():
             self.pending.result()
 
-    def _copy_of_run(self, progress: Progress) -> Checkpoint:
-        """The run on the CPU of rank 0. All ranks help: each has a part of every shard."""
+    def _copy_state(self, progress: Progress) -> Checkpoint:
+        """Copies the state of the run to rank 0's CPU.
+
+        All ranks must call it: each has its own random numbers, and with FSDP a shard of every tensor.
+        """
         optimized = self.optimizer.state_dict()
         weights = self.model.state_dict()
         del weights["lm_head.weight"]  # tied: copy it once, write it once
@@ -315,7 +322,7 @@ class Saver:
         return state
 
     def _copy(self, value: Any) -> Any:
-        """A tensor, with all its shards, copied to the CPU of rank 0. Other values stay as they are."""
+        """The full tensor on rank 0's CPU; None on other ranks. Other values are returned unchanged."""
         if isinstance(value, DTensor):
             value = value.full_tensor()
         if not isinstance(value, Tensor):
@@ -326,10 +333,10 @@ class Saver:
 
 
 def save(folder: Path, checkpoint: Checkpoint, best: bool, keep_last: int = 0) -> None:
-    """Replaces ckpt.pt, and best.pt if it is the best so far. Raises OSError; the files stay whole then."""
+    """Replaces ckpt.pt, and best.pt if `best`. Raises OSError and leaves the old files intact."""
     latest = folder / "ckpt.pt"
     try:
-        # ckpt.pt is renamed last. If the run is killed before, it resumes from the checkpoint before.
+        # ckpt.pt is replaced last. If the run is killed before that, it resumes from the previous checkpoint.
         with replacing(latest) as temporary:
             write(checkpoint, temporary)
             flush(temporary)
@@ -338,21 +345,21 @@ def save(folder: Path, checkpoint: Checkpoint, best: bool, keep_last: int = 0) -
             if keep_last:
                 _duplicate(temporary, folder / f"ckpt-{checkpoint.iter_num}.pt")
         flush(folder)
-        # Checkpoints of later steps are from before the run went back to an earlier one: delete them too.
+        # Also delete checkpoints of later steps: they are from before the run was resumed at an earlier step.
         steps = sorted(_numbered(folder).items())
         last = [step for step, _ in steps if step <= checkpoint.iter_num][-keep_last or len(steps) :]
         for step, path in steps:
             if step not in last:
                 path.unlink()
     except OSError as error:
-        before = "the previous one is whole" if latest.exists() else "there is none yet"
-        raise OSError(f"the checkpoint {latest} could not be written ({error}); {before}") from None
+        previous = "the previous one is intact" if latest.exists() else "there is none yet"
+        raise OSError(f"the checkpoint {latest} could not be written ({error}); {previous}") from None
 
 
 def _duplicate(source: Path, target: Path) -> None:
-    """Replaces `target` by a second name of the file `source`, or by a copy if there are no hard links.
+    """Replaces `target` with a hard link to `source`, or with a copy if hard links do not work.
 
-    We never write into an existing file, so a file with two names cannot change under one of them.
+    We never write into an existing file, so the linked files cannot change together.
     """
     with replacing(target) as temporary:
         try:
@@ -369,15 +376,16 @@ def make_folder(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(
-            f"out_dir={str(folder)!r} cannot be written to ({error.strerror}); choose another by --out_dir"
+            f"out_dir={str(folder)!r} cannot be written to ({error.strerror}); choose a different --out_dir"
         ) from None
 
 
 @contextmanager
 def locked_folder(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
-    """Makes out_dir and locks it: raises ValueError if another run writes to it, and OSError.
+    """Makes out_dir and locks it. The system releases the lock when the process dies.
 
-    The system releases the lock when the process dies. eval_only writes nothing, so it takes no lock.
+    eval_only writes nothing, so it needs no lock. Raises ValueError if another run holds the lock, and
+    OSError if out_dir cannot be written to.
     """
     if config.eval_only or not ranks.is_main:
         yield
@@ -392,7 +400,7 @@ def locked_folder(config: TrainConfig, ranks: Ranks) -> Iterator[None]:
             holder = file.read() or "an unknown process"
             raise ValueError(
                 f"another run writes to {folder} now ({holder}): wait until it ends, or give this run "
-                "another --out_dir"
+                "a different --out_dir"
             ) from None
         except OSError:
             pass  # Some network file systems have no locks.
