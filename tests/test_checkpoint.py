@@ -153,11 +153,11 @@ def test_a_checkpoint_that_does_not_fit_the_run_is_refused(workplace):
             run("--init_from=resume", *flags)
 
     state = run("--max_iters=4")
-    refused("ckpt.pt has n_layer=2, and n_layer=3 was asked for", "--n_layer=3")
+    refused("ckpt.pt has n_layer=2; leave out n_layer=3", "--n_layer=3")
     write(Path("data/other"), "abc" * 1000, "char")
-    refused("another tokenizer or alphabet than data/other", "--dataset=other")
+    refused("and data/other have different tokenizers or alphabets", "--dataset=other")
     Path("data/tiny/meta.pkl").rename("meta.pkl")
-    refused(r"has: char \(21 symbols\), and the data gpt2 \(50,257 symbols\)")
+    refused(r"the model uses char \(21 symbols\), the data gpt2 \(50,257 symbols\)")
     Path("meta.pkl").rename("data/tiny/meta.pkl")
     moments = state["optimizer"]["state"][0]
     moments["exp_avg"] = moments["exp_avg"][:3]
@@ -175,11 +175,15 @@ def test_a_resumed_run_takes_its_settings_from_the_flags_and_prints_what_changed
     run("--max_iters=4")
     capsys.readouterr()
     state = run("--init_from=resume", "--weight_decay=0.3", "--beta2=0.5")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not as before")]
+    lines = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("changed since the checkpoint: ")
+    ]
     assert lines == [
-        "not as before: beta2 was 0.95 and is 0.5",
-        "not as before: max_iters was 4 and is 8",
-        "not as before: weight_decay was 0.1 and is 0.3",
+        "changed since the checkpoint: beta2 0.95 -> 0.5",
+        "changed since the checkpoint: max_iters 4 -> 8",
+        "changed since the checkpoint: weight_decay 0.1 -> 0.3",
     ]
     group = state["optimizer"]["param_groups"][0]
     assert (group["weight_decay"], group["betas"][1]) == (0.3, 0.5)
@@ -194,13 +198,13 @@ def test_resuming_takes_the_data_that_the_run_was_trained_on_unless_a_flag_names
     capsys.readouterr()
     train(config, distributed.start("auto", "cpu"), given)
     printed = capsys.readouterr().out
-    assert "dataset: tiny, as in out/ckpt.pt\n" in printed and "not as before: dataset" not in printed
+    assert "dataset: tiny, as in out/ckpt.pt\n" in printed and "the checkpoint: dataset" not in printed
     assert (load("out")["config"]["dataset"], parse(["out/config.py"])[0].dataset) == ("tiny", "tiny")
     assert_same_weights(straight, load("out"))
 
 
-@pytest.mark.parametrize(("source", "damage"), [("resume", "is damaged"), ("auto", "is not there")])
-def test_resuming_goes_back_to_the_newest_checkpoint_that_is_whole(workplace, capsys, source, damage):
+@pytest.mark.parametrize(("source", "damage"), [("resume", "is damaged"), ("auto", "is missing")])
+def test_resuming_goes_back_to_the_newest_intact_checkpoint(workplace, capsys, source, damage):
     run("--eval_interval=2", out_dir="straight")
     run("--eval_interval=2", "--max_iters=6", "--keep_last=3")
     for name in ("ckpt.pt", "ckpt-6.pt", "best.pt"):
@@ -228,7 +232,7 @@ def test_fine_tuning_gpt2_starts_from_its_weights_with_the_tokenizer_of_the_data
     flags = [flag for flag in TINY if not flag.startswith(("--n_", "--min_lr"))]
     config, given = parse([*flags, "--init_from=gpt2-small", "--max_iters=1", "--learning_rate=0"])
     train(config, distributed.start("auto", "cpu"), given)
-    note = "gpt2-small does not say which tokenizer it was trained with: that of data/tiny is taken, gpt2"
+    note = "gpt2-small names no tokenizer; assuming that of data/tiny, gpt2"
     assert note in capsys.readouterr().out
     model, state = pretrained.from_checkpoint(Path("out/ckpt.pt"))
     assert state.tokenizer == {"kind": "gpt2"} and state.model_args["block_size"] == 16
@@ -300,7 +304,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(workplace):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["ckpt.pt"]) // 2, hard))
     try:
-        with pytest.raises(OSError, match=r"ckpt.pt could not be written .*; the previous one is whole"):
+        with pytest.raises(OSError, match=r"ckpt.pt could not be written .*; the previous one is intact"):
             run("--init_from=resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -361,7 +365,7 @@ def test_a_new_run_does_not_replace_the_checkpoints_of_another_not_even_unreadab
         path.unlink()
     Path("out/ckpt-4.pt").write_bytes(b"damaged")
     refused("scratch", r"^out/ckpt-4.pt is the checkpoint of another run \(unreadable, saved")
-    refused("auto", "^out/ckpt-4.pt .* is truncated .*; no checkpoint beside it is whole either")
+    refused("auto", "^out/ckpt-4.pt .* is truncated .*; there is no intact checkpoint beside it")
 
 
 def test_a_folder_in_which_a_run_stopped_before_its_first_checkpoint_is_free(workplace):

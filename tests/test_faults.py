@@ -224,7 +224,7 @@ def test_a_run_that_no_longer_learns_stops_and_names_a_checkpoint_that_is_good(w
     flags = ["--decay_lr=False", "--warmup_iters=0", "--eval_interval=4", "--max_iters=100"]
     with pytest.raises(ValueError, match=r"last 20 steps, up to step 20: .*; there is no checkpoint yet"):
         run(*flags, "--learning_rate=1e30", out_dir="never")
-    assert "iter 1: 1 skipped, the gradient was not finite" in capsys.readouterr().out
+    assert "iter 1: skipped 1 step with a non-finite gradient" in capsys.readouterr().out
     run(*flags, "--max_iters=8", out_dir="well")
     with pytest.raises(ValueError, match=r"the last good checkpoint is well/ckpt\.pt"):
         run(*flags, "--learning_rate=1e30", "--init_from=resume", out_dir="well")

@@ -82,7 +82,7 @@ def test_a_frame_shows_what_goes_on_and_when_it_will_end_within_the_screen(termi
     assert max(map(len, during.splitlines())) <= columns - 2
     for figure in (
         "evaluating", "6/1,000", "left about 1h 2m", "loss 2.5000", "best val 2.2500", "lr 1.00e-03",
-        "grad norm 0.500", "skipped 3", "tokens/s 9,000,000", "ms a step 1,234.5", "MFU 41.2%", "7.0 GB",
+        "grad norm 0.500", "skipped 3", "tokens/s 9,000,000", "ms/step 1,234.5", "MFU 41.2%", "7.0 GB",
     ):  # fmt: skip
         assert figure in during, figure
     assert "[bold]as it is[/bold] :smile:" in screen()
@@ -126,7 +126,7 @@ def test_every_line_in_a_pipe(workplace, capsys):
         r"tokens per iteration will be: 128 \(389 steps = one epoch\)",
         rf"data tiny: 49,801 tokens to train on, {number} to validate",
         r"run 8 steps, 1,024 tokens: 0\.02 epochs, 0\.0 tokens per parameter \(Chinchilla-optimal: 20\)",
-        r"cost 1\.65e\+05 FLOPs a token, 1\.69e\+08 in the run",
+        r"cost 1\.65e\+05 FLOPs per token, 1\.69e\+08 in the run",
         "device cpu x 1, dtype float32, compile False, kernels torch",
         evaluation.format(0),
         *(step.format(i) for i in range(4)),

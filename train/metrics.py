@@ -1,20 +1,22 @@
 """Logging: the console (train/view.py), metrics.jsonl and wandb.
 
-metrics.jsonl has one JSON object in each line. `iter` counts the updates made before. Numbers that are not
+metrics.jsonl has one JSON object per line. `iter` is the number of steps made before. Numbers that are not
 finite are null.
 
 - A step: iter, loss (mean over the global batch, in nats), lr, grad_norm (before clipping), skipped (steps so
-  far that were skipped because the gradient was not finite), ms (milliseconds a step, mean since the last
-  line), tokens_per_s, mfu (percent; null where the peak is unknown), memory_gb (peak, in 10^9 bytes: tensors
-  on rank 0's GPU, or the process on a CPU).
+  far that were skipped because the gradient was not finite), ms (milliseconds per step, mean since the last
+  line), tokens_per_s (from ms), mfu (percent, a running mean; null in the first 5 steps after a start, and
+  where the peak is unknown), memory_gb (peak, in 10^9 bytes: tensors on rank 0's GPU, or the process on a
+  CPU).
 - An evaluation: iter, train/loss, val/loss, lr.
 - An event: event (its name), iter, time (ISO 8601, UTC). "start", when a run begins or is resumed, has
-  evaluated (whether this iter is already evaluated), config (every flag), parameters, flops_per_token,
+  evaluated (whether the evaluation at iter is done), config (every flag), parameters, flops_per_token,
   tokens_per_step, train_tokens, val_tokens, ranks, gpu (null on a CPU), torch. "stop", after a signal, has
   reason. A run that finishes ends with an evaluation.
 
-Lines are only ever added. A run that crashed repeats the steps since its last checkpoint. So `read` drops
-earlier lines whose iter is not below that of a later "start".
+A run only appends, after removing a half-written last line. After a crash it repeats the steps since its last
+checkpoint. So at each "start", `read` drops what came before with the same or a later iter, except an
+evaluation that is already done.
 """
 
 import json
@@ -41,11 +43,11 @@ from train.config import TrainConfig, resume_command, twice_as_long
 from train.distributed import Ranks
 from train.view import Lines
 
-SETTLING = 5  # the first steps are slower than the rest: they do not count for the estimates
+SETTLING = 5  # steps left out of the estimates: the first ones are slower
 
 
 class Metrics:
-    """Only rank 0 writes, but all ranks must call `step` and `evaluation`."""
+    """Only rank 0 writes, but all ranks must call `step`, which averages the loss over them."""
 
     def __init__(
         self,
@@ -54,20 +56,20 @@ class Metrics:
         model: GPT,
         view: Lines,
         progress: Progress,
-        before: dict[str, Any],
+        saved_flags: dict[str, Any],
     ):
-        """`progress` is where the run starts. `before` has the flags of a resumed checkpoint, or is {}."""
+        """`progress` is where the run starts. `saved_flags` are those of a resumed checkpoint, or {}."""
         self.config, self.ranks, self.model, self.view = config, ranks, model, view
         self.first_step = self.last_logged = progress.iter_num
         self.evaluated = progress.evaluated
         self.best_val_loss = progress.best_val_loss
         self.skipped = progress.skipped
-        self.before = before
+        self.saved_flags = saved_flags
         self.mfu: float | None = None
         self.seconds: float | None = None  # of a step, smoothed
         self.pauses: dict[str, list[float]] = {}  # seconds of each evaluation, compilation, ...
         self.wandb = self.file = None
-        self.beginning: dict[str, Any] | None = None  # the "start" event, written with the first record
+        self.start_event: dict[str, Any] | None = None  # written with the first record
         if ranks.is_main:
             if config.wandb_log:
                 self.wandb = _start_wandb(config, self.print)
@@ -88,7 +90,7 @@ class Metrics:
         tokens = step * config.max_iters
         parameters, flops = self.model.get_num_params(), self.model.flops_per_token()
         gpu = torch.cuda.get_device_name(config.device) if self.ranks.device_type == "cuda" else None
-        self.beginning = _event(
+        self.start_event = _event(
             "start", self.first_step, evaluated=self.evaluated, config=config.flat(), parameters=parameters,
             flops_per_token=flops, tokens_per_step=step, train_tokens=train_tokens, val_tokens=val_tokens,
             ranks=self.ranks.world_size, gpu=gpu, torch=torch.__version__,
@@ -101,24 +103,23 @@ class Metrics:
         backend = f", backend {config.backend}, strategy {config.strategy}" if self.ranks.backend else ""
         summary = {
             "parameters": f"{parameters / 1e6:.2f}M ({shape}, {c.vocab_size} symbols)",
-            "tokens a step": f"{step:,} ({train_tokens / step:,.0f} steps = one epoch)",
+            "tokens per step": f"{step:,} ({train_tokens / step:,.0f} steps = one epoch)",
             "data": f"{config.dataset}: {train_tokens:,} tokens to train on, {val_tokens:,} to validate",
             "run": f"{config.max_iters:,} steps, {tokens:,} tokens: {tokens / train_tokens:.2f} epochs, "
             f"{tokens / parameters:.1f} tokens per parameter (Chinchilla-optimal: 20)",
-            "cost": f"{flops:.2e} FLOPs a token, {flops * tokens:.2e} in the run",
+            "cost": f"{flops:.2e} FLOPs per token, {flops * tokens:.2e} in the run",
             "device": f"{config.device} x {self.ranks.world_size}{named}{backend}, {settings}",
         }
         if config.eval_only:
             del summary["run"], summary["cost"]
-        now = config.flat()
-        if self.before:  # an older checkpoint may have no residual_dtype
-            self.before.setdefault("residual_dtype", "float32")
+        saved, now = self.saved_flags, config.flat()
+        if saved:  # an older checkpoint may have no residual_dtype
+            saved.setdefault("residual_dtype", "float32")
+        compared = saved.keys() & now.keys() - {"init_from", "out_dir", "device", "backend", "profile"}
         changed = [
-            f"not as before: {name} was {self.before[name]!r} and is {now[name]!r}"
-            for name in sorted(
-                self.before.keys() & now.keys() - {"init_from", "out_dir", "device", "backend", "profile"}
-            )
-            if self.before[name] != now[name]
+            f"changed since the checkpoint: {name} {saved[name]!r} -> {now[name]!r}"
+            for name in sorted(compared)
+            if saved[name] != now[name]
         ]
         steps = 0 if config.eval_only else config.max_iters
         self.view.start(summary, min(self.first_step, steps), steps, self.best_val_loss)
@@ -144,9 +145,10 @@ class Metrics:
             mfu = self.model.estimate_mfu(sequences // self.ranks.world_size, seconds, config.dtype)
             self.mfu = mfu if self.mfu is None or mfu is None else 0.9 * self.mfu + 0.1 * mfu
             self.seconds = seconds if self.seconds is None else 0.9 * self.seconds + 0.1 * seconds
-        before, self.skipped = self.skipped, int(skipped)
-        if self.skipped > before:
-            self.print(f"iter {step}: {self.skipped - before} skipped, the gradient was not finite")
+        if new := int(skipped) - self.skipped:
+            noun = "step" if new == 1 else "steps"
+            self.print(f"iter {step}: skipped {new} {noun} with a non-finite gradient")
+            self.skipped += new
         record = {
             "iter": step, "loss": mean_loss, "lr": lr, "grad_norm": grad_norm.item(), "skipped": self.skipped,
             "ms": 1000 * seconds, "tokens_per_s": sequences * config.model.block_size / seconds,
@@ -166,7 +168,7 @@ class Metrics:
             self.wandb.log(record | ({} if self.mfu is None else {"mfu": 100 * self.mfu}))
 
     def stop(self, step: int, signal: str | None) -> None:
-        """The run ends early, because of a signal to this rank or, if `signal` is None, to another rank."""
+        """Reports that a signal ends the run early. `signal` is None if another rank received it."""
         if self.ranks.is_main:
             reason = f"stopped by {signal}" if signal else "stopped with another rank"
             latest = Path(self.config.out_dir, "ckpt.pt")
@@ -190,7 +192,7 @@ class Metrics:
 
     @contextmanager
     def paused(self, doing: str) -> Iterator[None]:
-        """The time inside does not count as time of a step."""
+        """Time spent inside is not counted as step time."""
         self._synchronize()
         paused = time.perf_counter()
         with self.view.busy(doing) if self.ranks.is_main else nullcontext():
@@ -201,12 +203,12 @@ class Metrics:
         self.started += seconds
 
     def part(self, done: int, total: int) -> None:
-        """The progress of what runs in `paused`."""
+        """Reports the progress of the code inside `paused`."""
         if self.ranks.is_main:
             self.view.part(done, total)
 
     def flush(self) -> None:
-        """Flushes to the disk. Called before a checkpoint, so that the file is never behind it."""
+        """Forces metrics.jsonl onto the disk: before each checkpoint, so that it is never older than that."""
         if self.file is not None:
             os.fsync(self.file.fileno())
 
@@ -218,19 +220,19 @@ class Metrics:
             self.wandb.finish()
 
     def _seconds_left(self, done: int) -> float | None:
-        """An estimate from the time of the last steps and of the last evaluation."""
+        """An estimate from the running mean of the step time and from the last evaluation."""
         evaluations = self.pauses.get("evaluating", [])
-        measures = evaluations[1:] if self.config.compile else evaluations  # the first compiles
+        times = evaluations[1:] if self.config.compile else evaluations  # the first includes compiling
         if self.seconds is None:
             return None
         last, interval = self.config.max_iters, self.config.eval_interval
         to_come = (last - 1) // interval - (done - 1) // interval + 1
-        return (last - done) * self.seconds + to_come * (measures[-1] if measures else 0.0)
+        return (last - done) * self.seconds + to_come * (times[-1] if times else 0.0)
 
     def _write(self, record: dict[str, Any]) -> None:
-        beginning, self.beginning = self.beginning, None
+        start, self.start_event = self.start_event, None
         if self.file is not None:
-            for each in (beginning, record) if beginning else (record,):
+            for each in (start, record) if start else (record,):
                 self.file.write(to_json(each) + "\n")
             self.file.flush()
 
@@ -252,8 +254,8 @@ def _event(name: str, step: int, **fields: Any) -> dict[str, Any]:
 def read(path: Path) -> list[dict[str, Any]]:
     """The steps and evaluations in a metrics.jsonl, each once.
 
-    It skips a last line that a crash has cut short. It skips lines that are not records too, and prints their
-    number to stderr. Raises OSError, and ValueError for a file of another program.
+    Skips a half-written last line. Notes on stderr how many other lines are not records. Raises OSError, and
+    ValueError for a file that is not ours.
     """
     _check_own(path)
     records: list[dict[str, Any]] = []
@@ -290,23 +292,23 @@ def _is_record(record: Any) -> bool:
 
 
 def _is_figure(value: Any) -> bool:
-    """A number that can be plotted, or null."""
+    """Whether a value is a number that can be plotted, or null."""
     return value is None or (type(value) in (int, float) and abs(value) < 1e100)
 
 
 def _check_own(path: Path) -> None:
-    """Raises ValueError if a run did not write the first line, so that no other program's file is changed."""
+    """Raises ValueError for a file that is not ours, so that we never append to another program's file."""
     with regular(path).open("rb") as file:
         first = file.readline()
     if first.endswith(b"\n") and not first.startswith((b'{"event": ', b'{"iter": ')):
         raise ValueError(
             f"{path} was not written by a training run of this project (it begins with {first[:60]!r}), and "
-            "is left unchanged: move it elsewhere, or choose another --out_dir"
+            "is left unchanged: move it elsewhere, or choose a different --out_dir"
         )
 
 
 def _open(path: Path) -> TextIO:
-    """Opens the file for appending, without a last line that a crash has cut short. Raises ValueError."""
+    """Opens for appending, after removing a half-written last line. Raises ValueError like `_check_own`."""
     if path.exists():
         _check_own(path)
     file = path.open("a+b")
@@ -324,11 +326,11 @@ def _memory(device: str) -> int:
 
 
 def _start_wandb(config: TrainConfig, say: Callable[[str], None]) -> Any:
-    """Logs offline if there is no API key and no terminal to ask for one."""
+    """Starts wandb; offline if there is no API key and no terminal to ask for one."""
     try:
         import wandb
 
-        # The folder wandb of offline runs can be imported too, as an empty package. It has no `init`.
+        # Offline runs leave a folder ./wandb, which imports as an empty package. It has no `init`.
         from wandb import init
     except ImportError:
         raise ValueError(
@@ -341,7 +343,7 @@ def _start_wandb(config: TrainConfig, say: Callable[[str], None]) -> Any:
         if "configured" not in str(error):  # not "No API key configured"
             raise ValueError(
                 f"wandb did not start ({error}); "
-                "WANDB_MODE=offline logs to the disk, --wandb_log=False not at all"
+                "set WANDB_MODE=offline to log to the disk, or --wandb_log=False to turn it off"
             ) from error
         run = start(mode="offline")
         say(f"wandb has no API key and logs to the disk; to upload later: wandb sync {Path(run.dir).parent}")

@@ -13,7 +13,7 @@ from gpt import cli
 Item = TypeVar("Item")
 
 # nanoGPT's words for two lines of the summary.
-NANOGPT = {"parameters": "number of parameters:", "tokens a step": "tokens per iteration will be:"}
+NANOGPT = {"parameters": "number of parameters:", "tokens per step": "tokens per iteration will be:"}
 PATIENCE = 5  # seconds without output after which a reader would wonder
 STOPS = {"starting": "once the run has begun", "compiling": "once the run has begun"}
 STOPS |= {"evaluating": "after this evaluation", "training": "after this step"}
@@ -141,7 +141,7 @@ class LiveView(Lines):
             "lr": f"{record['lr']:.2e}",
             "grad norm": f"{record['grad_norm']:.3f}",
             "tokens/s": f"{record['tokens_per_s']:,.0f}",
-            "ms a step": f"{record['ms']:,.1f}",
+            "ms/step": f"{record['ms']:,.1f}",
             "memory": f"{record['memory_gb']:.1f} GB",
         }
         if record["mfu"] is not None:
