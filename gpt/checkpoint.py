@@ -74,8 +74,8 @@ class Checkpoint:
 def model_args(config: GPTConfig) -> dict[str, Any]:
     """nanoGPT's model_args. If the model has options that nanoGPT lacks, these options alone.
 
-    nanoGPT's train.py ignores such options, and would go on to train a different model. So the sizes that it
-    reads are left out, and it fails.
+    nanoGPT's train.py ignores such options and would train a different model. So the sizes that it reads
+    are left out, and it fails.
     """
     return beyond_gpt2(config) or {name: getattr(config, name) for name in MODEL_ARGS}
 

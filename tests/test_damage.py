@@ -363,7 +363,7 @@ def test_a_shard_whose_header_counts_otherwise_is_refused(tmp_path):
         words[:2] = 20240520, 1
         words[2:4].view("<i8")[:] = count
         path.write_bytes(words.tobytes() + struct.pack("<4H", 1, 2, 3, 4))
-        with pytest.raises(ValueError, match="it is not whole"):
+        with pytest.raises(ValueError, match="it is incomplete"):
             shards.open_tokens(path)
 
 
