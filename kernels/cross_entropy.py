@@ -411,7 +411,7 @@ _backward_op = operator("cross_entropy_backward", _launch_backward, _fake_backwa
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, target, ctx.ignore_index = inputs
     ctx.save_for_backward(logits, target, output[1])
-    ctx.set_materialize_grads(False)  # lse has no gradient: autograd need not fill one with zeros
+    ctx.set_materialize_grads(False)  # lse gets no gradient: do not make zeros for it
 
 
 def _backward(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None, ...]:
