@@ -143,7 +143,7 @@ def _store(X, x, row, d, stride, T, D: tl.constexpr):
 def _dropout_factor(seed, m, n, head, dropout_p):
     """0 with probability dropout_p, else 1 / (1 - dropout_p), for the weight of query m on key n."""
     # Philox is counter-based: the random number depends on (seed, m, n, head) alone. So backward draws the
-    # same mask with other tiles in another order, and no T x T mask is stored.
+    # same mask with different tiles in a different order, and no T x T mask is stored.
     zero = (m + n) * 0  # gives every argument the shape of the tile
     random, _, _, _ = tl.philox(seed, m + zero, n + zero, head + zero, zero, n_rounds=7)
     return tl.where(tl.uint_to_uniform_float(random) >= dropout_p, 1 / (1 - dropout_p), 0.0)
@@ -212,8 +212,8 @@ def _forward_step(
 
 # A program owns a block of queries of one head and walks over the keys.
 #
-# `blocks` is not specialised: with blocks = 1 the loop below the diagonal is empty, and at D = 16 the ptxas of
-# Triton 3.6 crashes on that.
+# `blocks` is not specialised: with blocks = 1 the loop below the diagonal is empty, and the ptxas of Triton
+# 3.6 crashes on that at D = 16.
 @jit(do_not_specialize=("blocks",))
 def _attention_forward_kernel(
     QKV,  # (B, T, 3, H, D) in
@@ -244,7 +244,7 @@ def _attention_forward_kernel(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     seed = 0 if SEED is None else tl.load(SEED)
-    # A descriptor takes 32-bit indices.
+    # A descriptor needs 32-bit indices.
     batch32 = batch.to(tl.int32)
     flat_head = batch32 * H + head
     scale2 = scale * LOG2E  # exp(s * scale) = 2^(s * scale2)
@@ -276,6 +276,7 @@ def _dq_step(
     q, do, K, V, n, m, d, start_n, stride, dq, lse, delta, scale2, T, seed, head, dropout_p,
     D: tl.constexpr, DIAGONAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
+    """Adds one block of keys to dq."""
     k = _load(K + tl.cast(start_n, tl.int64) * stride, n, d, stride, T - start_n, D, DIAGONAL)
     v = _load(V + tl.cast(start_n, tl.int64) * stride, n, d, stride, T - start_n, D, DIAGONAL)
     p = tl.exp2(dot(q, tl.trans(k)) * scale2 - lse[:, None])
@@ -491,8 +492,8 @@ TILES = {
 # Tiles of forward with tensor descriptors. They are used up to D = 64, in half precision and without dropout.
 # Tuned on H200: 0.314 ms instead of 0.349 with pointers (D=64, T=1024, 768 heads).
 DESCRIPTOR_TILES = {INTERPRETER: Tile(16, 16, 4, 1), 90: Tile(64, 64, 4, 3)}
-# Tiles of dk and dv up to D = 64, if T is not a multiple of n or D is not a power of 2. Then loads need masks,
-# and masks need registers: a tile of 64 x 64 spills inside the loop with Triton 3.6, 3.8 and 3.9. Not tuned.
+# Tiles of dk and dv up to D = 64, if T is not a multiple of n or D not a power of 2. Then loads need masks,
+# which need registers: a tile of 64 x 64 spills inside the loop with Triton 3.6, 3.8 and 3.9. Not tuned.
 MASKED_TILES = {90: Tile(32, 64, 4, 3)}
 # Dropout's random numbers need registers too. So its tiles are smaller, on every architecture. Not tuned.
 DROPOUT_TILES = {

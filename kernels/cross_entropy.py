@@ -369,8 +369,7 @@ def write_gradient(
 
 
 def _check_range(target: Tensor, V: int, ignore_index: int) -> None:
-    """Raises ValueError for a target out of range, but only on a CPU: on a GPU the check would
-    synchronise."""
+    """Raises ValueError for a target out of range on a CPU. On a GPU the check would synchronise."""
     if target.device.type == "cpu":
         invalid = target[(target != ignore_index) & ((target < 0) | (target >= V))]
         if invalid.numel():
