@@ -99,8 +99,8 @@ def used_by_auto(arch: int, D: int, dtype: torch.dtype) -> bool:
     """Whether kernels="auto" uses these kernels for heads of size D.
 
     Only sm_90 is measured. Alone on an H200, they are 1.33x as fast as cuDNN at D=64, T=1024, and 0.84x at
-    D=128, T=2048. In a compiled training step at D=64, both take the same time (bench/LOG.md). The fp32 tiles
-    are made for checking, not for speed.
+    D=128, T=2048. A compiled training step at D=64 takes the same time with both (bench/LOG.md). The fp32
+    tiles are made for checking, not for speed.
     """
     return MIN_D <= D <= MAX_D and dtype != torch.float32 and not (arch == 90 and D > 64)
 
