@@ -62,8 +62,8 @@ def train(
     """
     given = given or {}
     out_dir = Path(config.out_dir)
-    # Each rank draws its own dropout masks. All ranks initialise weights too, but DDP and FSDP
-    # copy rank 0's.
+    # Each rank draws its own dropout masks. All ranks initialise weights too, but DDP and FSDP copy
+    # rank 0's.
     torch.manual_seed((config.seed + ranks.rank) % 2**64)
     # On a GPU, float32 matrix products may use TF32, as in nanoGPT.
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -114,7 +114,8 @@ def train(
     with cli.IfSlow("checking the data", ranks.is_main):
         data = preflight(eval_files, saved.data if same_data else {})
     micro_batches = read_ahead(train_file, progress.position, config.micro_batch, ranks)
-    # gradient_accumulation_steps is the total over all ranks, so a step has the same windows on any number.
+    # gradient_accumulation_steps is the total over all ranks. So a step has the same windows, however many
+    # ranks there are.
     accumulation = config.gradient_accumulation_steps // ranks.world_size
 
     # Logging. Compile before the first step, so that step times do not include it.
@@ -219,7 +220,7 @@ def train_step(
     grad_clip: float,
     precision: Precision,
 ) -> tuple[Tensor, Tensor]:
-    """One step of the optimizer over `accumulation` micro-batches of (inputs, targets).
+    """Makes one step of the optimizer on `accumulation` micro-batches of (inputs, targets).
 
     Returns (mean loss on this rank, norm of the gradient over all parameters before clipping) as tensors on
     the device, so nothing here waits for the GPU. If the norm is not finite, the step is skipped.
@@ -272,10 +273,10 @@ def estimate_loss(
     precision: Precision,
     part: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """The mean loss of eval_iters micro-batches of each file, always the same ones, divided among the ranks.
+    """Returns the mean loss of eval_iters micro-batches of each file: the same ones every time.
 
-    It draws no random numbers, so evaluating more often changes nothing else in a run. It calls `part` with
-    the number of finished micro-batches and their total.
+    The micro-batches are divided among the ranks. No random numbers are drawn, so evaluating more often
+    changes nothing else in a run. `part` is called with the number of finished micro-batches and their total.
     """
     model.eval()
     losses = {}
@@ -339,7 +340,7 @@ def tokenizer_to_save(
         data = unknown(
             vocab_size,
             f"vocab_size={vocab_size} is too small for GPT-2's encoding, and {data_dir} has no "
-            "tokenizer.json or meta.pkl that names another",
+            "tokenizer.json or meta.pkl that names a different one",
         )
     return saved if data["kind"] == "unknown" and saved["kind"] not in ("unknown", "gpt2") else data
 
