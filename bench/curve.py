@@ -25,7 +25,7 @@ from train import distributed
 from train.config import TrainConfig, resolve
 from train.data import TokenFile
 from train.distributed import Ranks
-from train.loop import estimate_loss, prepare, read_ahead, train_step
+from train.loop import estimate_loss, read_ahead, set_up, train_step
 from train.optim import learning_rate
 from train.prepare import corpora
 
@@ -48,7 +48,7 @@ def train(
     for spec in specs:
         torch.manual_seed(config.seed)
         models[spec] = GPT(replace(config.model, kernels=spec), ranks.device, config.dtype).to(ranks.device)
-        trained[spec] = prepare(models[spec], config, ranks)
+        trained[spec] = set_up(models[spec], config, ranks)
     losses: dict[str, list[torch.Tensor]] = {spec: [] for spec in specs}
     micro_batches = read_ahead(file, 0, config.micro_batch, ranks)
     print("step" + "".join(f"{spec:>25}" for spec in specs))

@@ -38,8 +38,7 @@ from gpt.model import GPT, GPTConfig
 from train import distributed, fit
 from train.config import TrainConfig
 from train.distributed import Ranks
-from train.loop import prepare as prepare_training
-from train.loop import train_step
+from train.loop import set_up, train_step
 
 ABLATIONS = ("layer_norm", "attention", "activation", "cross_entropy")
 OUT_OF_MEMORY = "out of memory"
@@ -88,7 +87,7 @@ def our_variant(
     torch.manual_seed(0)
     model = GPT(replace(config, **changes), ranks.device, dtype).to(ranks.device)
     settings = TrainConfig(dtype=dtype, compile=compiled, model=model.config)
-    trained, optimizer, scaler = prepare_training(model, settings, ranks)
+    trained, optimizer, scaler = set_up(model, settings, ranks)
     precision = partial(autocast, ranks.device, dtype)
     accumulation = _accumulation(step_tokens, batch_size * config.block_size, ranks)
     batch = _batch(config, batch_size, ranks.device)

@@ -38,16 +38,14 @@ from kernels.op import autocast_dtype
 Residual = Union[Tensor, "Stream"]  # the residual stream, (B, T, C)
 Attend = Callable[[Tensor], Tensor]  # qkv (B, T, 3, H, D) -> (B, T, H, D)
 ACTIVATIONS = {"gelu": "none", "gelu_tanh": "tanh"}  # name -> the `approximate` of F.gelu
-# Fields of GPTConfig that each run chooses. The others define the model and are saved with its weights.
+# Fields of GPTConfig that each run chooses. All others must match the weights.
 RUN_OPTIONS = ("dropout", "kernels", "activation_checkpointing", "residual_dtype")
 
 
 @dataclass
 class GPTConfig:
     block_size: int = 1024  # longest sequence, in tokens
-    vocab_size: int | None = (
-        50304  # GPT-2's 50257 symbols, padded to a multiple of 64; None: that of the data
-    )
+    vocab_size: int | None = 50304  # GPT-2's 50257, padded to a multiple of 64; None: the tokenizer's
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads; divides n_embd
     n_embd: int = 768  # width of the residual stream
@@ -61,17 +59,17 @@ class GPTConfig:
 
 
 class Stream(NamedTuple):
-    """A residual stream in fp32 whose gradient is bfloat16: half the bytes to read and write in backward.
+    """A residual stream in fp32 whose gradient is bfloat16, so backward moves half the bytes.
 
-    Autograd gives a gradient the dtype of its tensor. So the gradient goes to a second tensor, the carrier.
+    In autograd, a gradient has the dtype of its tensor. So the gradient goes to a second tensor, the carrier.
     """
 
     value: Tensor  # (B, T, C) fp32, without a gradient
     carrier: Tensor  # (B, T, C) bfloat16; its values are never read
 
 
-class LayerNorm(nn.Module):
-    """Adds an update to the residual stream and normalises the sum. The bias is optional."""
+class AddNorm(nn.Module):
+    """Adds an update to the residual stream and applies LayerNorm to the sum. The bias is optional."""
 
     def __init__(self, config: GPTConfig, ops: kernels.Kernels):
         super().__init__()
@@ -104,8 +102,8 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         if self.qk_norm:
-            # q and k get the length sqrt(D). With the usual factor 1 / sqrt(D), scores stay within
-            # +-sqrt(D), so the softmax of a head cannot saturate.
+            # q and k are scaled to the norm sqrt(D). With the usual factor 1 / sqrt(D), scores stay within
+            # +-sqrt(D), which bounds how far the softmax can saturate.
             qk = F.rms_norm(qkv[:, :, :2], qkv.shape[-1:], eps=1e-5).type_as(qkv)
             qkv = torch.cat((qk, qkv[:, :, 2:]), dim=2)
         # Each position attends to itself and to those before it. Generation brings its own `attend`, which
@@ -138,15 +136,15 @@ class Block(nn.Module):
         y = h + mlp(ln_2(h))
 
     One kernel computes an addition and the norm that follows it, in one pass over memory instead of two. The
-    last addition of a block goes with the first norm of the next. So x comes as two tensors that are still
-    to be added, x = residual + update, and y is returned in the same way.
+    last addition of a block is done by the first norm of the next block. So x comes as two tensors that are
+    still to be added, x = residual + update, and y is returned in the same way.
     """
 
     def __init__(self, config: GPTConfig, ops: kernels.Kernels):
         super().__init__()
-        self.ln_1 = LayerNorm(config, ops)
+        self.ln_1 = AddNorm(config, ops)
         self.attn = CausalSelfAttention(config, ops)
-        self.ln_2 = LayerNorm(config, ops)
+        self.ln_2 = AddNorm(config, ops)
         self.mlp = MLP(config, ops)
 
     def forward(
@@ -161,8 +159,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """All but the head: token ids (B, T) -> (B, T, C).
 
-    Generation gives the `position` (B, T) of each token in its sequence, and an `attend` for each block.
-    By default the tokens are a whole sequence, from position 0 on.
+    Generation passes the `position` (B, T) of each token in its sequence, and an `attend` for each block.
+    By default the tokens have the positions 0 to T - 1.
     """
 
     def __init__(self, config: GPTConfig, ops: kernels.Kernels):
@@ -172,7 +170,7 @@ class Transformer(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList([Block(config, ops) for _ in range(config.n_layer)])
-        self.ln_f = LayerNorm(config, ops)
+        self.ln_f = AddNorm(config, ops)
         self.activation_checkpointing = config.activation_checkpointing
         self.residual_dtype = config.residual_dtype
         self.ops = ops
@@ -180,11 +178,11 @@ class Transformer(nn.Module):
     def forward(
         self, idx: Tensor, position: Tensor | None = None, attend: Sequence[Attend] | None = None
     ) -> Tensor:
-        # Positions 0, 1, 2, ... are the first rows of wpe. The gradient of a slice is a plain sum over the
-        # batch, where that of an embedding is scattered row by row.
+        # Positions 0, 1, 2, ... are the first rows of wpe. A slice's gradient is a plain sum over the batch;
+        # an embedding's is a scatter.
         positions = self.wpe.weight[: idx.size(1)] if position is None else self.wpe(position)
         x = self.drop(self.ops.embedding(idx, self.wte.weight) + positions)
-        residual, update = self._start_of_stream(x), None
+        residual, update = self._to_residual_dtype(x), None
         for i, block in enumerate(self.h):
             arguments = residual, update, None if attend is None else attend[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -194,7 +192,7 @@ class Transformer(nn.Module):
         x, _ = self.ln_f(residual, update)
         return x
 
-    def _start_of_stream(self, x: Tensor) -> Residual:
+    def _to_residual_dtype(self, x: Tensor) -> Residual:
         """The embeddings x (B, T, C) in the dtype of the residual stream."""
         # Without bfloat16 autocast, the stream has the dtype of the weights.
         is_mixed_precision = x.dtype == torch.float32 and autocast_dtype(x) == torch.bfloat16
@@ -208,7 +206,10 @@ class Transformer(nn.Module):
 
 
 def choose_residual_dtype(config: GPTConfig, dtype: str, ops: kernels.Kernels) -> str:
-    """The residual_dtype of a model that computes in `dtype`. Raises ValueError if it cannot have that."""
+    """Resolves residual_dtype for a model that computes in `dtype`.
+
+    Raises ValueError if the combination is not supported.
+    """
     chosen = config.residual_dtype
     if chosen == "auto":
         triton_norms = ops.add_layer_norm_mixed is kernels.add_layer_norm_mixed
@@ -226,9 +227,8 @@ class GPT(nn.Module):
     """The language model.
 
     `for_device` and `dtype` ("float32", "bfloat16" or "float16") say where and in which precision the model
-    will compute: they decide what kernels="auto" and residual_dtype="auto" stand for, which `self.config`
-    then has. The weights are created on the CPU in float32: move the model with `.to(device)`, and compute
-    under autocast.
+    will compute. They resolve "auto" in kernels and residual_dtype; `self.config` holds the result. The
+    weights are created on the CPU in float32: move the model with `.to(device)`, and compute under autocast.
     """
 
     def __init__(self, config: GPTConfig, for_device: str = "cpu", dtype: str = "bfloat16"):
@@ -238,21 +238,21 @@ class GPT(nn.Module):
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
         if config.activation not in ACTIVATIONS:
-            raise ValueError(f"activation={config.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        # Refuses a head size that the chosen attention cannot compute: now, not in the first step.
+            raise ValueError(f"activation={config.activation!r} must be {' or '.join(ACTIVATIONS)}")
+        # This fails here, not in the first step, if attention does not support the head size.
         head_size = config.n_embd // config.n_head
         self.ops = kernels.load(config.kernels, for_device, head_size, DTYPES[dtype])
         residual_dtype = choose_residual_dtype(config, dtype, self.ops)
         self.config = replace(config, kernels=self.ops.spec, residual_dtype=residual_dtype)
         self.transformer = Transformer(self.config, self.ops)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # Weight tying: a token's embedding is also its row of the head. It predicts better, and the smallest
-        # GPT-2 would have 38M more parameters than its 124M without it.
+        # Weight tying: a token's embedding is also its row of the head. The model predicts better, and the
+        # smallest GPT-2 has 124M parameters instead of 163M.
         self.transformer.wte.weight = self.lm_head.weight
 
         self.apply(self._init_weights)
-        # As in GPT-2: the residual stream is a sum of 2 n_layer outputs, two per block. Each starts smaller
-        # by sqrt(2 n_layer), so the sum has the same variance at any depth.
+        # As in GPT-2: the residual stream is a sum of 2 n_layer outputs, two per block. Each is initialised
+        # sqrt(2 n_layer) times smaller, so the sum has the same variance at any depth.
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -274,9 +274,9 @@ class GPT(nn.Module):
         """idx (B, T) are int64 token ids; targets (B, T) are the ids that follow, or -1 for no loss there.
 
         Returns (logits, loss). With targets, the loss is the mean cross-entropy in nats. With
-        reduction="none" it has one value per target, (B, T), 0 where the target is -1. The logits are None
-        unless return_logits asks for them, (B, T, V). Without targets, the logits are those of the last
-        position, (B, 1, V), and the loss is None.
+        reduction="none" it has one value per target, (B, T), 0 where the target is -1. With return_logits
+        the logits are (B, T, V), otherwise None. Without targets, the logits are those of the last position,
+        (B, 1, V), and the loss is None.
         """
         T = idx.size(1)
         if self.config.block_size < T:
@@ -291,7 +291,7 @@ class GPT(nn.Module):
             logits = self.lm_head(x)
             loss = self.ops.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), **options)
         else:
-            # The fused loss computes the logits in chunks: all of them would be the largest tensor by far.
+            # The fused loss computes the logits in chunks. In full they would be by far the largest tensor.
             rows, weight = x.view(-1, x.size(-1)), self.lm_head.weight
             loss = self.ops.linear_cross_entropy(rows, weight, targets.reshape(-1), **options)
         return logits, loss if reduction == "mean" else loss.view_as(targets)
@@ -302,7 +302,7 @@ class GPT(nn.Module):
         return n_params - self.transformer.wpe.weight.numel() if non_embedding else n_params
 
     def crop_block_size(self, block_size: int) -> None:
-        """Shortens the context in place: position embeddings beyond `block_size` are dropped."""
+        """Shortens the context in place: drops the position embeddings from `block_size` on."""
         if block_size > self.config.block_size:
             raise ValueError(f"cannot crop block_size={self.config.block_size} to the larger {block_size}")
         self.config.block_size = block_size
@@ -321,7 +321,8 @@ class GPT(nn.Module):
         """Loads a GPT-2 by its Hugging Face name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or folder.
 
         Returns the model on `device`, in float32, with the logits that transformers computes. `override_args`
-        may set RUN_OPTIONS. Needs `transformers` (the extra [hf]). Raises ValueError.
+        may set RUN_OPTIONS. Needs `transformers` (the extra [hf]). Raises ValueError if the model cannot be
+        loaded or does not fit GPT.
         """
         override_args = override_args or {}
         if not override_args.keys() <= set(RUN_OPTIONS):
@@ -332,12 +333,15 @@ class GPT(nn.Module):
         return model.to(device)
 
     def load_weights(self, weights: dict[str, Tensor], source: str | Path) -> None:
-        """Copies `weights` into the model. A ValueError names the first that does not fit."""
+        """Copies `weights` into the model. Raises ValueError with the first name whose shape differs."""
         own = self.state_dict()
         for name in sorted(own.keys() | weights.keys()):
             there, here = (tuple(d[name].shape) if name in d else "missing" for d in (weights, own))
             if there != here:
-                raise ValueError(f"{source} does not fit the model: {name} is {there} there and {here} here")
+                raise ValueError(
+                    f"{source} does not fit the model: {name} is {there} in the weights and {here} in the "
+                    "model"
+                )
         self.load_state_dict(weights)
 
     def configure_optimizers(
@@ -360,9 +364,9 @@ class GPT(nn.Module):
 
         See appendix B of https://arxiv.org/abs/2204.02311.
         """
-        # A parameter takes one multiply-add in forward (2 FLOPs) and two in backward: 6. In attention, each
-        # of T positions takes 2 C multiply-adds per layer, for its score and its value: 12 C with backward.
-        # The full T x T matrix counts, although half of it is masked.
+        # A parameter needs one multiply-add in forward (2 FLOPs) and two in backward: 6 FLOPs. Attention
+        # needs 2 C multiply-adds per layer for each of the T keys, C for the score and C for the value: 12 C
+        # FLOPs with backward. The full T x T matrix counts, although half of it is masked.
         c = self.config
         return 6 * self.get_num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
@@ -390,9 +394,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Appends `max_new_tokens` sampled ids to idx (B, T) -> (B, T + max_new_tokens).
 
-        This is nanoGPT's loop: short, but each new token recomputes all tokens before it. Sampling uses
-        `gpt.generate.stream`, which draws the same tokens with a cache. Call model.eval() first. Raises
-        ValueError if the logits are not finite.
+        This is nanoGPT's loop: short, but each new token recomputes all tokens before it.
+        `python -m gpt.sample` uses `gpt.generate.stream`, which draws the same tokens with a cache. Call
+        model.eval() first. Raises ValueError if the logits are not finite.
         """
         sampling = Sampling(temperature, top_k, top_p)
         for _ in range(max_new_tokens):

@@ -8,7 +8,8 @@ and `from kernels.gelu import TILES` imports from the file.
 A model calls `load(spec)` once and uses the operations that it returns:
 
     "auto"                       Triton on an NVIDIA GPU of sm_80 or newer, otherwise PyTorch. Attention is
-                                 PyTorch's where Triton's is slower (`attention.pays_off`)
+                                 PyTorch's where `attention.used_by_auto` says no: where
+                                 Triton's cannot run or is slower
     "triton"                     the kernels of this folder
     "torch"                      PyTorch's operations
     "triton,attention=torch"     a default, then exceptions by family: layer_norm, attention,
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 
-from kernels.attention import CAUSAL_ATTENTION, MAX_D, MIN_D, causal_attention, pays_off
+from kernels.attention import CAUSAL_ATTENTION, MAX_D, MIN_D, causal_attention, used_by_auto
 from kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from kernels.decode import DECODE_ATTENTION, decode_attention
 from kernels.embedding import EMBEDDING, embedding
@@ -87,7 +88,7 @@ def load(
     on_gpu = torch.device(device).type == "cuda" and obstacle is None
     if default == "auto":
         choice = dict.fromkeys(FAMILIES, "triton" if on_gpu else "torch")
-        if on_gpu and not pays_off(architecture_of(torch.device(device)), head_size, dtype):
+        if on_gpu and not used_by_auto(architecture_of(torch.device(device)), head_size, dtype):
             choice["attention"] = "torch"
     else:
         choice = dict.fromkeys(FAMILIES, default)

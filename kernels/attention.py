@@ -54,7 +54,7 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
     """qkv (B, T, 3, H, D) -> (B, T, H, D): each position attends to itself and to all earlier ones.
 
     T can be any length, and D from 16 to 128. `dropout_p` is the probability of dropping an attention weight.
-    Each call with dropout draws one seed from torch's generator of the device. Under autocast qkv is first
+    Each call with dropout draws one seed from the device's torch generator. Under autocast qkv is first
     cast to the autocast dtype; the result has the same dtype. Raises ValueError for bad arguments.
     """
     _check("causal_attention", qkv, dropout_p)
@@ -95,11 +95,12 @@ def check_head_size(name: str, argument: str, tensor: Tensor) -> None:
         )
 
 
-def pays_off(arch: int, D: int, dtype: torch.dtype) -> bool:
-    """Whether these kernels are at least as fast as PyTorch's attention, as far as we have measured.
+def used_by_auto(arch: int, D: int, dtype: torch.dtype) -> bool:
+    """Whether kernels="auto" uses these kernels for heads of size D.
 
-    On an H200 they are 1.33x as fast as cuDNN at D=64, T=1024, and 0.84x at D=128, T=2048. The fp32 tiles are
-    made for checking, not for speed.
+    Only sm_90 is measured. Alone on an H200, they are 1.33x as fast as cuDNN at D=64, T=1024, and 0.84x at
+    D=128, T=2048. A compiled training step at D=64 takes the same time with both (bench/LOG.md). The fp32
+    tiles are made for checking, not for speed.
     """
     return MIN_D <= D <= MAX_D and dtype != torch.float32 and not (arch == 90 and D > 64)
 
@@ -107,9 +108,10 @@ def pays_off(arch: int, D: int, dtype: torch.dtype) -> bool:
 @jit
 def _program_position(blocks, H, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
     """(batch, head, first row of the block) of this program."""
-    # The heads of a batch element run side by side, so its keys and values stay in the L2 cache. Late queries
-    # see more keys than early ones, so their blocks take longer. Those blocks start first, and short ones
-    # fill the gaps at the end. Blocks of keys have the opposite order, because more queries see early keys.
+    # The heads of a batch element run side by side, so its keys and values stay in the L2 cache. Long blocks
+    # start first, and short ones fill the gaps at the end. The last queries see the most keys, so blocks of
+    # queries start with the last. The first keys are seen by the most queries, so blocks of keys start with
+    # the first.
     program = tl.program_id(0)
     batch = program // (blocks * H)
     block = program % (blocks * H) // H
@@ -141,7 +143,7 @@ def _store(X, x, row, d, stride, T, D: tl.constexpr):
 def _dropout_factor(seed, m, n, head, dropout_p):
     """0 with probability dropout_p, else 1 / (1 - dropout_p), for the weight of query m on key n."""
     # Philox is counter-based: the random number depends on (seed, m, n, head) alone. So backward draws the
-    # same mask with other tiles in another order, and no T x T mask is stored.
+    # same mask with different tiles in a different order, and no T x T mask is stored.
     zero = (m + n) * 0  # gives every argument the shape of the tile
     random, _, _, _ = tl.philox(seed, m + zero, n + zero, head + zero, zero, n_rounds=7)
     return tl.where(tl.uint_to_uniform_float(random) >= dropout_p, 1 / (1 - dropout_p), 0.0)
@@ -150,9 +152,9 @@ def _dropout_factor(seed, m, n, head, dropout_p):
 @jit
 def _wait_for_product(x):
     """Returns the accumulator x once its product is complete."""
-    # Triton lets a product run on into the next iteration. When ptxas cannot track that (its warning C7515,
-    # for two accumulators, or for one in Triton 3.9), it waits after every wgmma instruction on sm_90. An
-    # empty instruction that reads x makes Triton wait only once, at the end of the product.
+    # Triton lets a product run on into the next iteration. On sm_90 ptxas sometimes cannot track that (its
+    # warning C7515). Then it waits after every wgmma instruction. An empty instruction that reads x makes
+    # Triton wait only once, at the end of the product.
     if not INTERPRETED:
         x = tl.inline_asm_elementwise("", "=f,0", [x], dtype=tl.float32, is_pure=True, pack=1)
     return x
@@ -160,25 +162,28 @@ def _wait_for_product(x):
 
 @jit
 def _tile(
-    X, ROWS, batch, part, head, start, rows, d, stride, T, D: tl.constexpr, MASK: tl.constexpr,
+    X, DESC, batch, part, head, start, rows, d, stride, T, D: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one head's q, k or v (part 0, 1, 2) from row `start` on, 0 from row T on: (rows, BLOCK_D)."""
-    # With the descriptor ROWS, the tensor memory accelerator loads the tile. It computes the addresses, which
+    """Rows start, start + 1, ... of one head's q, k or v (part 0, 1, 2): (rows, BLOCK_D).
+
+    With MASK or a descriptor, rows from T on are 0.
+    """
+    # With the descriptor DESC, the tensor memory accelerator loads the tile. It computes the addresses, which
     # saves registers and instructions.
-    if ROWS is None:
+    if DESC is None:
         x = _load(X + tl.cast(start, tl.int64) * stride, rows, d, stride, T - start, D, MASK)
     else:
-        x = ROWS.load([batch, start, part, head, 0]).reshape(rows.shape[0], d.shape[0])
+        x = DESC.load([batch, start, part, head, 0]).reshape(rows.shape[0], d.shape[0])
     return x
 
 
 @jit
 def _forward_step(
-    q, K, V, ROWS, batch, head, n, m, d, start_n, stride, acc, l_i, m_i, scale2, T,
+    q, K, V, DESC, batch, head, n, m, d, start_n, stride, acc, l_i, m_i, scale2, T,
     seed, flat_head, dropout_p, D: tl.constexpr, DIAGONAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Adds one block of keys and values to acc, l_i and m_i."""
-    k = _tile(K, ROWS, batch, 1, head, start_n, n, d, stride, T, D, DIAGONAL)
+    k = _tile(K, DESC, batch, 1, head, start_n, n, d, stride, T, D, DIAGONAL)
     s = dot(q, tl.trans(k))
     # Online softmax. With s = q k^T * scale2, each query has, over the keys so far,
     #     m_i = max(s)        l_i = sum(2^(s - m_i))        acc = sum(2^(s - m_i) v)
@@ -200,19 +205,19 @@ def _forward_step(
     # Dropout comes after the softmax: it changes acc, but not the denominator l_i.
     if DROPOUT:
         p *= _dropout_factor(seed, m[:, None], start_n + n[None, :], flat_head, dropout_p)
-    v = _tile(V, ROWS, batch, 2, head, start_n, n, d, stride, T, D, DIAGONAL)
+    v = _tile(V, DESC, batch, 2, head, start_n, n, d, stride, T, D, DIAGONAL)
     acc = _wait_for_product(dot(round_to(p, v.dtype), v, acc * alpha[:, None]))
     return acc, l_i, m_ij
 
 
 # A program owns a block of queries of one head and walks over the keys.
 #
-# Triton would specialise for blocks = 1, where the loop below the diagonal is empty. The ptxas of Triton 3.6
-# crashes on that variant at D = 16.
+# `blocks` is not specialised: with blocks = 1 the loop below the diagonal is empty, and the ptxas of Triton
+# 3.6 crashes on that at D = 16.
 @jit(do_not_specialize=("blocks",))
 def _attention_forward_kernel(
     QKV,  # (B, T, 3, H, D) in
-    ROWS,  # a descriptor of QKV for tiles of BLOCK_M rows, which requires BLOCK_N = BLOCK_M; or None
+    DESC,  # a descriptor of QKV for tiles of BLOCK_M rows, which requires BLOCK_N = BLOCK_M; or None
     OUT,  # (B, T, H, D) out, contiguous
     LSE,  # (B, H, T) out, fp32, base 2
     SEED,  # (1,) in, int64, or None without dropout
@@ -239,25 +244,25 @@ def _attention_forward_kernel(
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     seed = 0 if SEED is None else tl.load(SEED)
-    # A descriptor takes 32-bit indices.
+    # A descriptor needs 32-bit indices.
     batch32 = batch.to(tl.int32)
     flat_head = batch32 * H + head
     scale2 = scale * LOG2E  # exp(s * scale) = 2^(s * scale2)
 
     rows = tl.arange(0, BLOCK_M)
-    q = _tile(Q, ROWS, batch32, 0, head, start_m, rows, d, stride, T, D, True)
+    q = _tile(Q, DESC, batch32, 0, head, start_m, rows, d, stride, T, D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     m_i = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     # Blocks below the diagonal need no mask, so they have a separate loop, which Triton can pipeline.
     for start_n in tl.range(0, start_m, BLOCK_N, num_stages=STAGES):
         acc, l_i, m_i = _forward_step(
-            q, K, V, ROWS, batch32, head, n, m, d, start_n, stride, acc, l_i, m_i, scale2, T,
+            q, K, V, DESC, batch32, head, n, m, d, start_n, stride, acc, l_i, m_i, scale2, T,
             seed, flat_head, dropout_p, D, False, SEED is not None,
         )  # fmt: skip
     for start_n in tl.range(start_m, tl.minimum(start_m + BLOCK_M, T), BLOCK_N, num_stages=1):
         acc, l_i, m_i = _forward_step(
-            q, K, V, ROWS, batch32, head, n, m, d, start_n, stride, acc, l_i, m_i, scale2, T,
+            q, K, V, DESC, batch32, head, n, m, d, start_n, stride, acc, l_i, m_i, scale2, T,
             seed, flat_head, dropout_p, D, True, SEED is not None,
         )  # fmt: skip
     out = OUT + (batch * T + start_m) * H * D + head * D
@@ -271,6 +276,7 @@ def _dq_step(
     q, do, K, V, n, m, d, start_n, stride, dq, lse, delta, scale2, T, seed, head, dropout_p,
     D: tl.constexpr, DIAGONAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
+    """Adds one block of keys to dq."""
     k = _load(K + tl.cast(start_n, tl.int64) * stride, n, d, stride, T - start_n, D, DIAGONAL)
     v = _load(V + tl.cast(start_n, tl.int64) * stride, n, d, stride, T - start_n, D, DIAGONAL)
     p = tl.exp2(dot(q, tl.trans(k)) * scale2 - lse[:, None])
@@ -283,11 +289,11 @@ def _dq_step(
     return dot(round_to(ds, k.dtype), k, dq)
 
 
-# Backward is two kernels: dq is a sum over keys, but dk and dv are sums over queries. A single kernel could
-# keep only one of these sums in its programs. It would add to the other with atomics, in a different order
-# every run. So a program of this kernel owns a block of queries, a program of the next kernel owns a block of
-# keys, and the bits are the same every run. The price is 7 matrix products instead of 5, because both kernels
-# compute q k^T and do v^T.
+# Backward is two kernels: dq is a sum over keys, but dk and dv are sums over queries. One kernel could keep
+# one of these in registers. For the other it would need atomics, whose order changes from run to run. So a
+# program of this kernel owns a block of queries, a program of the next kernel owns a block of keys, and the
+# bits are the same every run. The price is 7 matrix products instead of 5, because both kernels compute q k^T
+# and do v^T.
 @jit(do_not_specialize=("blocks",))
 def _attention_dq_kernel(
     QKV,  # (B, T, 3, H, D) in
@@ -295,7 +301,7 @@ def _attention_dq_kernel(
     DOUT,  # (B, T, H, D) in
     LSE,  # (B, H, T) in, fp32, base 2
     DELTA,  # (B, H, T) out, fp32
-    DQKV,  # (B, T, 3, H, D) out, contiguous: its q
+    DQKV,  # (B, T, 3, H, D) out, contiguous: only the q part is written
     SEED,  # (1,) in, int64, or None without dropout
     batch_stride,
     stride,
@@ -362,7 +368,7 @@ def _dkdv_step(
     rows_left = T - start_m
     q = _load(Q + tl.cast(start_m, tl.int64) * stride, m, d, stride, rows_left, D, MASK)
     do = _load(DO + tl.cast(start_m, tl.int64) * dout_stride, m, d, dout_stride, rows_left, D, MASK)
-    # From row T on, q, do, lse and delta are 0. There p is 1, but p do and ds q are 0.
+    # From row T on, q, do, lse and delta are 0. There p is 1, but adds 0 to dv and dk.
     if MASK:
         lse = tl.load(LSE + start_m + m, mask=m < rows_left, other=0)
         delta = tl.load(DELTA + start_m + m, mask=m < rows_left, other=0)
@@ -392,7 +398,7 @@ def _attention_dkdv_kernel(
     DOUT,  # (B, T, H, D) in
     LSE,  # (B, H, T) in, fp32, base 2
     DELTA,  # (B, H, T) in, fp32
-    DQKV,  # (B, T, 3, H, D) out, contiguous: its k and v
+    DQKV,  # (B, T, 3, H, D) out, contiguous: only the k and v parts are written
     SEED,  # (1,) in, int64, or None without dropout
     batch_stride,
     stride,
@@ -449,7 +455,11 @@ def _attention_dkdv_kernel(
 
 
 class Tile(NamedTuple):
-    """m queries by n keys. The block that a program owns is a multiple of the block that it walks over."""
+    """m queries by n keys.
+
+    Programs of forward and dq own m queries and walk over keys, n at a time: m is a multiple of n. Programs
+    of dk and dv own n keys and walk over queries, m at a time: n is a multiple of m.
+    """
 
     m: int
     n: int
@@ -457,8 +467,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# architecture -> D up to 64, or up to 128 -> tiles of (forward, dq, dk and dv) in half precision. Tiles that
-# are not tuned were chosen by the registers and spills that bench.aot reports.
+# TILES[architecture][64 or 128] = tiles of (forward, dq, dk and dv) for D up to 64 or 128, in half precision.
+# Tiles that are not tuned were chosen by the registers and spills that bench.aot reports.
 _SMALL = (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))
 TILES = {
     INTERPRETER: {64: _SMALL, 128: _SMALL},
@@ -479,13 +489,13 @@ TILES = {
         128: (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
     },
 }
-# Forward with tensor descriptors, where that is faster than with pointers: up to D = 64, in half precision
-# and without dropout. Tuned on H200: 0.314 ms instead of 0.349 (D=64, T=1024, 768 heads).
+# Tiles of forward with tensor descriptors. They are used up to D = 64, in half precision and without dropout.
+# Tuned on H200: 0.314 ms instead of 0.349 with pointers (D=64, T=1024, 768 heads).
 DESCRIPTOR_TILES = {INTERPRETER: Tile(16, 16, 4, 1), 90: Tile(64, 64, 4, 3)}
-# dk and dv up to D = 64, if T or D is not a multiple of the tile. Then loads need masks, which take
-# registers: a tile of 64 x 64 spills inside the loop with Triton 3.6, 3.8 and 3.9. Not tuned.
+# Tiles of dk and dv up to D = 64, if T is not a multiple of n or D not a power of 2. Then loads need masks,
+# which need registers: a tile of 64 x 64 spills inside the loop with Triton 3.6, 3.8 and 3.9. Not tuned.
 MASKED_TILES = {90: Tile(32, 64, 4, 3)}
-# Dropout's random numbers take registers too, so its tiles are smaller, on every architecture. Not tuned.
+# Dropout's random numbers need registers too. So its tiles are smaller, on every architecture. Not tuned.
 DROPOUT_TILES = {
     64: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     128: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
@@ -539,8 +549,7 @@ def descriptor(qkv: Tensor, seed: Tensor | None) -> tuple[Any, Tile] | None:
     D, size = qkv.shape[-1], qkv.element_size()
     if tile is None or seed is not None or qkv.dtype == torch.float32 or D > 64:
         return None
-    # The tensor memory accelerator needs every row of D elements to start at a multiple of 16 bytes, and no
-    # stride of 0.
+    # The tensor memory accelerator needs 16-byte aligned rows and strides, none of them 0.
     if qkv.data_ptr() % 16 or any(s <= 0 or s * size % 16 for s in qkv.stride()[:-1]):
         return None
     rows = [1, tile.m, 1, 1, head_constants(D)["BLOCK_D"]]
@@ -553,11 +562,11 @@ def _launch_forward(qkv: Tensor, seed: Tensor | None, dropout_p: float) -> tuple
     qkv = _dense(qkv)
     B, T, _, H, D = qkv.shape
     if out.numel():
-        rows, tile = descriptor(qkv, seed) or (None, _tiles(qkv, seed)[0])
+        desc, tile = descriptor(qkv, seed) or (None, _tiles(qkv, seed)[0])
         blocks = -(-T // tile.m)
         launch(
             _attention_forward_kernel, (B * blocks * H,),
-            qkv, rows, out, lse, seed, *qkv.stride()[:4], T, H, blocks, D**-0.5, dropout_p,
+            qkv, desc, out, lse, seed, *qkv.stride()[:4], T, H, blocks, D**-0.5, dropout_p,
             **_constants(D, tile),
         )  # fmt: skip
     return out, lse
@@ -604,7 +613,7 @@ _backward_op = operator("causal_attention_backward", _launch_backward, _fake_bac
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, seed, ctx.dropout_p = inputs
     ctx.save_for_backward(qkv, *output, seed)
-    ctx.set_materialize_grads(False)  # lse has no gradient: autograd need not fill one with zeros
+    ctx.set_materialize_grads(False)  # lse gets no gradient: do not make zeros for it
 
 
 def _backward(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
@@ -617,7 +626,7 @@ _forward_op.register_autograd(_backward, setup_context=_setup_context)
 def _inputs(
     dtype: torch.dtype, device: str, B: int, T: int, H: int, D: int, expanded: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """With `expanded`, the batch has a stride of 0. Then qkv must be read by pointers."""
+    """With `expanded`, the batch has a stride of 0, which rules out descriptors."""
     qkv = torch.randn(1 if expanded else B, T, 3, H, D, device=device).to(dtype)
     return {"qkv": qkv.expand(B, T, 3, H, D), **options}
 
@@ -636,6 +645,7 @@ def _run_all(qkv, dropout_p=0.0):
 
 
 def _slots(qkv: Tensor, dropout_p: float = 0.0) -> Iterator[Slot]:
+    """The entries of the tile tables that this call uses, with the tiles that bench.sweep tries."""
     if qkv.dtype == torch.float32 or dropout_p:
         return
     arch, width = architecture(qkv), head_width(qkv.shape[-1])

@@ -369,8 +369,7 @@ def write_gradient(
 
 
 def _check_range(target: Tensor, V: int, ignore_index: int) -> None:
-    """Raises ValueError for a target out of range, but only on a CPU: on a GPU the check would
-    synchronise."""
+    """Raises ValueError for a target out of range on a CPU. On a GPU the check would synchronise."""
     if target.device.type == "cpu":
         invalid = target[(target != ignore_index) & ((target < 0) | (target >= V))]
         if invalid.numel():
@@ -411,7 +410,7 @@ _backward_op = operator("cross_entropy_backward", _launch_backward, _fake_backwa
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, target, ctx.ignore_index = inputs
     ctx.save_for_backward(logits, target, output[1])
-    ctx.set_materialize_grads(False)  # lse has no gradient: autograd need not fill one with zeros
+    ctx.set_materialize_grads(False)  # lse gets no gradient: do not make zeros for it
 
 
 def _backward(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None, ...]:

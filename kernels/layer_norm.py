@@ -63,7 +63,7 @@ def layer_norm(
     """`F.layer_norm` over the last dimension: input (..., C), weight and bias (C,) or None -> (..., C).
 
     C is at most 8192. The kernel computes in fp32. The result has the input's dtype, or under autocast the
-    autocast dtype. weight and bias may have another dtype. Raises ValueError for bad arguments.
+    autocast dtype. weight and bias may have a different dtype. Raises ValueError for bad arguments.
     """
     if tuple(normalized_shape) != tuple(input.shape[-1:]):
         raise ValueError(
@@ -97,7 +97,7 @@ def add_layer_norm(
     if input.shape != residual.shape:
         raise ValueError(
             f"add_layer_norm: input {tuple(input.shape)} and residual {tuple(residual.shape)} "
-            "must have one shape"
+            "must have the same shape"
         )
     _check("add_layer_norm", input, weight, bias, residual)
     dtype = torch.promote_types(input.dtype, residual.dtype)
@@ -117,13 +117,13 @@ def add_layer_norm_reference(
 def add_layer_norm_mixed(
     input: Tensor | None, residual: Tensor, carrier: Tensor, weight: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`add_layer_norm` for a fp32 stream with a bfloat16 gradient -> (normed, summed, next carrier).
+    """`add_layer_norm` for an fp32 stream with a bfloat16 gradient -> (normed, summed, next carrier).
 
-    Autograd gives a gradient the dtype of its tensor, and `residual` (..., C) is fp32. So `residual` is
+    In autograd, a gradient has the dtype of its tensor, and `residual` (..., C) is fp32. So `residual` is
     detached and gets no gradient. Instead the gradient of the stream flows from the next carrier to `carrier`
     (..., C). Only the gradients of carriers matter; their values are never read. `carrier`, `input` and
-    `normed` have one dtype, bfloat16 or fp32, also under autocast. Before the first layer `input` is None,
-    and nothing is added. Raises ValueError for bad arguments.
+    `normed` have the same dtype, bfloat16 or fp32, also under autocast. Before the first layer `input` is
+    None, and nothing is added. Raises ValueError for bad arguments.
     """
     name = "add_layer_norm_mixed"
     _check(name, residual, weight, None)
@@ -287,7 +287,7 @@ def _norm_backward_kernel(
     MEAN,  # (rows,) in, fp32, or None
     RSTD,  # (rows,) in, fp32
     DX,  # (rows, C) out
-    DRESIDUAL,  # (rows, C) out: dx in another dtype, or None if both have one dtype
+    DRESIDUAL,  # (rows, C) out: dx in a different dtype, or None if both have the same
     DW,  # (programs, C) out, fp32, or None
     DB,  # (programs, C) out, fp32, or None
     rows,
@@ -502,7 +502,7 @@ def _fake_forward(input, residual, weight, bias, eps, dtype, carrier=None):
         summed = input.new_empty(input.shape, dtype=torch.promote_types(input.dtype, residual.dtype))
     mean = input.new_empty(rows if carrier is None else 0, dtype=torch.float32)
     rstd = input.new_empty(rows, dtype=torch.float32)
-    # A carrier is one 0, expanded to the full shape. Only its gradient takes memory.
+    # A carrier is one 0, expanded to the full shape. Only its gradient uses memory.
     next_carrier = input.new_empty(0) if carrier is None else carrier.new_empty(1).expand(carrier.shape)
     return input.new_empty(input.shape, dtype=dtype), summed, mean, rstd, next_carrier
 
@@ -528,7 +528,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     else:
         ctx.save_for_backward(normed, weight, None, rstd)
     ctx.dtypes = [None if t is None else t.dtype for t in (input, residual, bias, carrier)]
-    # The last sum of a model has no gradient. Without this, the kernel would read a tensor of zeros.
+    # The last sum of a model gets no gradient. Do not make zeros for it, which the kernel would read.
     ctx.set_materialize_grads(False)
 
 
@@ -618,7 +618,7 @@ def _cost(input: Tensor, weight: Tensor | None = None, residual: Tensor | None =
     if residual is not None:
         stream = residual.element_size()
         forward = 2 * size + 2 * stream
-        # If input and residual have one dtype, they share one gradient.
+        # If input and residual have the same dtype, they share one gradient.
         backward = size + 3 * stream + (0 if stream == size else size)
     return Cost(forward * n, backward * n, 8 * n, 12 * n)
 

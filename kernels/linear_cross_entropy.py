@@ -4,20 +4,19 @@
 
     loss = cross_entropy(input @ linear_weight.T, target)
 
-The (N, V) logits never exist at once. Forward takes the rows in chunks and computes the gradients too, so no
-logits need to be saved or computed again. For each chunk:
+The full (N, V) logits are never in memory. Forward splits the rows into chunks and computes the gradients
+too, so no logits need to be saved or computed again. For each chunk:
 
-    logits = input[chunk] @ linear_weight.T           a product of cuBLAS
+    logits = input[chunk] @ linear_weight.T           a cuBLAS product
     G = softmax(logits) - one_hot(target[chunk])      written over the logits by cross_entropy.py
     dinput[chunk] = G @ linear_weight
     dlinear_weight += G.T @ input[chunk]              in fp32
 
-The arguments have the order of `F.linear_cross_entropy` of PyTorch 2.13.
+Arguments as in PyTorch 2.13's `F.linear_cross_entropy`.
 
 Source: Liger Kernel, https://arxiv.org/abs/2410.10989; Cut Cross-Entropy, https://arxiv.org/abs/2411.09009
 """
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,10 +34,10 @@ from kernels.cross_entropy import (
 )
 from kernels.op import Cost, Op, autocast_dtype, check_tensors, device_memory, operator
 
-# The logits of a chunk take at most 2 GiB, which is 16384 rows of 50304 logits in half precision, and at most
-# 1/50 of the GPU's memory. Large chunks are faster, because each chunk reads and writes the whole fp32
-# gradient of the weight. On an H200, with 65536 rows, V = 50304 and C = 768: 22.8 ms with chunks of 16384
-# rows, 23.5 ms with 8192 and 26.1 ms with 2048.
+# The logits of a chunk use at most 2 GiB and at most 1/50 of the GPU's memory. In half precision, 65536 rows
+# of 50304 logits are 6.1 GiB, so they become 4 chunks of 16384 rows. Large chunks are faster, because each
+# chunk reads and writes the whole fp32 gradient of the weight. On an H200 with C = 768, these 4 chunks take
+# 22.8 ms, 8 chunks 23.5 ms and 32 chunks 26.1 ms.
 BUDGET = 2 << 30
 SHARE = 50
 # Rows of logits are padded to a multiple of 64 elements, so each one starts on a 128-byte line.
@@ -57,11 +56,12 @@ def linear_cross_entropy(
     """cross_entropy(F.linear(input, linear_weight), target) without the (N, V) logits -> () or (N,), fp32.
 
     input (N, C), linear_weight (V, C), target (N,) int64. `chunk_size` is the number of rows per chunk; by
-    default the logits of a chunk take 2 GiB, or 2% of the GPU's memory if that is less. Under autocast the
-    products have the autocast dtype, otherwise input and linear_weight must have one dtype. A gradient has
-    the dtype of its tensor: a fp32 weight gets the sum over the chunks without rounding. Gradients that are
-    not needed are not computed. A target out of range is treated as in `cross_entropy`. PyTorch's
-    linear_bias, weight, label_smoothing and options are not supported. Raises ValueError for bad arguments.
+    default the logits of a chunk use at most 2 GiB, or 2% of the GPU's memory if that is less. Under autocast
+    the products run in the autocast dtype, otherwise input and linear_weight must have the same dtype. A
+    gradient has the dtype of its tensor: an fp32 weight gets the unrounded fp32 sum over the chunks.
+    Gradients that are not needed are not computed. A target out of range raises ValueError on a CPU. On a GPU
+    it makes the loss and the gradients NaN. PyTorch's linear_bias, weight, label_smoothing and options are
+    not supported. Raises ValueError for bad arguments.
     """
     check_tensors("linear_cross_entropy", input=input, linear_weight=linear_weight)
     if input.dim() != 2 or linear_weight.dim() != 2 or input.shape[1:] != linear_weight.shape[1:]:
@@ -103,10 +103,10 @@ def linear_cross_entropy_reference(
 
 
 def chunk_rows(N: int, V: int, itemsize: int, memory: float | None = None) -> int:
-    """Rows per chunk, a multiple of 128. `memory` is the GPU's, in bytes."""
+    """Rows per chunk: N, or a multiple of 128. `memory` is the GPU's, in bytes."""
     budget = BUDGET if memory is None else min(BUDGET, int(memory) // SHARE)
     max_rows = max(128, budget // (-(-V // ALIGN) * ALIGN * itemsize) // 128 * 128)
-    # As few chunks as fit the budget, and all of about the same size.
+    # Split into as few, equally large chunks as the budget allows.
     chunks = -(-N // max_rows)
     return N if chunks <= 1 else -(-N // chunks // 128) * 128
 
@@ -120,18 +120,18 @@ class _Chunks:
         weight: Tensor,
         chunk_size: int | None,
         dtype: torch.dtype,
-        d_input: bool,
-        d_weight: bool,
+        needs_dinput: bool,
+        needs_dweight: bool,
     ) -> None:
-        # Under autocast `dtype` is the autocast dtype, so autocast does not change the products below.
+        # Casting to `dtype` here makes autocast a no-op below.
         self.input, self.weight = input, weight.to(dtype)
         N, V = input.shape[0], weight.shape[0]
         self.rows = min(N, chunk_size or chunk_rows(N, V, dtype.itemsize, device_memory(input)))
         self.logits = input.new_empty(self.rows, -(-V // ALIGN) * ALIGN, dtype=dtype)[:, :V]
-        self.dinput = input.new_empty(input.shape if d_input else 0)
-        # The first chunk overwrites dweight. If there are no rows, it must be zeros.
+        self.dinput = input.new_empty(input.shape if needs_dinput else 0)
+        # The first chunk overwrites dweight. Without rows nothing would write it, so it starts as zeros.
         allocate = weight.new_empty if N else weight.new_zeros
-        self.dweight = allocate(weight.shape if d_weight else 0, dtype=torch.float32)
+        self.dweight = allocate(weight.shape if needs_dweight else 0, dtype=torch.float32)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Yields (chunk, its logits). All chunks share the logits' memory, and callers may overwrite it."""
@@ -155,25 +155,12 @@ class _Chunks:
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """Adds a @ b to the fp32 matrix `total`, or overwrites `total` if this is the `first` product."""
-    if a.dtype == torch.float32 or not (a.is_cuda and _mixes_precisions(a.device)):
+    if a.dtype == torch.float32 or not a.is_cuda:  # PyTorch has `out_dtype` on GPUs only
         total.addmm_(a.float(), b.float(), beta=0 if first else 1)
     elif first:
         torch.mm(a, b, out_dtype=torch.float32, out=total)
     else:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-
-
-@functools.cache
-def _mixes_precisions(device: torch.device) -> bool:
-    """Whether PyTorch can add a half-precision product to a fp32 matrix in place, as it can from 2.10 on."""
-    # If it cannot, it says so before any work on the device: https://github.com/pytorch/pytorch/pull/167931
-    half, single = (torch.zeros(16, 16, dtype=d, device=device) for d in (torch.bfloat16, torch.float32))
-    try:
-        torch.mm(half, half, out_dtype=torch.float32, out=single)
-        torch.addmm(single, half, half, out_dtype=torch.float32, out=single)
-    except (RuntimeError, TypeError):
-        return False
-    return True
 
 
 def _launch_sum(
@@ -183,18 +170,18 @@ def _launch_sum(
     ignore_index: int,
     chunk_size: int | None,
     dtype: torch.dtype,
-    d_input: bool,
-    d_weight: bool,
+    needs_dinput: bool,
+    needs_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> the sum of the losses () fp32, dinput, dweight in fp32. A gradient that is not needed is empty."""
     # The gradients here are those of the *sum* of the losses. `_backward_of_sum` multiplies them in fp32 by
     # the upstream gradient, which includes the 1 / N of a mean. In fp16, G / N would underflow.
     losses = input.new_empty(input.shape[0], dtype=torch.float32)
-    chunks = _Chunks(input, weight, chunk_size, dtype, d_input, d_weight)
+    chunks = _Chunks(input, weight, chunk_size, dtype, needs_dinput, needs_dweight)
     for chunk, logits in chunks:
-        gradient = d_input or d_weight
-        losses[chunk], _ = loss_and_gradient_(logits, target[chunk], ignore_index, gradient)
-        chunks.accumulate(chunk, logits)
+        needs_gradient = needs_dinput or needs_dweight
+        losses[chunk], _ = loss_and_gradient_(logits, target[chunk], ignore_index, needs_gradient)
+        chunks.accumulate(chunk, logits)  # logits now holds their gradient
     return losses.sum(), chunks.dinput, chunks.dweight
 
 
@@ -205,10 +192,10 @@ def _launch_rows(
     ignore_index: int,
     chunk_size: int | None,
     dtype: torch.dtype,
-    d_input: bool,
-    d_weight: bool,
+    needs_dinput: bool,
+    needs_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> losses, lse: both (N,) fp32. Only backward uses d_input and d_weight."""
+    """-> losses, lse: both (N,) fp32. Only backward uses needs_dinput and needs_dweight."""
     # With reduction="none" every row has a different upstream gradient, which forward cannot know. So
     # backward computes the logits of each chunk again.
     losses, lse = (input.new_empty(input.shape[0], dtype=torch.float32) for _ in range(2))
@@ -226,33 +213,35 @@ def _launch_rows_backward(
     ignore_index: int,
     chunk_size: int | None,
     dtype: torch.dtype,
-    d_input: bool,
-    d_weight: bool,
+    needs_dinput: bool,
+    needs_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
-    chunks = _Chunks(input, weight, chunk_size, dtype, d_input, d_weight)
+    chunks = _Chunks(input, weight, chunk_size, dtype, needs_dinput, needs_dweight)
     for chunk, logits in chunks:
         write_gradient(dlosses[chunk], logits, target[chunk], lse[chunk], ignore_index, out=logits)
-        chunks.accumulate(chunk, logits)
+        chunks.accumulate(chunk, logits)  # logits now holds their gradient
     return chunks.dinput, chunks.dweight
 
 
-def _fake_gradients(input, weight, d_input, d_weight):
-    dweight = weight.new_empty(weight.shape if d_weight else 0, dtype=torch.float32)
-    return input.new_empty(input.shape if d_input else 0), dweight
+def _fake_gradients(input, weight, needs_dinput, needs_dweight):
+    dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=torch.float32)
+    return input.new_empty(input.shape if needs_dinput else 0), dweight
 
 
-def _fake_sum(input, weight, target, ignore_index, chunk_size, dtype, d_input, d_weight):
-    return input.new_empty((), dtype=torch.float32), *_fake_gradients(input, weight, d_input, d_weight)
+def _fake_sum(input, weight, target, ignore_index, chunk_size, dtype, needs_dinput, needs_dweight):
+    return input.new_empty((), dtype=torch.float32), *_fake_gradients(
+        input, weight, needs_dinput, needs_dweight
+    )
 
 
-def _fake_rows(input, weight, target, ignore_index, chunk_size, dtype, d_input, d_weight):
+def _fake_rows(input, weight, target, ignore_index, chunk_size, dtype, needs_dinput, needs_dweight):
     return tuple(input.new_empty(input.shape[0], dtype=torch.float32) for _ in range(2))
 
 
 def _fake_rows_backward(
-    dlosses, input, weight, target, lse, ignore_index, chunk_size, dtype, d_input, d_weight
+    dlosses, input, weight, target, lse, ignore_index, chunk_size, dtype, needs_dinput, needs_dweight
 ):
-    return _fake_gradients(input, weight, d_input, d_weight)
+    return _fake_gradients(input, weight, needs_dinput, needs_dweight)
 
 
 _sum_op = operator("linear_cross_entropy_sum", _launch_sum, _fake_sum)
@@ -263,23 +252,22 @@ _rows_backward_op = operator("linear_cross_entropy_rows_backward", _launch_rows_
 def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.needs_gradient, ctx.weight_dtype = inputs[-2:], inputs[1].dtype
     ctx.save_for_backward(*output[1:])
-    ctx.set_materialize_grads(False)  # dinput and dweight have no gradients: autograd need not fill any
+    ctx.set_materialize_grads(False)  # no gradients arrive for dinput and dweight: do not make zeros
 
 
 def _backward_of_sum(ctx: Any, dtotal: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     dinput, dweight = ctx.saved_tensors
-    d_input, d_weight = ctx.needs_gradient
+    needs_dinput, needs_dweight = ctx.needs_gradient
     return (
-        _scaled(dinput, dtotal, dinput.dtype) if d_input else None,
-        _scaled(dweight, dtotal, ctx.weight_dtype) if d_weight else None,
+        _scaled(dinput, dtotal, dinput.dtype) if needs_dinput else None,
+        _scaled(dweight, dtotal, ctx.weight_dtype) if needs_dweight else None,
         *(None,) * 6,
     )
 
 
 def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * factor, a fp32 scalar: computed in fp32 and rounded to `dtype`, in one pass over memory."""
-    # A tensor without dimensions does not take part in type promotion: PyTorch would round it to the dtype of
-    # x.
+    """x * factor, an fp32 scalar: computed in fp32 and rounded to `dtype`, in one pass over memory."""
+    # PyTorch would round a 0-dim factor to x's dtype first. It does not round a tensor of one element.
     return torch.mul(x, factor.reshape(1), out=torch.empty_like(x, dtype=dtype))
 
 
@@ -290,11 +278,11 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 
 def _backward_of_rows(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    *_, d_input, d_weight = ctx.options
+    *_, needs_dinput, needs_dweight = ctx.options
     dinput, dweight = _rows_backward_op(dlosses, *ctx.saved_tensors, *ctx.options)
     return (
-        dinput if d_input else None,
-        dweight.to(ctx.saved_tensors[1].dtype) if d_weight else None,
+        dinput if needs_dinput else None,
+        dweight.to(ctx.saved_tensors[1].dtype) if needs_dweight else None,
         *(None,) * 6,
     )
 

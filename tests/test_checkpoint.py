@@ -165,7 +165,7 @@ def test_a_checkpoint_that_does_not_fit_the_run_is_refused(workplace):
     refused(r"optimizer: exp_avg of tensor 0 is \(3, 32\), not \(21, 32\)")
     state["model"]["lm_head.weight"] = torch.zeros(5, 5)
     torch.save(state, "out/ckpt.pt")
-    refused(r"lm_head.weight is \(5, 5\) there and \(21, 32\) here")
+    refused(r"lm_head.weight is \(5, 5\) in the weights and \(21, 32\) in the model")
 
 
 # ---- what a run starts from

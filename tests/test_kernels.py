@@ -178,7 +178,7 @@ def test_attention_reads_by_descriptor_what_it_can(layout, device, poisoned):
         results = run(op.implementations["triton"], call, gradients)
     judge(op, results, call, gradients)
     has_descriptors = architecture(call["qkv"]) in DESCRIPTOR_TILES
-    assert (launches[0].arguments["ROWS"] is not None) == (readable and has_descriptors)
+    assert (launches[0].arguments["DESC"] is not None) == (readable and has_descriptors)
 
 
 def test_attention_reads_by_pointers_where_they_are_faster(device):
@@ -189,7 +189,7 @@ def test_attention_reads_by_pointers_where_they_are_faster(device):
     ):
         with record() as launches:
             kernels.causal_attention(torch.randn(1, 20, 3, 1, D, device=device).to(dtype), dropout_p)
-        assert launches[0].arguments["ROWS"] is None
+        assert launches[0].arguments["DESC"] is None
 
 
 # ---- torch.library, torch.compile, autocast

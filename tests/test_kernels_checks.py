@@ -25,7 +25,7 @@ WRONG = [
     ("layer_norm", (X.double(), (8,)), "input is torch.float64; float32, float16, bfloat16 are allowed"),
     ("layer_norm", (X, (8,), W.to("meta")), "not input on cpu, weight on meta"),
     ("add_layer_norm", (X, X, W, W[:1]), r"bias is \(1,\); input \(4, 8\) needs \(8,\)"),
-    ("add_layer_norm", (X, X[:3], W), r"input \(4, 8\) and residual \(3, 8\) must have one shape"),
+    ("add_layer_norm", (X, X[:3], W), r"input \(4, 8\) and residual \(3, 8\) must have the same shape"),
     ("add_layer_norm_mixed", (X, X.half(), X, W), "residual is torch.float16; it must be float32"),
     ("add_layer_norm_mixed", (X, X, X.half(), W), "carrier is torch.float16"),
     ("add_layer_norm_mixed", (X.bfloat16(), X, X, W), r"input is \(4, 8\) torch.bfloat16; it must have"),

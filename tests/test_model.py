@@ -210,7 +210,7 @@ def test_peak_is_that_of_the_named_gpu():
     ("changes", "message"),
     [
         ({"n_embd": 65}, "n_embd=65 is not divisible by n_head=4"),
-        ({"activation": "relu"}, "activation='relu' is not one of gelu, gelu_tanh"),
+        ({"activation": "relu"}, "activation='relu' must be gelu or gelu_tanh"),
         ({"vocab_size": None}, "vocab_size is not set"),
     ],
 )

@@ -166,6 +166,9 @@ def test_a_finished_run_and_eval_only_train_nothing_and_save_nothing(workplace, 
     for source in ("resume", "scratch"):
         run(f"--init_from={source}", "--eval_only=True")
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+    config, given = parse([*TINY, "--out_dir=elsewhere", "--eval_only=True"])
+    train(config, distributed.start("auto", "cpu"), given)
+    assert not Path("elsewhere").exists()
 
 
 def test_best_checkpoint_is_that_of_the_lowest_validation_loss(workplace, monkeypatch):

@@ -27,7 +27,10 @@ LOOKED_AT = (256, 1 << 17)  # pieces that are checked before training, and token
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """The description of a data set's tokenizer. Raises FileNotFoundError, ValueError."""
+    """Reads the description of a data set's tokenizer.
+
+    Raises FileNotFoundError if a .bin file is missing, and ValueError if the tokenizer cannot be read.
+    """
     try:
         for name in ("train.bin", "val.bin"):
             shards.find(folder / name)
@@ -43,7 +46,7 @@ def _how_to_prepare(folder: Path) -> str:
         words = ("text", "--input=FILE", f"--name={folder.name}")
         hint = f"{cli.command('train.prepare', *words)} makes it from a text"
     ready = sorted(path.parent.name for path in folder.parent.glob("*/train.bin"))
-    other = f"; --dataset={ready[0]} is there" if ready else ""
+    other = f"; --dataset={ready[0]} exists" if ready else ""
     return f"{hint}{other}; make quickstart begins with a small one"
 
 
@@ -66,7 +69,10 @@ class Split:
         return int(self._ends[-1])
 
     def read(self, starts: NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """The `length` ids from each of `starts` on: (len(starts), length). Raises ValueError."""
+        """The `length` ids from each of `starts` on: (len(starts), length).
+
+        Raises ValueError if a file was cut short after it was opened.
+        """
         ids = np.empty((len(starts), length), np.int64)
         first = np.searchsorted(self._ends, starts, "right").tolist()  # the shard of each start
         # Reading a memory map beyond the end of its file kills the process.
@@ -90,7 +96,7 @@ class Split:
         if largest >= self.vocab_size:
             raise ValueError(
                 f"{self.path} holds the token id {largest}, but vocab_size={self.vocab_size} allows 0 to "
-                f"{self.vocab_size - 1}: was it prepared with another tokenizer?"
+                f"{self.vocab_size - 1}: was it prepared with a different tokenizer?"
             )
 
     def pieces(self) -> Iterator[NDArray[np.int64]]:
@@ -138,7 +144,7 @@ class TokenFile(Split):
             epoch, index = divmod(position, self.windows)
             n = min(count, self.windows - index)
             key = _key(self.seed, epoch)
-            # The windows and the last target take windows * block_size + 1 tokens. The rest is the slack.
+            # The windows and the last target are windows * block_size + 1 tokens. The rest is the slack.
             slack = len(self) - 1 - self.windows * self.block_size
             offset = int(key[2]) % (slack + 1)
             order = _permute(np.arange(index, index + n, dtype=np.uint64), self.windows, key)
@@ -150,14 +156,14 @@ class TokenFile(Split):
 def preflight(files: Mapping[str, Split], saved: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Checks the data before training. Returns what a resumed run needs to see whether the data changed.
 
-    `saved` is what the resumed run got from here, {} for a new run. Raises ValueError if meta.json has other
-    counts, if the model's vocabulary is too small, or if the data changed. Of a large file only a sample is
-    checked, see Split.pieces; TokenFile.batch checks every id again.
+    `saved` is what this function returned for the checkpoint, {} for a new run. Raises ValueError if
+    meta.json has different counts, if the model's vocabulary is too small, or if the data changed. Of a large
+    file only a sample is checked, see Split.pieces; TokenFile.batch checks every id again.
     """
     data: dict[str, dict[str, Any]] = {}
     for split, file in files.items():
         meta = shards.read_meta(file.path.parent)
-        # meta.json counts whole splits, not a single shard or a file with another name.
+        # meta.json counts whole splits, not a single shard or a file with a different name.
         if meta and split in shards.WORDS and meta[split]["tokens"] != len(file):
             raise ValueError(
                 f"{file.path} has {len(file):,} tokens, and meta.json beside it says "

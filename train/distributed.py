@@ -38,7 +38,7 @@ class Ranks:
         return torch.device(self.device).type
 
     def sum(self, value: Tensor) -> Tensor:
-        """Adds up a tensor on the device over all ranks, in place."""
+        """Sums a tensor on the device over all ranks, in place."""
         if self.backend:
             dist.all_reduce(value)
         return value
@@ -56,14 +56,14 @@ class Ranks:
         return self.any(value != self.broadcast(value))
 
     def broadcast(self, value: Any) -> Any:
-        """The value of rank 0, any Python object."""
+        """Returns rank 0's value to all ranks. It can be any Python object."""
         values = [value]
         if self.backend:
             dist.broadcast_object_list(values, group=self.hosts)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Python objects of all ranks, by rank, on rank 0; an empty list on the others."""
+        """Returns the values of all ranks on rank 0, by rank, and an empty list on the others."""
         if not self.backend:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -72,9 +72,10 @@ class Ranks:
 
 
 def start(backend: str, device: str, timeout: int = 600) -> Ranks:
-    """Joins the process group that torchrun's environment variables describe, if any. Raises ValueError.
+    """Joins the process group that torchrun's environment variables describe, if any.
 
-    A rank that waits for another for more than `timeout` seconds raises RuntimeError; see `lost_rank`.
+    Raises ValueError if the variables are incomplete, or do not fit `backend` and `device`. Later, a rank
+    that waits for another for more than `timeout` seconds raises RuntimeError; see `lost_rank`.
     """
     under_torchrun = "RANK" in os.environ
     way_out = "start it with torchrun, or unset RANK for a run in one process"
@@ -92,16 +93,14 @@ def start(backend: str, device: str, timeout: int = 600) -> Ranks:
     if not under_torchrun:
         return Ranks(rank=0, world_size=1, device=device, backend=None)
     if device == "mps":
-        raise ValueError("an Apple GPU takes one process: run without torchrun, or with --device=cpu")
+        raise ValueError("an Apple GPU supports only one process: run without torchrun, or with --device=cpu")
     if backend == "auto":
         backend = "nccl" if on_gpu else "gloo"
     if backend == "nccl" and not on_gpu:
         raise ValueError(f"backend='nccl' needs GPUs, and this rank is on {device}; try --backend=gloo")
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
-        raise ValueError(
-            f"RANK={os.environ['RANK']} is set, but {', '.join(missing)} of torchrun not: {way_out}"
-        )
+        raise ValueError(f"RANK={os.environ['RANK']} is set, but not {', '.join(missing)}: {way_out}")
     patience = timedelta(seconds=timeout)
     agents, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
     dist.init_process_group(
@@ -115,9 +114,9 @@ def start(backend: str, device: str, timeout: int = 600) -> Ranks:
 
 
 def _own_store(agents: dist.Store, rank: int, patience: timedelta) -> dist.Store:
-    """A store for these ranks only. They find its port in the store of torchrun's agents.
+    """Opens a store for these ranks only. They find its port in the store of torchrun's agents.
 
-    The agents' store lives on when they restart the ranks, with the addresses of those that died.
+    The agents' store survives a restart of the ranks, but still has the addresses of the ranks that died.
     """
     host, deadline = os.environ["MASTER_ADDR"], time.monotonic() + patience.total_seconds()
     if rank == 0:
@@ -138,7 +137,7 @@ def _own_store(agents: dist.Store, rank: int, patience: timedelta) -> dist.Store
 
 
 def parallel(model: GPT, strategy: str, compiled: bool | str, dtype: str, ranks: Ranks) -> nn.Module:
-    """The module to train: `model`, compiled, and wrapped by the strategy if there are ranks.
+    """Compiles `model`, and wraps it by the strategy if there are ranks. Returns the module to train.
 
     The weights keep their names. fsdp shards the model in place, so create the optimizer afterwards.
     """
@@ -150,8 +149,8 @@ def parallel(model: GPT, strategy: str, compiled: bool | str, dtype: str, ranks:
 
 
 def _sharded(model: GPT, compiled: bool | str, dtype: str, ranks: Ranks) -> GPT:
-    """FSDP2, with one group of parameters per block, and one for embeddings and norms."""
-    # Each rank has drawn its own weights. Those of rank 0 count, as in DDP.
+    """Shards `model` by FSDP2, with one group of parameters per block, and one for embeddings and norms."""
+    # Each rank has initialised its own weights. Rank 0's are used, as in DDP.
     for parameter in model.parameters():
         dist.broadcast(parameter.detach(), src=0)
     mesh = init_device_mesh(ranks.device_type, (ranks.world_size,))
@@ -172,10 +171,11 @@ def _sharded(model: GPT, compiled: bool | str, dtype: str, ranks: Ranks) -> GPT:
 def first_pass(
     model: nn.Module, batch_size: int, block_size: int, ranks: Ranks, precision: AbstractContextManager
 ) -> float:
-    """A forward and a backward pass on zeros, which changes nothing. Returns its seconds, with compiling.
+    """Makes a forward and a backward pass on zeros, which changes nothing. Returns the seconds it needed.
 
-    DDP reorders its buckets after the first backward pass, and from three ranks on, that changes the order in
-    which gradients are added. Here it happens before step 0, so a resumed run adds as one that never stopped.
+    These include compiling. DDP reorders its buckets after the first backward pass. From three ranks on, that
+    changes the order in which gradients are added. Here it happens before step 0, so a resumed run adds in
+    the same order as a run that never stopped.
     """
     start_time = time.perf_counter()
     # Two tensors: the graph for one tensor in both places would be compiled again for two.
@@ -193,14 +193,14 @@ def first_pass(
 
 
 def same_random_numbers(ranks: Ranks) -> AbstractContextManager[None]:
-    """The code inside may draw random numbers. The code after it gets the same as without."""
+    """Random numbers that are drawn inside do not change those that are drawn afterwards."""
     kind = ranks.device_type
     devices = [] if kind == "cpu" else [torch.device(ranks.device)]
     return torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind)
 
 
 def exchange(model: nn.Module, enabled: bool) -> AbstractContextManager[None]:
-    """Whether the backward pass inside adds the gradients of all ranks. Without, each keeps its own."""
+    """If `enabled`, a backward pass inside averages the gradients of all ranks. Else each keeps its own."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
     return model.no_sync() if isinstance(model, DDP) and not enabled else nullcontext()

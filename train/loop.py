@@ -1,8 +1,8 @@
 """A training run from top to bottom: `train` is all of it, and the functions that it calls follow.
 
-The order is that of nanoGPT's train.py. Three things differ. A resumed run makes the same steps, bit for bit,
-as a run that never stopped. A signal ends a run with a checkpoint. A step whose gradient is not finite is
-skipped.
+The order is that of nanoGPT's train.py. The main differences: a resumed run makes the same steps, bit for
+bit, as a run that never stopped; a signal ends a run with a checkpoint; a step whose gradient is not finite
+is skipped. docs/from-nanogpt.md has the full list.
 """
 
 import math
@@ -55,77 +55,80 @@ def train(
     stop: StopRequest | None = None,
     view: Lines | None = None,
 ) -> None:
-    """Trains to the last checkpoint, or until `stop` has received a signal.
+    """Trains until max_iters, or until `stop` receives a signal. With eval_only, only evaluates.
 
-    `given` has the values of the flags that were set explicitly, and `view` shows the run. Raises ValueError
+    `given` are the flags that were set, with their values. `view` is the console output. Raises ValueError
     and OSError with a sentence for the user.
     """
     given = given or {}
     out_dir = Path(config.out_dir)
-    # Each rank draws its own dropout masks. All ranks draw weights too, but rank 0's are used.
+    # Each rank draws its own dropout masks. All ranks initialise weights too, but DDP and FSDP copy
+    # rank 0's.
     torch.manual_seed((config.seed + ranks.rank) % 2**64)
     # On a GPU, float32 matrix products may use TF32, as in nanoGPT.
     torch.backends.cuda.matmul.allow_tf32 = True
 
-    # Start from new weights, from the run's own checkpoint, or from other weights. Settings that this machine
-    # does not support are refused before anything is written.
+    # This fails early if the machine does not support a setting.
     config = resolve(config, ranks)
+
+    # Start from new weights, from the run's own checkpoint, or from other weights.
     with cli.IfSlow("checking the checkpoint", ranks.is_main):
         start = checkpoint.find_start(config, given, ranks)
-    if ranks.is_main:
+    if ranks.is_main and not config.eval_only:
         checkpoint.make_folder(out_dir)
     config = replace(config, dataset=start.dataset)
     data_dir = Path("data", config.dataset)
     tokenizer = describe(data_dir)
     resumes = start.source == "resume"
     with cli.IfSlow("making the model", ranks.is_main):
-        model, before = checkpoint.initial_model(config, given, tokenizer, ranks, start)
+        model, saved = checkpoint.initial_model(config, given, tokenizer, ranks, start)
     config = replace(config, model=model.config)
-    tokenizer = known_tokenizer(tokenizer, before.tokenizer or tokenizer, model, data_dir)
-    if ranks.differ(before.iter_num):
+    tokenizer = tokenizer_to_save(tokenizer, saved.tokenizer or tokenizer, model, data_dir)
+    if ranks.differ(saved.iter_num):
         raise ValueError(
             f"the ranks found different checkpoints: all machines must share out_dir={config.out_dir!r}"
         )
-    if resumes and before.iter_num >= config.max_iters and not config.eval_only:
+    if resumes and saved.iter_num >= config.max_iters and not config.eval_only:
         if ranks.is_main:
-            print(nothing_to_do(start.latest, before, config, ranks))
+            print(nothing_to_do(start.latest, saved, config, ranks))
         return
 
-    # The model as it is trained, and its optimizer.
+    # Wrap the model and make its optimizer.
     precision = partial(autocast, ranks.device, config.dtype)
-    fitted = ""
+    fit_message = ""
     if "auto" in given.get("batch_size", ())[-1:]:
-        steps_on = partial(trial, config=config, ranks=ranks, precision=precision)
-        config, fitted = fit.micro_batch(config, model, ranks, steps_on)
-    trained, optimizer, scaler = prepare(model, config, ranks)
-    progress = Progress.after(before, config)
+        trial = partial(trial_steps, config=config, ranks=ranks, precision=precision)
+        config, fit_message = fit.micro_batch(config, model, ranks, trial)
+    wrapped, optimizer, scaler = set_up(model, config, ranks)
+    progress = Progress.after(saved, config)
     if resumes:
-        checkpoint.restore(before, optimizer, scaler, ranks)
+        checkpoint.restore(saved, optimizer, scaler, ranks)
 
-    # The data. Evaluation uses another seed, so its windows are not the next ones of training.
+    # The data. Evaluation uses a different seed, so it does not score the windows that training reads next.
     train_file = TokenFile(data_dir / "train.bin", config.model, config.seed)
     eval_files = {
         split: TokenFile(data_dir / f"{split}.bin", config.model, config.seed + 1)
         for split in ("train", "val")
     }
-    same_data = before.config.get("dataset") == config.dataset
+    same_data = saved.config.get("dataset") == config.dataset
     with cli.IfSlow("checking the data", ranks.is_main):
-        data = preflight(eval_files, before.data if same_data else {})
+        data = preflight(eval_files, saved.data if same_data else {})
     micro_batches = read_ahead(train_file, progress.position, config.micro_batch, ranks)
-    # gradient_accumulation_steps is the total over all ranks, so a step is the same on one GPU and on eight.
+    # gradient_accumulation_steps is the total over all ranks. So a step has the same windows, however many
+    # ranks there are.
     accumulation = config.gradient_accumulation_steps // ranks.world_size
 
-    # Logging. The run compiles before its first step, so no step's time includes the compiler.
-    metrics = Metrics(config, ranks, model, view or Lines(), progress, before.config)
-    resumed = f"resumed {start.latest} at step {progress.iter_num:,}" if resumes else ""
-    del before, start  # their tensors are memory maps of the old file
+    # Logging. Compile before the first step, so that step times do not include it.
+    metrics = Metrics(config, ranks, model, view or Lines(), progress, saved.config)
+    resume_message = f"resumed {start.latest} at step {progress.iter_num:,}" if resumes else ""
+    del saved, start  # free the memory maps of the checkpoint file
     metrics.start(len(train_file), len(eval_files["val"]))
-    for line in filter(None, (resumed, fitted)):
+    for line in filter(None, (resume_message, fit_message)):
         metrics.print(line)
     if not config.eval_only:
         with metrics.paused("compiling" if config.compile else "starting"):
             seconds = distributed.first_pass(
-                trained, config.micro_batch, config.model.block_size, ranks, precision()
+                wrapped, config.micro_batch, config.model.block_size, ranks, precision()
             )
         if config.compile:
             metrics.print(f"compiled in {seconds:.1f} s, including a first pass")
@@ -141,7 +144,7 @@ def train(
         lr = learning_rate(progress.iter_num, config)
         last = progress.iter_num >= config.max_iters or config.eval_only
 
-        # Evaluate at intervals and save a checkpoint. A run resumed from there does not evaluate again.
+        # Evaluate at intervals and save a checkpoint. A run resumed from it skips that evaluation.
         due = progress.iter_num % config.eval_interval == 0 and not progress.evaluated
         if due or last:
             profile.finish(progress.iter_num)
@@ -166,12 +169,12 @@ def train(
             group["lr"] = lr
         share = islice(micro_batches, accumulation)
         loss, grad_norm = train_step(
-            trained, optimizer, scaler, share, accumulation, config.grad_clip, precision
+            wrapped, optimizer, scaler, share, accumulation, config.grad_clip, precision
         )
-        # This comes before anything that waits for a GPU, so a lost rank is noticed here.
+        # Ask before waiting for the GPU: a dead rank shows up here as an error, not as a hang.
         stopping = asked_to_stop(stop, ranks)
         skips.count(grad_norm)
-        # Only a step that is logged waits for the GPU.
+        # Only logged steps wait for the GPU.
         if progress.iter_num % config.log_interval == 0 and skips.in_a_row >= HOPELESS:
             raise ValueError(no_longer_learns(progress, skips, config))
         metrics.step(progress.iter_num, loss, grad_norm, lr, skips.total)
@@ -198,14 +201,14 @@ def train(
     metrics.close()
 
 
-def prepare(
+def set_up(
     model: GPT, config: TrainConfig, ranks: Ranks
 ) -> tuple[nn.Module, Optimizer, torch.amp.GradScaler]:
-    """Returns (the compiled model in DDP or FSDP, its optimizer, its loss scaler)."""
-    trained = distributed.parallel(model, config.strategy, config.compile, config.dtype, ranks)
+    """Returns (the model, compiled and wrapped as `config` says, its optimizer, its loss scaler)."""
+    wrapped = distributed.parallel(model, config.strategy, config.compile, config.dtype, ranks)
     optimizer = optimizer_for(model, config, ranks.device_type)
     # float16 has few exponent bits. The loss is scaled up so that small gradients do not become zero.
-    return trained, optimizer, torch.amp.GradScaler(ranks.device_type, enabled=config.dtype == "float16")
+    return wrapped, optimizer, torch.amp.GradScaler(ranks.device_type, enabled=config.dtype == "float16")
 
 
 def train_step(
@@ -217,10 +220,10 @@ def train_step(
     grad_clip: float,
     precision: Precision,
 ) -> tuple[Tensor, Tensor]:
-    """One step of the optimizer over `accumulation` micro-batches of (inputs, targets).
+    """Makes one step of the optimizer on `accumulation` micro-batches of (inputs, targets).
 
-    Returns (mean loss on this rank, norm of the whole gradient before clipping) as tensors on the device, so
-    nothing here waits for the GPU. If the norm is not finite, the step is skipped.
+    Returns (mean loss on this rank, norm of the gradient over all parameters before clipping) as tensors on
+    the device, so nothing here waits for the GPU. If the norm is not finite, the step is skipped.
     """
     losses = []
     for i, (idx, targets) in enumerate(micro_batches, start=1):
@@ -243,9 +246,9 @@ def train_step(
 def read_ahead(file: TokenFile, position: int, size: int, ranks: Ranks) -> Iterator[Batch]:
     """Yields this rank's micro-batches of `size` windows, starting at `position`.
 
-    A thread assembles the next micro-batch and sends it to the device while this one is computed. Within a
-    step the windows are numbered by micro-step, then by rank, so a step has the same windows on any number of
-    ranks.
+    A thread assembles the next micro-batch and sends it to the device while the current one is being
+    computed. Within a step the windows are numbered by micro-step, then by rank, so a step has the same
+    windows on any number of ranks.
     """
 
     def assemble(i: int) -> Batch:
@@ -270,10 +273,10 @@ def estimate_loss(
     precision: Precision,
     part: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """The mean loss of eval_iters micro-batches of each file, always the same ones, shared by all ranks.
+    """Returns the mean loss of eval_iters micro-batches of each file: the same ones every time.
 
-    It draws no random numbers, so evaluating more often changes nothing else in a run. It calls `part` with
-    the number of micro-batches that are done, and with their total.
+    The micro-batches are divided among the ranks. No random numbers are drawn, so evaluating more often
+    changes nothing else in a run. `part` is called with the number of finished micro-batches and their total.
     """
     model.eval()
     losses = {}
@@ -284,7 +287,8 @@ def estimate_loss(
             i = first + ranks.rank
             batch = file.batch(i * config.micro_batch, config.micro_batch)
             idx, targets = to_device(batch, ranks.device)
-            # FSDP gathers weights on all ranks together, so a rank without a micro-batch computes one too.
+            # FSDP gathers weights collectively, so every rank must run forward, even for a micro-batch that
+            # does not count.
             with precision():
                 _, loss = model(idx, targets)
             if i < config.eval_iters:
@@ -314,36 +318,37 @@ def nothing_to_do(latest: Path, saved: Checkpoint, config: TrainConfig, ranks: R
 
 
 def no_longer_learns(progress: Progress, skips: SkippedSteps, config: TrainConfig) -> str:
-    """The error of a run whose gradient stays not finite: what to try, and the last checkpoint."""
+    """The error when the gradient is not finite too many steps in a row, with what to try."""
     latest = Path(config.out_dir, "ckpt.pt")
     good = f"the last good checkpoint is {latest}" if latest.exists() else "there is no checkpoint yet"
     return (
         f"the gradient has not been finite for the last {skips.in_a_row} steps, up to step "
-        f"{progress.iter_num}: try a lower learning_rate than {config.learning_rate}, or another seed; {good}"
+        f"{progress.iter_num}: try a lower learning_rate than {config.learning_rate}, or a different "
+        f"seed; {good}"
     )
 
 
-def known_tokenizer(
-    data: dict[str, Any], before: dict[str, Any], model: GPT, data_dir: Path
+def tokenizer_to_save(
+    data: dict[str, Any], saved: dict[str, Any], model: GPT, data_dir: Path
 ) -> dict[str, Any]:
-    """The tokenizer to record: the data's, or if the data do not name one, that of the run `before`.
+    """The tokenizer to save: the data's, or the checkpoint's if the data name none.
 
-    Data that name no tokenizer count as GPT-2's, unless the model's vocabulary is smaller.
+    Data that name no tokenizer count as GPT-2's, unless the model's vocabulary is smaller than GPT-2's.
     """
     vocab_size = model.config.vocab_size or 0
     if data["kind"] == "gpt2" and vocab_size < GPT2_VOCAB_SIZE:
         data = unknown(
             vocab_size,
             f"vocab_size={vocab_size} is too small for GPT-2's encoding, and {data_dir} has no "
-            "tokenizer.json or meta.pkl that names another",
+            "tokenizer.json or meta.pkl that names a different one",
         )
-    return before if data["kind"] == "unknown" and before["kind"] not in ("unknown", "gpt2") else data
+    return saved if data["kind"] == "unknown" and saved["kind"] not in ("unknown", "gpt2") else data
 
 
 def tokenizer_for_samples(
     described: dict[str, Any], model: GPT, config: TrainConfig, ranks: Ranks, metrics: Metrics
 ) -> Tokenizer | None:
-    """The tokenizer for eval_sample. If samples are impossible, it prints why and returns None."""
+    """Makes the tokenizer for eval_sample. If samples are impossible, prints why and returns None."""
     tokenizer, reason = None, ""
     # With FSDP all ranks compute a sample together.
     if config.eval_sample > 0 and (ranks.is_main or config.strategy == "fsdp"):
@@ -373,17 +378,17 @@ def sample_text(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> str:
     return text
 
 
-def trial(size: int, model: GPT, config: TrainConfig, ranks: Ranks, precision: Precision) -> None:
-    """Makes two steps with micro-batches of `size` on this rank alone.
+def trial_steps(size: int, model: GPT, config: TrainConfig, ranks: Ranks, precision: Precision) -> None:
+    """Makes two steps on `model`, a throw-away copy, with micro-batches of `size`, on this rank alone.
 
-    Memory is then as full as it gets in a run: the optimizer has its moments, .grad the gradients of the
-    micro-batch before, and `buckets` stands for DDP's.
+    In the second step, memory is as full as it gets in a run: the optimizer has its moments, .grad holds the
+    previous micro-batch's gradients, and `buckets` stands in for DDP's.
     """
     alone = replace(ranks, world_size=1, backend=None, hosts=None)
     buckets = torch.empty_like(nn.utils.parameters_to_vector(model.parameters())) if ranks.backend else None
-    trained, optimizer, scaler = prepare(model, config, alone)
+    wrapped, optimizer, scaler = set_up(model, config, alone)
     idx = torch.zeros(size, model.config.block_size, dtype=torch.int64)
     batch = to_device((idx, idx.clone()), ranks.device)
     for _ in range(2):
-        train_step(trained, optimizer, scaler, repeat(batch, 2), 2, config.grad_clip, precision)
+        train_step(wrapped, optimizer, scaler, repeat(batch, 2), 2, config.grad_clip, precision)
     del buckets

@@ -87,13 +87,14 @@ class Muon(torch.optim.Optimizer):
         direction = grad.lerp(mean, group["momentum"])
         direction = direction.bfloat16() if direction.is_cuda else direction
         if isinstance(p, DTensor):
-            # A shard is not a matrix. Every rank gathers the whole one and computes the same.
+            # A shard is not a matrix. Every rank gathers the full matrix and computes the same.
             direction = DTensor.from_local(
                 direction, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()
             )
             direction = direction.full_tensor()
         direction = orthogonal(direction.view(group["matrices"], -1, p.size(1)))
-        # Updates get the root mean square of AdamW's, about 0.2: one learning rate and decay serves both.
+        # This scale gives updates the root mean square of AdamW's, about 0.2. So one learning rate and one
+        # decay work for both.
         scale = 0.2 * math.sqrt(max(direction.shape[1:]))
         direction = direction.reshape(p.shape).type_as(weight)
         if isinstance(p, DTensor):
@@ -116,7 +117,7 @@ OPTIMIZERS: tuple[type[Optimizer], ...] = (AdamW, Muon)
 
 
 def optimizer_for(model: GPT, config: TrainConfig, device_type: str) -> Optimizer:
-    """The optimizer that `config` names, for the parameters of `model`."""
+    """Makes the optimizer that `config` names, for the parameters of `model`."""
     classes = {optimizer.name: optimizer for optimizer in OPTIMIZERS}
     return classes[config.optimizer](model, config, device_type)
 
@@ -140,7 +141,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a sharded tensor; another tensor as it is."""
+    """This rank's shard of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -180,7 +181,7 @@ def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_norm: Tensor) -> None:
     """Makes a step of the optimizer. If the gradient is not finite, weights and moments stay as they are."""
     if scaler.is_enabled():
-        # It looks for infinities itself.
+        # The scaler looks for infinities itself.
         scaler.step(optimizer)
         scaler.update()
     elif optimizer.defaults["fused"]:
