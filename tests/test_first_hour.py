@@ -83,7 +83,7 @@ def test_a_checkpoint_past_max_iters_is_not_a_finished_run(workplace, capsys):
     capsys.readouterr()
     run("--init_from=resume", "--max_iters=2")
     out = capsys.readouterr().out
-    assert "out/ckpt.pt is at step 4 of 100, past max_iters=2. To continue:" in out
+    assert "out/ckpt.pt is at step 4 of 100, and max_iters=2 leaves no steps. To continue:" in out
     assert printed_command(out)[1:] == ["--init_from=resume", "--max_iters=100"]
 
 

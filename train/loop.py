@@ -1,4 +1,4 @@
-"""A training run from top to bottom: `train` is all of it, and the functions that it calls follow.
+"""A training run from top to bottom: `train`, then its helpers.
 
 The order is that of nanoGPT's train.py. The main differences: a resumed run makes the same steps, bit for
 bit, as a run that never stopped; a signal ends a run with a checkpoint; a step whose gradient is not finite
@@ -68,7 +68,7 @@ def train(
     # On a GPU, float32 matrix products may use TF32, as in nanoGPT.
     torch.backends.cuda.matmul.allow_tf32 = True
 
-    # This fails early if the machine does not support a setting.
+    # Replace each "auto". This fails early if the machine does not support a setting.
     config = resolve(config, ranks)
 
     # Start from new weights, from the run's own checkpoint, or from other weights.
@@ -90,7 +90,7 @@ def train(
         )
     if resumes and saved.iter_num >= config.max_iters and not config.eval_only:
         if ranks.is_main:
-            print(nothing_to_do(start.latest, saved, config, ranks))
+            print(finished_message(start.latest, saved, config, ranks))
         return
 
     # Wrap the model and make its optimizer.
@@ -144,7 +144,7 @@ def train(
         lr = learning_rate(progress.iter_num, config)
         last = progress.iter_num >= config.max_iters or config.eval_only
 
-        # Evaluate at intervals and save a checkpoint. A run resumed from it skips that evaluation.
+        # Evaluate at intervals and at the end, then save. A run resumed from there skips the evaluation.
         due = progress.iter_num % config.eval_interval == 0 and not progress.evaluated
         if due or last:
             profile.finish(progress.iter_num)
@@ -176,7 +176,7 @@ def train(
         skips.count(grad_norm)
         # Only logged steps wait for the GPU.
         if progress.iter_num % config.log_interval == 0 and skips.in_a_row >= HOPELESS:
-            raise ValueError(no_longer_learns(progress, skips, config))
+            raise ValueError(not_finite_message(progress, skips, config))
         metrics.step(progress.iter_num, loss, grad_norm, lr, skips.total)
         profile.after(progress.iter_num)
         progress.iter_num += 1
@@ -184,7 +184,8 @@ def train(
         progress.evaluated = False
         saver.check()
 
-        # Stop after this step, unless it was skipped: float16 may still be searching for its loss scale.
+        # Stop after this step, unless it was skipped: while float16 searches for its loss scale, a checkpoint
+        # would hold a scale that is too high. The last step needs no stop, because the run ends there.
         if stopping and progress.iter_num < config.max_iters and not skips.in_a_row:
             progress.skipped = int(skips.total)
             metrics.flush()
@@ -204,7 +205,7 @@ def train(
 def set_up(
     model: GPT, config: TrainConfig, ranks: Ranks
 ) -> tuple[nn.Module, Optimizer, torch.amp.GradScaler]:
-    """Returns (the model, compiled and wrapped as `config` says, its optimizer, its loss scaler)."""
+    """Returns the compiled and wrapped model, its optimizer and its loss scaler."""
     wrapped = distributed.parallel(model, config.strategy, config.compile, config.dtype, ranks)
     optimizer = optimizer_for(model, config, ranks.device_type)
     # float16 has few exponent bits. The loss is scaled up so that small gradients do not become zero.
@@ -247,7 +248,7 @@ def read_ahead(file: TokenFile, position: int, size: int, ranks: Ranks) -> Itera
     """Yields this rank's micro-batches of `size` windows, starting at `position`.
 
     A thread assembles the next micro-batch and sends it to the device while the current one is being
-    computed. Within a step the windows are numbered by micro-step, then by rank, so a step has the same
+    computed. Within a step the windows are numbered by micro-batch, then by rank, so a step has the same
     windows on any number of ranks.
     """
 
@@ -255,8 +256,8 @@ def read_ahead(file: TokenFile, position: int, size: int, ranks: Ranks) -> Itera
         start = position + (i * ranks.world_size + ranks.rank) * size
         return to_device(file.batch(start, size), ranks.device)
 
-    start_thread = partial(torch.cuda.set_device, ranks.device) if ranks.device_type == "cuda" else None
-    with ThreadPoolExecutor(1, initializer=start_thread) as thread:
+    select_gpu = partial(torch.cuda.set_device, ranks.device) if ranks.device_type == "cuda" else None
+    with ThreadPoolExecutor(1, initializer=select_gpu) as thread:
         ahead = thread.submit(assemble, 0)
         for i in count(1):
             batch = ahead.result()
@@ -271,7 +272,7 @@ def estimate_loss(
     config: TrainConfig,
     ranks: Ranks,
     precision: Precision,
-    part: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Returns the mean loss of eval_iters micro-batches of each file: the same ones every time.
 
@@ -283,7 +284,7 @@ def estimate_loss(
     for number, (split, file) in enumerate(files.items()):
         total = torch.zeros((), device=ranks.device)
         for first in range(0, config.eval_iters, ranks.world_size):
-            part(number * config.eval_iters + first, len(files) * config.eval_iters)
+            on_progress(number * config.eval_iters + first, len(files) * config.eval_iters)
             i = first + ranks.rank
             batch = file.batch(i * config.micro_batch, config.micro_batch)
             idx, targets = to_device(batch, ranks.device)
@@ -303,22 +304,23 @@ def asked_to_stop(stop: StopRequest | None, ranks: Ranks) -> bool:
     return ranks.any(stop is not None and stop.received is not None)
 
 
-def nothing_to_do(latest: Path, saved: Checkpoint, config: TrainConfig, ranks: Ranks) -> str:
-    """The message for a resumed run that has no steps left: why, and the command that trains further."""
+def finished_message(latest: Path, saved: Checkpoint, config: TrainConfig, ranks: Ranks) -> str:
+    """The message for a resumed run that has no steps left: why, and the command that trains longer."""
     planned = saved.config.get("max_iters", config.max_iters)
     if saved.iter_num < planned:
-        position = f"at step {saved.iter_num:,} of {planned:,}, past max_iters={config.max_iters}"
-        return f"{latest} is {position}. To continue:\n  {resume_command(config, ranks, max_iters=planned)}"
+        position = f"at step {saved.iter_num:,} of {planned:,}"
+        command = resume_command(config, ranks, max_iters=planned)
+        return f"{latest} is {position}, and max_iters={config.max_iters} leaves no steps. To continue:\n  {command}"
     longer = twice_as_long(replace(config, max_iters=saved.iter_num))
     return (
-        f"the run in {latest} is finished, after {saved.iter_num:,} steps. To train further:\n"
+        f"the run in {latest} is finished, after {saved.iter_num:,} steps. To train longer:\n"
         f"  {resume_command(config, ranks, **longer)}\n"
         f"To start over, delete {latest.parent}/*.pt, or give another --out_dir."
     )
 
 
-def no_longer_learns(progress: Progress, skips: SkippedSteps, config: TrainConfig) -> str:
-    """The error when the gradient is not finite too many steps in a row, with what to try."""
+def not_finite_message(progress: Progress, skips: SkippedSteps, config: TrainConfig) -> str:
+    """The error after too many steps in a row without a finite gradient, with what to try."""
     latest = Path(config.out_dir, "ckpt.pt")
     good = f"the last good checkpoint is {latest}" if latest.exists() else "there is no checkpoint yet"
     return (
@@ -331,9 +333,9 @@ def no_longer_learns(progress: Progress, skips: SkippedSteps, config: TrainConfi
 def tokenizer_to_save(
     data: dict[str, Any], saved: dict[str, Any], model: GPT, data_dir: Path
 ) -> dict[str, Any]:
-    """The tokenizer to save: the data's, or the checkpoint's if the data name none.
+    """The description of the data's tokenizer, or that of the checkpoint if the data's is unknown.
 
-    Data that name no tokenizer count as GPT-2's, unless the model's vocabulary is smaller than GPT-2's.
+    Data without a tokenizer file count as GPT-2's if the model's vocabulary is large enough, else as unknown.
     """
     vocab_size = model.config.vocab_size or 0
     if data["kind"] == "gpt2" and vocab_size < GPT2_VOCAB_SIZE:
@@ -348,7 +350,7 @@ def tokenizer_to_save(
 def tokenizer_for_samples(
     described: dict[str, Any], model: GPT, config: TrainConfig, ranks: Ranks, metrics: Metrics
 ) -> Tokenizer | None:
-    """Makes the tokenizer for eval_sample. If samples are impossible, prints why and returns None."""
+    """The tokenizer for eval_sample. None if that is 0, or if samples are impossible: then it prints why."""
     tokenizer, reason = None, ""
     # With FSDP all ranks compute a sample together.
     if config.eval_sample > 0 and (ranks.is_main or config.strategy == "fsdp"):
@@ -358,7 +360,7 @@ def tokenizer_for_samples(
             reason = str(error)
     vocab_size = model.config.vocab_size or 0
     if tokenizer is not None and tokenizer.start_id >= vocab_size:
-        reason = f"they would start from the id {tokenizer.start_id}, and vocab_size={vocab_size}"
+        reason = f"the start token {tokenizer.start_id} is outside vocab_size={vocab_size}"
     if described["kind"] == "unknown" or reason:
         metrics.print(f"no samples: {reason or described['why']}")
     return None if ranks.any(bool(reason)) else tokenizer
