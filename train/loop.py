@@ -184,8 +184,8 @@ def train(
         progress.evaluated = False
         saver.check()
 
-        # Stop after this step, unless it was skipped: while float16 searches for its loss scale, a checkpoint
-        # would hold a scale that is too high. The last step needs no stop, because the run ends there.
+        # Stop after this step, unless it was skipped: float16 may still be searching for its loss scale. After
+        # the last step, the final evaluation above saves.
         if stopping and progress.iter_num < config.max_iters and not skips.in_a_row:
             progress.skipped = int(skips.total)
             metrics.flush()
@@ -308,9 +308,10 @@ def finished_message(latest: Path, saved: Checkpoint, config: TrainConfig, ranks
     """The message for a resumed run that has no steps left: why, and the command that trains longer."""
     planned = saved.config.get("max_iters", config.max_iters)
     if saved.iter_num < planned:
-        position = f"at step {saved.iter_num:,} of {planned:,}"
-        command = resume_command(config, ranks, max_iters=planned)
-        return f"{latest} is {position}, and max_iters={config.max_iters} leaves no steps. To continue:\n  {command}"
+        return (
+            f"{latest} is at step {saved.iter_num:,} of {planned:,}, and max_iters={config.max_iters} leaves no "
+            f"steps. To continue:\n  {resume_command(config, ranks, max_iters=planned)}"
+        )
     longer = twice_as_long(replace(config, max_iters=saved.iter_num))
     return (
         f"the run in {latest} is finished, after {saved.iter_num:,} steps. To train longer:\n"
