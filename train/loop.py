@@ -184,8 +184,8 @@ def train(
         progress.evaluated = False
         saver.check()
 
-        # Stop after this step, unless it was skipped: float16 may still be searching for its loss scale. After
-        # the last step, the final evaluation above saves.
+        # Stop after this step, unless it was skipped: float16 may still be searching for its loss scale.
+        # After the last step, the final evaluation above saves.
         if stopping and progress.iter_num < config.max_iters and not skips.in_a_row:
             progress.skipped = int(skips.total)
             metrics.flush()
@@ -309,8 +309,8 @@ def finished_message(latest: Path, saved: Checkpoint, config: TrainConfig, ranks
     planned = saved.config.get("max_iters", config.max_iters)
     if saved.iter_num < planned:
         return (
-            f"{latest} is at step {saved.iter_num:,} of {planned:,}, and max_iters={config.max_iters} leaves no "
-            f"steps. To continue:\n  {resume_command(config, ranks, max_iters=planned)}"
+            f"{latest} is at step {saved.iter_num:,} of {planned:,}, and max_iters={config.max_iters} leaves "
+            f"no steps. To continue:\n  {resume_command(config, ranks, max_iters=planned)}"
         )
     longer = twice_as_long(replace(config, max_iters=saved.iter_num))
     return (
