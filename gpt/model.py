@@ -3,12 +3,13 @@
     B  batch size     T  tokens in a sequence     C  n_embd, the width of the residual stream
     H  heads          D  C / H, the head size     V  vocabulary size
 
-Names, shapes, initialisation and state-dict keys are nanoGPT's: it can load our weights and we can load its,
-and the same seed gives the same initial bits. Three things differ, all for speed:
+Parameter names, shapes and initialisation are nanoGPT's: it can load our weights and we can load its, and the
+same seed gives the same initial bits. Four things differ, all for speed:
 
 - The residual add is fused with the LayerNorm that follows it; see Block.
 - Attention reads q, k and v where the projection wrote them, as one tensor (B, T, 3, H, D).
 - The training loss is computed without storing the logits, (B, T, V).
+- The residual stream may have a bfloat16 gradient; see Stream.
 
 References: Radford et al., 2019 (GPT-2); https://github.com/karpathy/nanoGPT; Press and Wolf, 2017,
 https://arxiv.org/abs/1608.05859 (tied embeddings); Henry et al., 2020, https://arxiv.org/abs/2010.04245, and
@@ -55,7 +56,7 @@ class GPTConfig:
     qk_norm: bool = False  # normalise the queries and keys of each head to a root mean square of 1
     kernels: str = "auto"  # implementation: auto, triton, torch, or with exceptions: triton,attention=torch
     activation_checkpointing: bool = False  # blocks keep only their input and recompute the rest in backward
-    residual_dtype: str = "auto"  # float32, mixed (gradient in bfloat16), bfloat16; auto: mixed if faster
+    residual_dtype: str = "auto"  # float32, mixed, bfloat16; auto: mixed with Triton, bfloat16 and no biases
 
 
 class Stream(NamedTuple):
@@ -78,7 +79,7 @@ class AddNorm(nn.Module):
         self.ops = ops
 
     def forward(self, residual: Residual, update: Tensor | None) -> tuple[Tensor, Residual]:
-        """(B, T, C) each -> (norm(residual + update), residual + update)."""
+        """(B, T, C) each -> (norm(residual + update), residual + update). None as update adds nothing."""
         if isinstance(residual, Stream):
             normed, *stream = self.ops.add_layer_norm_mixed(update, *residual, self.weight)
             return normed, Stream(*stream)
@@ -103,10 +104,10 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         if self.qk_norm:
             # q and k are scaled to the norm sqrt(D). With the usual factor 1 / sqrt(D), scores stay within
-            # +-sqrt(D), which bounds how far the softmax can saturate.
+            # +-sqrt(D), which limits how peaked the softmax can get.
             qk = F.rms_norm(qkv[:, :, :2], qkv.shape[-1:], eps=1e-5).type_as(qkv)
             qkv = torch.cat((qk, qkv[:, :, 2:]), dim=2)
-        # Each position attends to itself and to those before it. Generation brings its own `attend`, which
+        # Each position attends to itself and to those before it. Generation passes its own `attend`, which
         # reads a cache of earlier keys and values.
         if attend is not None:
             y = attend(qkv)
@@ -212,6 +213,7 @@ def choose_residual_dtype(config: GPTConfig, dtype: str, ops: kernels.Kernels) -
     """
     chosen = config.residual_dtype
     if chosen == "auto":
+        # The plain name in `kernels` is the Triton implementation.
         triton_norms = ops.add_layer_norm_mixed is kernels.add_layer_norm_mixed
         return "mixed" if triton_norms and dtype == "bfloat16" and not config.bias else "float32"
     if chosen not in ("float32", "mixed", "bfloat16"):
@@ -234,7 +236,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, for_device: str = "cpu", dtype: str = "bfloat16"):
         super().__init__()
         if config.vocab_size is None:
-            raise ValueError("vocab_size is not set: give the number of symbols, such as 50304")
+            raise ValueError("vocab_size is not set: give the vocabulary size, such as 50304")
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
         if config.activation not in ACTIVATIONS:
@@ -333,7 +335,10 @@ class GPT(nn.Module):
         return model.to(device)
 
     def load_weights(self, weights: dict[str, Tensor], source: str | Path) -> None:
-        """Copies `weights` into the model. Raises ValueError with the first name whose shape differs."""
+        """Copies `weights` into the model.
+
+        Raises ValueError for the first name that is missing, unexpected or of another shape.
+        """
         own = self.state_dict()
         for name in sorted(own.keys() | weights.keys()):
             there, here = (tuple(d[name].shape) if name in d else "missing" for d in (weights, own))
@@ -395,8 +400,8 @@ class GPT(nn.Module):
         """Appends `max_new_tokens` sampled ids to idx (B, T) -> (B, T + max_new_tokens).
 
         This is nanoGPT's loop: short, but each new token recomputes all tokens before it.
-        `python -m gpt.sample` uses `gpt.generate.stream`, which draws the same tokens with a cache. Call
-        model.eval() first. Raises ValueError if the logits are not finite.
+        `python -m gpt.sample` calls `gpt.generate.stream`, which uses a cache and samples the same tokens.
+        Call model.eval() first. Raises ValueError if the logits are not finite.
         """
         sampling = Sampling(temperature, top_k, top_p)
         for _ in range(max_new_tokens):

@@ -14,7 +14,8 @@ Backward, from the upstream gradient do:
 
 `qkv` is the output of one `nn.Linear(C, 3C)`, viewed as (B, T, 3, H, D). The kernels read it by its strides,
 without a transpose or a copy, and write its gradient in the same layout. The T x T matrices s and p exist
-only tile by tile: forward saves lse, and backward computes p again.
+only tile by tile: forward saves lse, and backward computes p again. The kernels work in base 2, so the value
+they save is lse / ln 2.
 
 Source: Vaswani et al., 2017, https://arxiv.org/abs/1706.03762; Dao, 2023 (FlashAttention-2),
 https://arxiv.org/abs/2307.08691; Salmon et al., 2011 (Philox), https://doi.org/10.1145/2063384.2063405
@@ -64,14 +65,14 @@ def causal_attention(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
 
 
 def causal_attention_reference(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """`causal_attention` by PyTorch's `F.scaled_dot_product_attention`, for any D."""
+    """`causal_attention` with PyTorch's `F.scaled_dot_product_attention`, for any D."""
     q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D), a view
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)
     return out.transpose(1, 2)
 
 
 def causal_attention_flash(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """`causal_attention` by the flash-attn package, in fp16 or bf16 on a GPU."""
+    """`causal_attention` with the flash-attn package, in fp16 or bf16 on a GPU."""
     from flash_attn import flash_attn_qkvpacked_func
 
     _check("causal_attention", qkv, dropout_p)
@@ -91,16 +92,16 @@ def check_head_size(name: str, argument: str, tensor: Tensor) -> None:
     D = tensor.shape[-1]
     if not MIN_D <= D <= MAX_D:
         raise ValueError(
-            f"{name}: {argument} {tuple(tensor.shape)} has D={D}; D from {MIN_D} to {MAX_D} is allowed"
+            f"{name}: {argument} {tuple(tensor.shape)} has D={D}; D must be from {MIN_D} to {MAX_D}"
         )
 
 
 def used_by_auto(arch: int, D: int, dtype: torch.dtype) -> bool:
     """Whether kernels="auto" uses these kernels for heads of size D.
 
-    Only sm_90 is measured. Alone on an H200, they are 1.33x as fast as cuDNN at D=64, T=1024, and 0.84x at
-    D=128, T=2048. A compiled training step at D=64 takes the same time with both (bench/LOG.md). The fp32
-    tiles are made for checking, not for speed.
+    Only sm_90 was measured. Timed alone on an H200, these kernels are 1.33x as fast as cuDNN at D=64, T=1024,
+    and 0.84x at D=128, T=2048. A compiled training step at D=64 takes the same time with both (bench/LOG.md).
+    The fp32 tiles are meant for checking, not for speed.
     """
     return MIN_D <= D <= MAX_D and dtype != torch.float32 and not (arch == 90 and D > 64)
 
@@ -108,10 +109,10 @@ def used_by_auto(arch: int, D: int, dtype: torch.dtype) -> bool:
 @jit
 def _program_position(blocks, H, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
     """(batch, head, first row of the block) of this program."""
-    # The heads of a batch element run side by side, so its keys and values stay in the L2 cache. Long blocks
-    # start first, and short ones fill the gaps at the end. The last queries see the most keys, so blocks of
-    # queries start with the last. The first keys are seen by the most queries, so blocks of keys start with
-    # the first.
+    # The heads of a batch element run side by side, so its keys and values stay in the L2 cache. Blocks
+    # with the most work start first, and the rest fill the gaps at the end. The last queries see the most
+    # keys, so blocks of queries start with the last. The first keys are seen by the most queries, so blocks
+    # of keys start with the first.
     program = tl.program_id(0)
     batch = program // (blocks * H)
     block = program % (blocks * H) // H
@@ -121,47 +122,47 @@ def _program_position(blocks, H, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 
 @jit
-def _load(X, row, d, stride, T, D: tl.constexpr, MASK: tl.constexpr):
-    """X[row, d], masked to 0 from row T and column D on. Without MASK, every row must be below T."""
+def _load(X, row, d, stride, rows_left, D: tl.constexpr, MASK: tl.constexpr):
+    """X[row, d], masked to 0 from row rows_left and column D on. Without MASK, every row must be inside."""
     pointers = X + row[:, None] * stride + d[None, :]
     if d.shape[0] != D:
-        x = tl.load(pointers, mask=(row < T)[:, None] & (d < D)[None, :], other=0)
+        x = tl.load(pointers, mask=(row < rows_left)[:, None] & (d < D)[None, :], other=0)
     elif MASK:
-        x = tl.load(pointers, mask=(row < T)[:, None], other=0)
+        x = tl.load(pointers, mask=(row < rows_left)[:, None], other=0)
     else:
         x = tl.load(pointers)
     return x
 
 
 @jit
-def _store(X, x, row, d, stride, T, D: tl.constexpr):
-    mask = (row < T)[:, None] & (d < D)[None, :]
+def _store(X, x, row, d, stride, rows_left, D: tl.constexpr):
+    mask = (row < rows_left)[:, None] & (d < D)[None, :]
     tl.store(X + row[:, None] * stride + d[None, :], round_to(x, X.dtype.element_ty), mask=mask)
 
 
 @jit
-def _dropout_factor(seed, m, n, head, dropout_p):
+def _dropout_factor(seed, m, n, flat_head, dropout_p):
     """0 with probability dropout_p, else 1 / (1 - dropout_p), for the weight of query m on key n."""
-    # Philox is counter-based: the random number depends on (seed, m, n, head) alone. So backward draws the
-    # same mask with different tiles in a different order, and no T x T mask is stored.
+    # Philox is counter-based: the random number depends on (seed, m, n, flat_head) alone. So backward draws
+    # the same mask with different tiles in a different order, and no T x T mask is stored.
     zero = (m + n) * 0  # gives every argument the shape of the tile
-    random, _, _, _ = tl.philox(seed, m + zero, n + zero, head + zero, zero, n_rounds=7)
+    random, _, _, _ = tl.philox(seed, m + zero, n + zero, flat_head + zero, zero, n_rounds=7)
     return tl.where(tl.uint_to_uniform_float(random) >= dropout_p, 1 / (1 - dropout_p), 0.0)
 
 
 @jit
 def _wait_for_product(x):
     """Returns the accumulator x once its product is complete."""
-    # Triton lets a product run on into the next iteration. On sm_90 ptxas sometimes cannot track that (its
-    # warning C7515). Then it waits after every wgmma instruction. An empty instruction that reads x makes
-    # Triton wait only once, at the end of the product.
+    # Triton overlaps a product with the next iteration. On sm_90 ptxas sometimes cannot track that (warning
+    # C7515) and waits after every wgmma instruction. An empty instruction that reads x makes Triton wait only
+    # once, at the end of the product.
     if not INTERPRETED:
         x = tl.inline_asm_elementwise("", "=f,0", [x], dtype=tl.float32, is_pure=True, pack=1)
     return x
 
 
 @jit
-def _tile(
+def _load_tile(
     X, DESC, batch, part, head, start, rows, d, stride, T, D: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Rows start, start + 1, ... of one head's q, k or v (part 0, 1, 2): (rows, BLOCK_D).
@@ -182,17 +183,17 @@ def _forward_step(
     q, K, V, DESC, batch, head, n, m, d, start_n, stride, acc, l_i, m_i, scale2, T,
     seed, flat_head, dropout_p, D: tl.constexpr, DIAGONAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Adds one block of keys and values to acc, l_i and m_i."""
-    k = _tile(K, DESC, batch, 1, head, start_n, n, d, stride, T, D, DIAGONAL)
+    """Updates acc, l_i and m_i with one block of keys and values."""
+    k = _load_tile(K, DESC, batch, 1, head, start_n, n, d, stride, T, D, DIAGONAL)
     s = dot(q, tl.trans(k))
-    # Online softmax. With s = q k^T * scale2, each query has, over the keys so far,
-    #     m_i = max(s)        l_i = sum(2^(s - m_i))        acc = sum(2^(s - m_i) v)
+    # Online softmax. s is not scaled yet. With t = s * scale2, each query has, over the keys so far,
+    #     m_i = max(t)        l_i = sum(2^(t - m_i))        acc = sum(2^(t - m_i) v)
     # and at the end o = acc / l_i. No exponent is above 0, so nothing overflows. This block may raise the
-    # maximum from m_i to m_ij. Since 2^(s - m_ij) = 2^(s - m_i) 2^(m_i - m_ij), multiplying both sums by
+    # maximum from m_i to m_ij. Since 2^(t - m_ij) = 2^(t - m_i) 2^(m_i - m_ij), multiplying both sums by
     # alpha = 2^(m_i - m_ij) is the same as having subtracted m_ij from the start.
     #
     # The scale is positive, so we can take the maximum before we scale. One multiply-add then computes the
-    # exponent s * scale2 - m_ij.
+    # exponent t - m_ij = s * scale2 - m_ij.
     if DIAGONAL:
         mask = m[:, None] >= start_n + n[None, :]
         m_ij = tl.maximum(m_i, tl.max(tl.where(mask, s, -float("inf")), 1) * scale2)
@@ -205,7 +206,7 @@ def _forward_step(
     # Dropout comes after the softmax: it changes acc, but not the denominator l_i.
     if DROPOUT:
         p *= _dropout_factor(seed, m[:, None], start_n + n[None, :], flat_head, dropout_p)
-    v = _tile(V, DESC, batch, 2, head, start_n, n, d, stride, T, D, DIAGONAL)
+    v = _load_tile(V, DESC, batch, 2, head, start_n, n, d, stride, T, D, DIAGONAL)
     acc = _wait_for_product(dot(round_to(p, v.dtype), v, acc * alpha[:, None]))
     return acc, l_i, m_ij
 
@@ -222,8 +223,8 @@ def _attention_forward_kernel(
     LSE,  # (B, H, T) out, fp32, base 2
     SEED,  # (1,) in, int64, or None without dropout
     batch_stride,
-    stride,  # of T
-    part_stride,  # of q, k, v
+    stride,  # from one position to the next
+    part_stride,  # from q to k, and from k to v
     head_stride,
     T,
     H,
@@ -250,7 +251,7 @@ def _attention_forward_kernel(
     scale2 = scale * LOG2E  # exp(s * scale) = 2^(s * scale2)
 
     rows = tl.arange(0, BLOCK_M)
-    q = _tile(Q, DESC, batch32, 0, head, start_m, rows, d, stride, T, D, True)
+    q = _load_tile(Q, DESC, batch32, 0, head, start_m, rows, d, stride, T, D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     l_i = tl.zeros((BLOCK_M,), tl.float32)
     m_i = tl.full((BLOCK_M,), -float("inf"), tl.float32)
@@ -267,13 +268,13 @@ def _attention_forward_kernel(
         )  # fmt: skip
     out = OUT + (batch * T + start_m) * H * D + head * D
     _store(out, acc / l_i[:, None], rows, d, H * D, T - start_m, D)
-    # log2(sum(2^s)) is all that backward needs to compute p again.
+    # log2(sum(2^t)) is all that backward needs to compute p again.
     tl.store(LSE + (batch * H + head) * T + m, m_i + tl.log2(l_i), mask=m < T)
 
 
 @jit
 def _dq_step(
-    q, do, K, V, n, m, d, start_n, stride, dq, lse, delta, scale2, T, seed, head, dropout_p,
+    q, do, K, V, n, m, d, start_n, stride, dq, lse, delta, scale2, T, seed, flat_head, dropout_p,
     D: tl.constexpr, DIAGONAL: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Adds one block of keys to dq."""
@@ -284,7 +285,7 @@ def _dq_step(
         p = tl.where(m[:, None] >= start_n + n[None, :], p, 0.0)
     dp = dot(do, tl.trans(v))
     if DROPOUT:
-        dp *= _dropout_factor(seed, m[:, None], start_n + n[None, :], head, dropout_p)
+        dp *= _dropout_factor(seed, m[:, None], start_n + n[None, :], flat_head, dropout_p)
     ds = p * (dp - delta[:, None])
     return dot(round_to(ds, k.dtype), k, dq)
 
@@ -361,14 +362,15 @@ def _attention_dq_kernel(
 
 @jit
 def _dkdv_step(
-    k, v, Q, DO, LSE, DELTA, m, n, d, start_m, stride, dout_stride, dk, dv, scale2, T, seed, head, dropout_p,
+    k, v, Q, DO, LSE, DELTA, m, n, d, start_m, stride, dout_stride, dk, dv, scale2, T,
+    seed, flat_head, dropout_p,
     D: tl.constexpr, DIAGONAL: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Adds one block of queries to dk and dv."""
     rows_left = T - start_m
     q = _load(Q + tl.cast(start_m, tl.int64) * stride, m, d, stride, rows_left, D, MASK)
     do = _load(DO + tl.cast(start_m, tl.int64) * dout_stride, m, d, dout_stride, rows_left, D, MASK)
-    # From row T on, q, do, lse and delta are 0. There p is 1, but adds 0 to dv and dk.
+    # With MASK, rows from T on load as 0. There p is 1, but do and ds are 0, so dv and dk gain nothing.
     if MASK:
         lse = tl.load(LSE + start_m + m, mask=m < rows_left, other=0)
         delta = tl.load(DELTA + start_m + m, mask=m < rows_left, other=0)
@@ -380,7 +382,7 @@ def _dkdv_step(
     if DIAGONAL:
         p = tl.where(start_m + m[None, :] >= n[:, None], p, 0.0)
     if DROPOUT:
-        z = _dropout_factor(seed, start_m + m[None, :], n[:, None], head, dropout_p)
+        z = _dropout_factor(seed, start_m + m[None, :], n[:, None], flat_head, dropout_p)
         dv = dot(round_to(p * z, do.dtype), do, dv)
         dp = dot(v, tl.trans(do)) * z
     else:
@@ -495,7 +497,8 @@ DESCRIPTOR_TILES = {INTERPRETER: Tile(16, 16, 4, 1), 90: Tile(64, 64, 4, 3)}
 # Tiles of dk and dv up to D = 64, if T is not a multiple of n or D not a power of 2. Then loads need masks,
 # which need registers: a tile of 64 x 64 spills inside the loop with Triton 3.6, 3.8 and 3.9. Not tuned.
 MASKED_TILES = {90: Tile(32, 64, 4, 3)}
-# Dropout's random numbers need registers too. So its tiles are smaller, on every architecture. Not tuned.
+# Dropout's random numbers need registers too, so it has its own tiles. They are the same on every
+# architecture, and not tuned.
 DROPOUT_TILES = {
     64: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     128: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
@@ -504,7 +507,7 @@ DROPOUT_TILES = {
 FP32_TILES = (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
 
 
-def _tiles(qkv: Tensor, seed: Tensor | None) -> tuple[Tile, Tile, Tile]:
+def _choose_tiles(qkv: Tensor, seed: Tensor | None) -> tuple[Tile, Tile, Tile]:
     """The tiles of (forward, dq, dk and dv)."""
     arch = architecture(qkv)
     if qkv.dtype == torch.float32 and arch != INTERPRETER:
@@ -519,7 +522,7 @@ def _tiles(qkv: Tensor, seed: Tensor | None) -> tuple[Tile, Tile, Tile]:
 
 
 def head_width(D: int) -> int:
-    """The key of D in a table of tiles."""
+    """D rounded up to 64 or 128: its key in a table of tiles."""
     return 64 if D <= 64 else 128
 
 
@@ -544,7 +547,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def descriptor(qkv: Tensor, seed: Tensor | None) -> tuple[Any, Tile] | None:
-    """A descriptor of qkv and the forward's tile for it, or None if pointers are faster or required."""
+    """A descriptor of qkv and its tile for forward, or None if pointers are faster or required."""
     tile = DESCRIPTOR_TILES.get(architecture(qkv))
     D, size = qkv.shape[-1], qkv.element_size()
     if tile is None or seed is not None or qkv.dtype == torch.float32 or D > 64:
@@ -562,7 +565,7 @@ def _launch_forward(qkv: Tensor, seed: Tensor | None, dropout_p: float) -> tuple
     qkv = _dense(qkv)
     B, T, _, H, D = qkv.shape
     if out.numel():
-        desc, tile = descriptor(qkv, seed) or (None, _tiles(qkv, seed)[0])
+        desc, tile = descriptor(qkv, seed) or (None, _choose_tiles(qkv, seed)[0])
         blocks = -(-T // tile.m)
         launch(
             _attention_forward_kernel, (B * blocks * H,),
@@ -579,7 +582,7 @@ def _launch_backward(
     dqkv, delta = qkv.new_empty(qkv.shape), torch.empty_like(lse)
     qkv, dout = _dense(qkv), _dense(dout)
     B, T, _, H, D = qkv.shape
-    _, tile, dkdv_tile = _tiles(qkv, seed)
+    _, tile, dkdv_tile = _choose_tiles(qkv, seed)
     strides = *qkv.stride()[:4], *dout.stride()[:3]
     if out.numel():
         blocks = -(-T // tile.m)
@@ -645,19 +648,23 @@ def _run_all(qkv, dropout_p=0.0):
 
 
 def _slots(qkv: Tensor, dropout_p: float = 0.0) -> Iterator[Slot]:
-    """The entries of the tile tables that this call uses, with the tiles that bench.sweep tries."""
+    """The entries of the tile tables that this call uses, with the tiles that bench.sweep tries.
+
+    FP32_TILES, DROPOUT_TILES and MASKED_TILES are not tuned, so they are left out.
+    """
     if qkv.dtype == torch.float32 or dropout_p:
         return
     arch, width = architecture(qkv), head_width(qkv.shape[-1])
+    entries, used = TILES[arch][width], _choose_tiles(qkv, None)
     by_descriptor = descriptor(qkv, None) is not None
     if by_descriptor:  # q, k and v have one block size
         tiles = tuple(Tile(m, m, *rest) for m, *rest in product((32, 64, 128), (4, 8), (2, 3, 4)))
         yield Slot("forward by descriptor (m, n, warps, stages)", DESCRIPTOR_TILES, arch, tiles)
     for index, name in enumerate(("forward", "dq", "dk and dv")):
-        if by_descriptor and name == "forward":
+        if (by_descriptor and name == "forward") or used[index] is not entries[index]:
             continue
         sizes = product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))
-        # The block that a program owns, of keys for dk and dv, else of queries, is a multiple of the other.
+        # A program's own block (keys for dk and dv, otherwise queries) must be a multiple of the other.
         valid = (t for t in sizes if (t[1] % t[0] if name == "dk and dv" else t[0] % t[1]) == 0)
         tiles = tuple(Tile(*t) for t in valid)
         yield Slot(f"{name} (m, n, warps, stages)", TILES[arch], width, tiles, index)

@@ -32,7 +32,7 @@ WRONG = [
     ("add_layer_norm_mixed", (None, X, X[:3], W), r"carrier is \(3, 8\) torch.float32; it must have"),
     ("causal_attention", (QKV.long(),), "qkv is torch.int64"),
     ("causal_attention", (QKV[:, :, :2],), r"qkv \(1, 5, 2, 2, 16\) must be \(B, T, 3, H, D\)"),
-    ("causal_attention", (QKV[..., :8],), "has D=8; D from 16 to 128 is allowed"),
+    ("causal_attention", (QKV[..., :8],), "has D=8; D must be from 16 to 128"),
     ("causal_attention", (QKV, 1.0), "dropout_p=1.0 must be at least 0 and less than 1"),
     ("cross_entropy", (X[None], TARGET), r"input \(1, 4, 8\) must be \(N, V\)"),
     ("cross_entropy", (X[:, :0], TARGET), "V at least 1"),
