@@ -111,8 +111,8 @@ def _program_position(blocks, H, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
     """(batch, head, first row of the block) of this program."""
     # The heads of a batch element run side by side, so its keys and values stay in the L2 cache. Blocks
     # with the most work start first, and the rest fill the gaps at the end. The last queries see the most
-    # keys, so blocks of queries start with the last. The first keys are seen by the most queries, so blocks of
-    # keys start with the first.
+    # keys, so blocks of queries start with the last. The first keys are seen by the most queries, so blocks
+    # of keys start with the first.
     program = tl.program_id(0)
     batch = program // (blocks * H)
     block = program % (blocks * H) // H
@@ -123,7 +123,7 @@ def _program_position(blocks, H, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 @jit
 def _load(X, row, d, stride, rows_left, D: tl.constexpr, MASK: tl.constexpr):
-    """X[row, d], masked to 0 from row rows_left and column D on. Without MASK, every row must be below."""
+    """X[row, d], masked to 0 from row rows_left and column D on. Without MASK, every row must be inside."""
     pointers = X + row[:, None] * stride + d[None, :]
     if d.shape[0] != D:
         x = tl.load(pointers, mask=(row < rows_left)[:, None] & (d < D)[None, :], other=0)
@@ -497,8 +497,8 @@ DESCRIPTOR_TILES = {INTERPRETER: Tile(16, 16, 4, 1), 90: Tile(64, 64, 4, 3)}
 # Tiles of dk and dv up to D = 64, if T is not a multiple of n or D not a power of 2. Then loads need masks,
 # which need registers: a tile of 64 x 64 spills inside the loop with Triton 3.6, 3.8 and 3.9. Not tuned.
 MASKED_TILES = {90: Tile(32, 64, 4, 3)}
-# Dropout's random numbers need registers too, so it has its own tiles. They are the same on every architecture,
-# and not tuned.
+# Dropout's random numbers need registers too, so it has its own tiles. They are the same on every
+# architecture, and not tuned.
 DROPOUT_TILES = {
     64: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     128: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
