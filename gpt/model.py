@@ -179,8 +179,7 @@ class Transformer(nn.Module):
     def forward(
         self, idx: Tensor, position: Tensor | None = None, attend: Sequence[Attend] | None = None
     ) -> Tensor:
-        # Positions 0, 1, 2, ... are the first rows of wpe. A slice's gradient is a plain sum over the batch;
-        # an embedding's is a scatter.
+        # Positions 0, 1, 2, ... need only a slice of wpe, whose gradient is a sum over the batch, not a scatter.
         positions = self.wpe.weight[: idx.size(1)] if position is None else self.wpe(position)
         x = self.drop(self.ops.embedding(idx, self.wte.weight) + positions)
         residual, update = self._to_residual_dtype(x), None
@@ -213,7 +212,7 @@ def choose_residual_dtype(config: GPTConfig, dtype: str, ops: kernels.Kernels) -
     """
     chosen = config.residual_dtype
     if chosen == "auto":
-        # The plain name in `kernels` is the Triton implementation.
+        # kernels.add_layer_norm_mixed is the Triton version; ops may hold another.
         triton_norms = ops.add_layer_norm_mixed is kernels.add_layer_norm_mixed
         return "mixed" if triton_norms and dtype == "bfloat16" and not config.bias else "float32"
     if chosen not in ("float32", "mixed", "bfloat16"):

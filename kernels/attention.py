@@ -99,9 +99,9 @@ def check_head_size(name: str, argument: str, tensor: Tensor) -> None:
 def used_by_auto(arch: int, D: int, dtype: torch.dtype) -> bool:
     """Whether kernels="auto" uses these kernels for heads of size D.
 
-    Only sm_90 was measured. Timed alone on an H200, these kernels are 1.33x as fast as cuDNN at D=64, T=1024,
-    and 0.84x at D=128, T=2048. A compiled training step at D=64 takes the same time with both (bench/LOG.md).
-    The fp32 tiles are meant for checking, not for speed.
+    Only sm_90 was measured. Timed alone on an H200, these kernels are 1.33x as fast as PyTorch's (cuDNN) at
+    D=64, T=1024, and 0.84x at D=128, T=2048. A compiled training step at D=64 takes the same time with both
+    (bench/LOG.md). The fp32 tiles are meant for checking, not for speed.
     """
     return MIN_D <= D <= MAX_D and dtype != torch.float32 and not (arch == 90 and D > 64)
 
@@ -123,7 +123,7 @@ def _program_position(blocks, H, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
 
 @jit
 def _load(X, row, d, stride, rows_left, D: tl.constexpr, MASK: tl.constexpr):
-    """X[row, d], masked to 0 from row rows_left and column D on. Without MASK, every row must be inside."""
+    """X[row, d], 0 from row rows_left and column D on. Without MASK, all rows are below rows_left."""
     pointers = X + row[:, None] * stride + d[None, :]
     if d.shape[0] != D:
         x = tl.load(pointers, mask=(row < rows_left)[:, None] & (d < D)[None, :], other=0)
@@ -494,11 +494,12 @@ TILES = {
 # Tiles of forward with tensor descriptors. They are used up to D = 64, in half precision and without dropout.
 # Tuned on H200: 0.314 ms instead of 0.349 with pointers (D=64, T=1024, 768 heads).
 DESCRIPTOR_TILES = {INTERPRETER: Tile(16, 16, 4, 1), 90: Tile(64, 64, 4, 3)}
-# Tiles of dk and dv up to D = 64, if T is not a multiple of n or D not a power of 2. Then loads need masks,
-# which need registers: a tile of 64 x 64 spills inside the loop with Triton 3.6, 3.8 and 3.9. Not tuned.
+# Tiles of dk and dv up to D = 64, without dropout, if T is not a multiple of n or D not a power of 2. Then
+# loads need masks, which need registers: a tile of 64 x 64 spills inside the loop with Triton 3.6, 3.8 and
+# 3.9. Not tuned.
 MASKED_TILES = {90: Tile(32, 64, 4, 3)}
 # Dropout's random numbers need registers too, so it has its own tiles. They are the same on every
-# architecture, and not tuned.
+# GPU, and not tuned.
 DROPOUT_TILES = {
     64: (Tile(128, 64, 8, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
     128: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
@@ -650,7 +651,7 @@ def _run_all(qkv, dropout_p=0.0):
 def _slots(qkv: Tensor, dropout_p: float = 0.0) -> Iterator[Slot]:
     """The entries of the tile tables that this call uses, with the tiles that bench.sweep tries.
 
-    FP32_TILES, DROPOUT_TILES and MASKED_TILES are not tuned, so they are left out.
+    FP32_TILES, DROPOUT_TILES and MASKED_TILES are left out: bench.sweep does not tune them.
     """
     if qkv.dtype == torch.float32 or dropout_p:
         return

@@ -156,7 +156,7 @@ def parse(args: Sequence[str]) -> tuple[TrainConfig, dict[str, list[str]]]:
 
 
 def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """Replaces every "auto" by what this machine has. Raises ValueError for settings it does not support."""
+    """Replaces "auto" by what this machine has. Raises ValueError for settings it does not support."""
     if config.gradient_accumulation_steps % ranks.world_size:
         raise ValueError(
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} is the total over all ranks "

@@ -68,7 +68,7 @@ def train(
     # On a GPU, float32 matrix products may use TF32, as in nanoGPT.
     torch.backends.cuda.matmul.allow_tf32 = True
 
-    # Replace each "auto". This fails early if the machine does not support a setting.
+    # Replace "auto" where the machine decides. This fails early if the machine does not support a setting.
     config = resolve(config, ranks)
 
     # Start from new weights, from the run's own checkpoint, or from other weights.
@@ -81,6 +81,7 @@ def train(
     tokenizer = describe(data_dir)
     resumes = start.source == "resume"
     with cli.IfSlow("making the model", ranks.is_main):
+        # In a new run, `saved` has only defaults.
         model, saved = checkpoint.initial_model(config, given, tokenizer, ranks, start)
     config = replace(config, model=model.config)
     tokenizer = tokenizer_to_save(tokenizer, saved.tokenizer or tokenizer, model, data_dir)
@@ -96,6 +97,7 @@ def train(
     # Wrap the model and make its optimizer.
     precision = partial(autocast, ranks.device, config.dtype)
     fit_message = ""
+    # The parser has made batch_size a number. Its last value says whether it was auto.
     if "auto" in given.get("batch_size", ())[-1:]:
         trial = partial(trial_steps, config=config, ranks=ranks, precision=precision)
         config, fit_message = fit.micro_batch(config, model, ranks, trial)
@@ -277,7 +279,8 @@ def estimate_loss(
     """Returns the mean loss of eval_iters micro-batches of each file: the same ones every time.
 
     The micro-batches are divided among the ranks. No random numbers are drawn, so evaluating more often
-    changes nothing else in a run. `part` is called with the number of finished micro-batches and their total.
+    changes nothing else in a run. `on_progress` is called with the number of finished micro-batches and their
+    total.
     """
     model.eval()
     losses = {}
@@ -334,7 +337,7 @@ def not_finite_message(progress: Progress, skips: SkippedSteps, config: TrainCon
 def tokenizer_to_save(
     data: dict[str, Any], saved: dict[str, Any], model: GPT, data_dir: Path
 ) -> dict[str, Any]:
-    """The description of the data's tokenizer, or that of the checkpoint if the data's is unknown.
+    """The description of the data's tokenizer. If that is unknown, the checkpoint's, unless it is GPT-2's.
 
     Data without a tokenizer file count as GPT-2's if the model's vocabulary is large enough, else as unknown.
     """
@@ -351,7 +354,10 @@ def tokenizer_to_save(
 def tokenizer_for_samples(
     described: dict[str, Any], model: GPT, config: TrainConfig, ranks: Ranks, metrics: Metrics
 ) -> Tokenizer | None:
-    """The tokenizer for eval_sample. None if that is 0, or if samples are impossible: then it prints why."""
+    """The tokenizer for eval_sample, or None if that is 0 or this rank does not sample.
+
+    If samples are impossible, it prints why and returns None.
+    """
     tokenizer, reason = None, ""
     # With FSDP all ranks compute a sample together.
     if config.eval_sample > 0 and (ranks.is_main or config.strategy == "fsdp"):
