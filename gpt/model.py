@@ -179,7 +179,7 @@ class Transformer(nn.Module):
     def forward(
         self, idx: Tensor, position: Tensor | None = None, attend: Sequence[Attend] | None = None
     ) -> Tensor:
-        # Positions 0, 1, 2, ... need only a slice of wpe, whose gradient is a sum over the batch, not a scatter.
+        # For positions 0, 1, 2, ... a slice of wpe is enough. Its gradient is a sum, not a scatter.
         positions = self.wpe.weight[: idx.size(1)] if position is None else self.wpe(position)
         x = self.drop(self.ops.embedding(idx, self.wte.weight) + positions)
         residual, update = self._to_residual_dtype(x), None
