@@ -2,8 +2,8 @@
 
 Both trainings have the same initial weights, batches and schedule, and take turns. By default the 124M makes
 1,000 steps of 64K tokens on the sources of Python's standard library, one token a byte, which every machine
-has. --data=FOLDER takes a prepared corpus. Without a GPU the model is tiny,
-and our kernels need TRITON_INTERPRET=1.
+has. --data=FOLDER takes a prepared corpus. Without a GPU the model is tiny, and our kernels need
+TRITON_INTERPRET=1.
 """
 
 import sys
