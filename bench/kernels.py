@@ -60,13 +60,21 @@ def variants(op: Op, device: str) -> dict[str, Function | str]:
     if device.startswith("cuda"):
         result["compile"] = torch.compile(op.reference, dynamic=False)
     if op.name == "linear_cross_entropy":
+        fused = getattr(F, "linear_cross_entropy", None)
         missing = "this PyTorch has no F.linear_cross_entropy"
-        result["torch fused"] = getattr(F, "linear_cross_entropy", missing)
+        result["torch fused"] = missing if fused is None else _without_chunks(fused)
     if op.name == "causal_attention":
         result |= attention_competitors(device)
     if op.name in LIGER:
         result["liger"] = liger(*LIGER[op.name])
     return result
+
+
+def _without_chunks(fused: Function) -> Function:
+    """PyTorch's fused loss, which chooses the size of its chunks itself."""
+    return lambda input, linear_weight, target, chunk_size=None, **options: fused(
+        input, linear_weight, target, **options
+    )
 
 
 def liger(name: str, adapt: Callable[[Function], Function]) -> Function | str:
