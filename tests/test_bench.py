@@ -42,22 +42,22 @@ def test_competitors_take_turns():
         calls.append(name)
         time.sleep(0.002)
 
-    found = timing.interleaved({n: lambda n=n: slow(n) for n in "abc"}, "cpu", seconds=0.02)
+    result = timing.interleaved({n: lambda n=n: slow(n) for n in "abc"}, "cpu", seconds=0.02)
     timed = calls[9:]  # after three warm-up calls of each
     rounds = [set(timed[i : i + 3]) for i in range(0, len(timed), 3)]
     assert len(rounds) >= 5 and all(r == set("abc") for r in rounds)
     assert len({tuple(timed[i : i + 3]) for i in range(0, len(timed), 3)}) > 1, "the order never changes"
-    assert all(t.runs == len(rounds) and 2 <= t.low <= t.median <= t.high for t in found.values())
+    assert all(t.runs == len(rounds) and 2 <= t.low <= t.median <= t.high for t in result.values())
     assert timing.summary([float(i) for i in range(21)][::-1]) == timing.Timing(10.0, 2.0, 18.0, 21)
 
 
 def test_clock_power_and_the_power_cap_are_read_from_nvidia_smi():
     """A field can be missing, and the last line can be cut short."""
     lines = "1980, 690.50, 55, 0x4\n1710, 700.10, 57, 0x0\n1, [N/A], 1, 0x0\n17"
-    found = timing.summary_of_clocks(lines)
-    assert found["mhz"] == {"median": 1845.0, "low": 1710.0, "high": 1980.0, "runs": 2}
-    assert found["watts"]["high"] == 700.1 and found["celsius"]["low"] == 55.0
-    assert found["power_capped"] == 0.5
+    result = timing.summary_of_clocks(lines)
+    assert result["mhz"] == {"median": 1845.0, "low": 1710.0, "high": 1980.0, "runs": 2}
+    assert result["watts"]["high"] == 700.1 and result["celsius"]["low"] == 55.0
+    assert result["power_capped"] == 0.5
     assert timing.summary_of_clocks("No devices were found\n") == {}
 
 
@@ -122,9 +122,9 @@ def test_a_wrong_result_is_not_timed_and_a_right_one_is_held_to_its_limit(name, 
 
     functions = {"right": op.reference, "wrong": faulty, "none": "why"}
     monkeypatch.setattr(suite, "variants", lambda *_: functions)
-    found = suite.measure(op, sample, dtype, "cpu", LIMITS, 0.001)
-    assert found["none"] == "why" and found["wrong"].startswith(f"wrong: d{first} is off by ")
-    cost, right = op.cost(**call), found["right"]
+    result = suite.measure(op, sample, dtype, "cpu", LIMITS, 0.001)
+    assert result["none"] == "why" and result["wrong"].startswith(f"wrong: d{first} is off by ")
+    cost, right = op.cost(**call), result["right"]
     least = {
         "forward": 1e3 * max(cost.forward_bytes / 1e9, cost.forward_flops / 1e12),
         "backward": 1e3 * max(cost.backward_bytes / 1e9, cost.backward_flops / 1e12),
@@ -211,32 +211,32 @@ def test_throughput_makes_the_steps_of_training(monkeypatch):
         variant.tokens == 2 * 2 * 16
         and variant.flops_per_token == 6 * (64 * 32 + 12 * 32**2 + 3 * 32) + 12 * 32 * 16
     )
-    found = throughput.measure([variant], 0.0, ranks)["ours"]
+    result = throughput.measure([variant], 0.0, ranks)["ours"]
     assert len(calls) == 2 + 1 + 3 and calls[-1][0] < calls[0][0] and all(norm > 0 for _, norm in calls)
-    assert found["steps"] == 3 and found["tokens_per_s"] == pytest.approx(64e3 / found["step_ms"])
+    assert result["steps"] == 3 and result["tokens_per_s"] == pytest.approx(64e3 / result["step_ms"])
 
 
 def test_mfu_is_of_all_gpus_peak(monkeypatch):
     """Two H200 at half a second a step of 1M tokens, 0.4 GFLOP each: of twice 989 TFLOP/s."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
     variant = throughput.Variant("x", lambda: None, 1_000_000, 400_000_000, peak_bytes=7)
-    found = throughput.figures_of(variant, [0.5, 0.4, 0.9], Ranks(0, 2, "cuda:0", None))
-    assert (found["tokens_per_s"], found["step_ms"], found["steps"]) == (2e6, 500.0, 3)
-    assert (found["step_ms_low"], found["step_ms_high"], found["peak_bytes"]) == (400.0, 900.0, 7)
-    assert found["mfu"] == pytest.approx(2e6 * 4e8 / (2 * 989e12))
+    result = throughput.figures_of(variant, [0.5, 0.4, 0.9], Ranks(0, 2, "cuda:0", None))
+    assert (result["tokens_per_s"], result["step_ms"], result["steps"]) == (2e6, 500.0, 3)
+    assert (result["step_ms_low"], result["step_ms_high"], result["peak_bytes"]) == (400.0, 900.0, 7)
+    assert result["mfu"] == pytest.approx(2e6 * 4e8 / (2 * 989e12))
 
 
 def test_a_micro_batch_is_halved_until_it_fits():
-    ranks, tried = Ranks(0, 1, "cpu", None), []
+    ranks, sizes = Ranks(0, 1, "cpu", None), []
 
     def build(size):
-        tried.append(size)
+        sizes.append(size)
         if size > 3:
             raise torch.OutOfMemoryError
         return throughput.Variant("x", lambda: None, 1, 1)
 
     variant, size = throughput.largest_that_fits(build, 16, ranks)
-    assert (variant.name, size, tried) == ("x", 2, [16, 8, 4, 2])
+    assert (variant.name, size, sizes) == ("x", 2, [16, 8, 4, 2])
 
 
 # Kernels of a step of ours and of nanoGPT's, as torch 2.11's profiler named them on an H200.
@@ -298,10 +298,10 @@ def test_two_trainings_of_one_spec_have_the_same_losses_to_the_bit(tmp_path):
         batch_size=2, gradient_accumulation_steps=2, eval_iters=1, max_iters=3, lr_decay_iters=3,
         warmup_iters=1, learning_rate=1e-2, model=GPTConfig(8, 32, 1, 2, 32, bias=False),
     )  # fmt: skip
-    found = curve.train(config, ["torch", "torch,layer_norm=torch"], tmp_path, ranks)
-    one, same = found["losses"].values()
+    result = curve.train(config, ["torch", "torch,layer_norm=torch"], tmp_path, ranks)
+    one, same = result["losses"].values()
     assert one == same and len(one) == 3 and one[-1] < one[0]
-    first, second = found["validation"].values()
+    first, second = result["validation"].values()
     assert first == second and 2 < first[0] < 4
 
 
@@ -330,15 +330,15 @@ def test_a_sweep_launches_each_candidate_and_leaves_the_table_as_it_was(name, mo
         for position, slot in enumerate(op.slots(**call)):
             before, table = slot.get(), dict(slot.table)
             launches.clear()
-            tried = {tile: tuner.attempt(name, sample, position, tile) for tile in slot.candidates}
-            assert set(tried.values()) == {None} and slot.get() == before and slot.table == table
+            answers = {tile: tuner.attempt(name, sample, position, tile) for tile in slot.candidates}
+            assert set(answers.values()) == {None} and slot.get() == before and slot.table == table
             in_pool = [(launch.num_warps, launch.num_stages, launch.arguments) for launch in launches]
             launches.clear()
-            tried[slot.candidates[0]] = "why"
-            found = tuner.sweep(op, call, slot, tried, 0.01)
+            answers[slot.candidates[0]] = "why"
+            result = tuner.sweep(op, call, slot, answers, 0.01)
             assert slot.get() == before and slot.table == table
-            assert found.keys() == {str(tuple(c)) for c in slot.candidates}
-            assert found[str(tuple(slot.candidates[0]))] == "why"
+            assert result.keys() == {str(tuple(c)) for c in slot.candidates}
+            assert result[str(tuple(slot.candidates[0]))] == "why"
             here = [(launch.num_warps, launch.num_stages, launch.arguments) for launch in launches]
             kernels_a_call = len(in_pool) // len(slot.candidates)
             assert str(here) == str(in_pool[kernels_a_call:]), "another thing is timed than was compiled"
@@ -369,16 +369,16 @@ def test_the_products_of_the_roofline_are_those_that_pytorch_counts():
     with FlopCounterMode(display=False) as counter:
         model(idx, idx)[1].backward()
     counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    found = {part.name: part for part in roofline.parts(TINY, batch_size=3, accumulation=5)}
-    assert (*found, "between kernels") == roofline.PARTS
-    assert found["matrix products"].flops == 5 * counted["aten.mm"]
+    parts = {part.name: part for part in roofline.parts(TINY, batch_size=3, accumulation=5)}
+    assert (*parts, "between kernels") == roofline.PARTS
+    assert parts["matrix products"].flops == 5 * counted["aten.mm"]
     # 2 products forward and 5 backward of the causal half, the diagonal included
     pairs = sum(range(1, 16 + 1))
     product = 5 * 3 * 2 * 2 * (2 * 16 * pairs)
-    assert found["attention, forward"].flops == 2 * product
-    assert found["attention, backward"].flops == 5 * product
+    assert parts["attention, forward"].flops == 2 * product
+    assert parts["attention, backward"].flops == 5 * product
     no_tensor_cores = ("norms", "GELU", "loss", "rest")
-    assert all(part.flops == 0 for name, part in found.items() if name.startswith(no_tensor_cores))
+    assert all(part.flops == 0 for name, part in parts.items() if name.startswith(no_tensor_cores))
 
 
 @pytest.mark.parametrize("residual_dtype", ["mixed", "float32", "bfloat16"])
@@ -522,9 +522,9 @@ def test_a_decoded_token_is_what_the_prompt_does_not_explain(monkeypatch):
         return {name: timing.Timing(milliseconds, 0, 0, 1) for name in timed}
 
     monkeypatch.setattr(timing, "interleaved", interleaved)
-    found = generate.measure({"ours": model}, torch.zeros(2, 5, dtype=torch.long), 7, "float32", 1.0)["ours"]
+    result = generate.measure({"ours": model}, torch.zeros(2, 5, dtype=torch.long), 7, "float32", 1.0)["ours"]
     # 7 tokens, the first of them out of the prompt
-    assert found == {"prefill": 1000.0, "decode": 2 / 5e-3, "ms": 5.0, "generate_ms": 40.0}
+    assert result == {"prefill": 1000.0, "decode": 2 / 5e-3, "ms": 5.0, "generate_ms": 40.0}
 
 
 @pytest.mark.parametrize("fault", [0.0, 1.0])
@@ -548,8 +548,8 @@ def test_the_clock_waits_for_the_gpu_and_empties_its_cache():
     times = timing.interleaved({"x": lambda: torch.cuda._sleep(10_000_000)}, "cuda", 0.1)
     assert times["x"].median > 2.0  # at 2 GHz, 5 ms
     x = torch.zeros(10 << 18, device="cuda")  # 10 MB
-    found = {cold: timing.interleaved({"x": x.sum}, "cuda", 0.2, cold)["x"].median for cold in (True, False)}
-    assert found[True] > found[False]
+    result = {cold: timing.interleaved({"x": x.sum}, "cuda", 0.2, cold)["x"].median for cold in (True, False)}
+    assert result[True] > result[False]
     allocate = lambda: torch.empty(64 << 20, dtype=torch.int8, device="cuda")  # noqa: E731
     assert timing.peak_extra_bytes(allocate, "cuda") == 64 << 20
 
@@ -560,7 +560,7 @@ def test_every_variant_is_timed_in_every_direction(name):
     op = OPS[name]
     with suite.honest_compilation():
         sample = suite.fewer(op, op.benchmark_shapes[0])
-        found = suite.measure(op, sample, torch.bfloat16, "cuda", LIMITS, 0.01)
+        result = suite.measure(op, sample, torch.bfloat16, "cuda", LIMITS, 0.01)
     for variant in ("tritongpt", "eager", "compile"):
         directions = {"forward", "backward", "both"} if op.differentiable else {"forward"}
-        assert directions <= found[variant].keys(), found[variant]
+        assert directions <= result[variant].keys(), result[variant]

@@ -4,7 +4,7 @@ dataset = "shakespeare"
 init_from = "gpt2-xl"
 eval_interval = 5
 eval_iters = 40
-always_save_checkpoint = False  # the checkpoint of the lowest validation loss is the one wanted
+always_save_checkpoint = False  # the checkpoint of the lowest validation loss is the one that we want
 wandb_project = "shakespeare"
 wandb_run_name = "ft-gpt2-xl"
 

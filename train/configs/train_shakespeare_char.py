@@ -4,7 +4,7 @@ dataset = "shakespeare_char"
 eval_interval = 250  # often, because it overfits
 eval_iters = 200
 log_interval = 10
-always_save_checkpoint = False  # the checkpoint of the lowest validation loss is the one wanted
+always_save_checkpoint = False  # the checkpoint of the lowest validation loss is the one that we want
 wandb_project = "shakespeare-char"
 wandb_run_name = "mini-gpt"
 
