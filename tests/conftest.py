@@ -1,6 +1,7 @@
 """The device of the tests: a GPU of sm_80 or newer if there is one, else a CPU and the interpreter."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +22,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def as_new() -> Iterator[None]:
-    """A training run in this process allows TF32; the test after it starts without."""
+    """A training run in this process allows TF32 and handles signals. The next test starts without both."""
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    }
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     torch.backends.cuda.matmul.allow_tf32 = False
     if GPU:
         torch.cuda.empty_cache()  # workers that test side by side share its memory

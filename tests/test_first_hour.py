@@ -16,17 +16,7 @@ from train import __main__ as training
 from train import evaluate
 from train.metrics import Metrics
 from train.prepare import __main__ as prepare
-from train.signals import STOPPING
 from train.view import Lines
-
-
-@pytest.fixture(autouse=True)
-def restore_signal_handlers():
-    """A training in this process handles signals."""
-    handlers = {number: signal.getsignal(number) for number in STOPPING}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def test_each_program_explains_how_to_install_pytorch(tmp_path):
