@@ -9,6 +9,7 @@ import json
 import os
 import random
 import resource
+import signal
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -173,6 +174,8 @@ def test_a_resumed_run_checks_its_checkpoint_once(workplace, monkeypatch):
     ],
 )
 def test_a_config_file_that_ends_python_or_does_not_end_is_one_sentence(tmp_path, statement, message):
+    # A shell starts a background job with SIGINT ignored. Python then has no handler for it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     (tmp_path / "c.py").write_text(f"n_layer = 3\n{statement}\n")
     with pytest.raises(ValueError, match=rf"c.py, {message}$"):
         parse([str(tmp_path / "c.py")])
