@@ -25,3 +25,4 @@ if folder and folder.resolve() != Path(__file__).resolve().parents[1] / "kernels
         f"error: the package kernels in {folder} is not this project's, and Python finds it first: move that "
         "folder away or `pip uninstall kernels`, then `pip install -e .` in this project again"
     )
+del spec, folder

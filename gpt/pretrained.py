@@ -1,5 +1,6 @@
 """Loads and saves trained models, as checkpoints (gpt/checkpoint.py) or in Hugging Face's format of GPT-2."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ def from_checkpoint(
 
 
 def source_of(init_from: str, out_dir: str) -> str:
-    """The model that sampling and evaluation load: for "resume", the checkpoint in `out_dir`."""
-    return str(best_or_latest(Path(out_dir))) if init_from == "resume" else init_from
+    """The model that sampling and evaluation load. For "resume" it is the checkpoint in `out_dir`."""
+    return str(best_or_latest(Path(out_dir))) if init_from == "resume" else checkpoint_in(init_from)
 
 
 def best_or_latest(out_dir: Path) -> Path:
@@ -50,9 +51,15 @@ def best_or_latest(out_dir: Path) -> Path:
         raise FileNotFoundError(
             f"there is no checkpoint {latest}, but there is {others[-1]}: give its name, not the folder"
         )
-    if best.exists() and not checkpoint.read(latest).config.get("always_save_checkpoint", True):
-        return best
-    return latest
+    return best if best.exists() and not _always_saves(latest) else latest
+
+
+def _always_saves(path: Path) -> bool:
+    """The flag always_save_checkpoint of a checkpoint's run. Reads neither weights nor checksums."""
+    with suppress(Exception):  # `load` will say what is wrong with a damaged file
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return bool(saved["config"]["always_save_checkpoint"])
+    return True
 
 
 def checkpoint_in(source: str) -> str:
@@ -75,7 +82,8 @@ def is_hugging_face(source: str) -> bool:
 
     Raises ValueError for a misspelled name, such as gpt2-medum.
     """
-    if source.startswith("gpt2") and not Path(source).exists():
+    is_path = "/" in source or source.endswith(".pt") or Path(source).exists()
+    if source.startswith("gpt2") and not is_path:
         return cli.choose(dict.fromkeys(GPT2_NAMES, True), source, "model")
     return Path(source).is_dir()
 
@@ -89,7 +97,7 @@ def load(
     """The model that `source` names, on `device`, and the description of the tokenizer it was trained with.
 
     `source` is a ckpt.pt, a run's folder, a Hugging Face folder, or the name of one of OpenAI's GPT-2s.
-    `dtype` is the precision of the computation. `overrides` are values for dropout and kernels.
+    `dtype` is the precision of the computation. `overrides` are values for options in RUN_OPTIONS.
     Raises ValueError, OSError.
     """
     source = checkpoint_in(source)

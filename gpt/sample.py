@@ -88,13 +88,18 @@ def load(config: SampleConfig, device: str) -> tuple[GPT, Tokenizer]:
 
 def _prompts(config: SampleConfig) -> list[str]:
     if config.prompts:
-        lines = read_text(Path(config.prompts)).removesuffix("\n").split("\n")
+        lines = _read(Path(config.prompts)).removesuffix("\n").split("\n")
         if lines == [""]:
             raise ValueError(f"{config.prompts} holds no prompts: write one per line")
         return lines
     if config.start.startswith("FILE:"):
-        return [read_text(Path(os.path.expanduser(config.start[5:])))]
+        return [_read(Path(os.path.expanduser(config.start[5:])))]
     return [config.start]
+
+
+def _read(path: Path) -> str:
+    # A pipe, such as <(command), can be read only once. read_text looks at the encoding first.
+    return path.read_text("utf-8-sig") if path.is_fifo() else read_text(path)
 
 
 def _encoded(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> list[list[int]]:

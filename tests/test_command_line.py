@@ -1,6 +1,7 @@
 """Flags, config files, presets and sampling as a user types them, and every mistake."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -388,6 +389,11 @@ def test_a_byte_order_mark_in_a_prompt_or_a_config_file_is_left_out(tmp_path):
         (tmp_path / "a.py").write_text("max_iters = 7\nout_dir = 'né'\n", encoding=encoding)
         config, _ = parse([str(tmp_path / "a.py")])
         assert (config.max_iters, config.out_dir) == (7, "né")
+    reading_end, writing_end = os.pipe()  # as --prompts=<(command)
+    os.write(writing_end, "né\nto be\n".encode("utf-8-sig"))
+    os.close(writing_end)
+    assert sample._prompts(sample.SampleConfig(prompts=f"/dev/fd/{reading_end}")) == ["né", "to be"]
+    os.close(reading_end)
     (tmp_path / "a.txt").write_bytes("né".encode("latin-1"))
     with pytest.raises(ValueError, match=r"a.txt is not UTF-8 text: byte 1"):
         sample._prompts(sample.SampleConfig(prompts=f"{tmp_path}/a.txt"))

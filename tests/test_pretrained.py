@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -164,8 +165,10 @@ def test_a_folder_of_a_run_stands_for_its_checkpoint_and_one_of_hugging_face_for
     convert.convert("out", Path("converted.pt"))
     assert_same_weights(checkpoint.read(Path("converted.pt")).model, best["model"])
     convert.convert("out", Path("hf"))
+    verified, testzip = [], zipfile.ZipFile.testzip
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda file: verified.append(file) or testzip(file))
     _, expected, _ = command(sample.main, monkeypatch, capsys, *DRAW, "--start=king")
-    assert expected.startswith("king")
+    assert expected.startswith("king") and len(verified) == 1, "reading all of a checkpoint takes long"
     for source in ("out", "hf"):
         drawn = command(sample.main, monkeypatch, capsys, *DRAW, "--start=king", f"--init_from={source}")
         assert drawn[1] == expected
@@ -336,6 +339,7 @@ def test_a_mistake_in_converting_is_one_sentence(folder, monkeypatch, capsys):
         (["hf"], "FROM TO"),
         (["hf", "hf"], "hf exists already"),
         (["nowhere.pt", "x"], "there is no checkpoint nowhere.pt"),
+        (["gpt2-run/ckpt.pt", "x"], "there is no checkpoint gpt2-run/ckpt.pt"),
         (["truncated", "x"], "'truncated' could not be loaded"),
         (["gpt2-medum", "x"], "did you mean 'gpt2-medium'"),
         (["empty", "x"], "empty has neither a run's ckpt.pt nor the config.json"),
