@@ -21,7 +21,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from io import TextIOWrapper
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
 from gpt.reading import read_text
 
@@ -45,18 +45,25 @@ def parse(config_class: type[Config], args: Sequence[str], prog: str, path_flag:
     return parse_given(config_class, args, prog, path_flag=path_flag)[0]
 
 
+def parse_with_paths(config_class: type[Config], args: Sequence[str], prog: str) -> tuple[Config, list[str]]:
+    """Reads `[PATH ...] [--name=value ...]`. Returns the settings and the paths."""
+    paths: list[str] = []
+    return parse_given(config_class, args, prog, paths=paths)[0], paths
+
+
 def parse_given(
     config_class: type[Config],
     args: Sequence[str],
     prog: str,
     presets: Path | None = None,
     path_flag: str = "",
+    paths: list[str] | None = None,
 ) -> tuple[Config, dict[str, list[str]]]:
     """Reads `[config.py ...] [--name=value ...]` in order; later values win. `--help` prints `help_text`.
 
     Also returns, for each flag that was set, all its values in order. A config file is given by its path, or
     by its name in the folder `presets`. A word that does not end in .py sets `path_flag`, if there is one.
-    A wrong flag prints an error and exits with 2. Raises ValueError, OSError for a wrong config file.
+    If `paths` is given, each word that is not a flag is appended to it. Raises ValueError, OSError.
     """
     if {"-h", "--help"}.intersection(args):
         print(help_text(config_class, prog, presets, path_flag))
@@ -66,75 +73,47 @@ def parse_given(
     # A config file sees all flags, as in nanoGPT, whose train.py executes it among its own names.
     scope = values | {"__name__": "__main__"}
     given: dict[str, list[str]] = {}
-    for word, value in words(config_class, args):
-        if not word and path_flag and not (value or "").endswith(".py"):
-            word = f"--{path_flag}"
-        if word:
-            settings = _setting(word, value, flags)
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        settings: dict[str, Any] = {}
+        if word.startswith("-"):
+            settings = _setting(word, rest, flags)
+        elif paths is not None:
+            paths.append(os.path.expanduser(word))
+        elif path_flag and not word.endswith(".py"):
+            settings = {path_flag: read_value(flags[path_flag], word)}
         else:
-            settings = _settings_of_file(_find(value or "", presets), flags, scope)
+            settings = _settings_of_file(_find(word, presets), flags, scope)
         values |= settings
         scope |= settings
         for name in settings:
             given.setdefault(name, []).append(str(settings[name]))
     for name, flag in flags.items():
         if name not in values:
-            _refuse(f"--{name}=... is missing: {flag.help}")
+            raise ValueError(f"--{name}=... is missing: {flag.help}")
     return _filled(config_class, values), given
 
 
-def parse_with_paths(config_class: type[Config], args: Sequence[str], prog: str) -> tuple[Config, list[str]]:
-    """Reads `[PATH ...] [--name=value ...]`. Returns the settings and the paths."""
-    parts = list(words(config_class, args))
-    flags = [name if value is None else f"{name}={value}" for name, value in parts if name]
-    paths = [os.path.expanduser(value or "") for name, value in parts if not name]
-    return parse(config_class, flags, prog), paths
+def _setting(word: str, rest: list[str], flags: Mapping[str, Flag]) -> dict[str, Any]:
+    """Reads a flag: `--name=value`, `--name value`, or `--name` for a switch. Returns {name: value}.
 
-
-def words(config_class: type, args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """Yields ("--name", value) for each flag, and ("", word) for each word that does not belong to a flag.
-
-    A flag is written `--name=value`, `--name value`, or, if it is a switch, `--name`. The value of another
-    flag that ends the command line is None.
+    Removes the value from `rest`, the words after this one, if it stands there.
     """
-    flags, rest = {flag.name: flag for flag in describe(config_class)}, list(args)
-    while rest:
-        arg = rest.pop(0)
-        if not arg.startswith("-"):
-            yield "", arg
-            continue
-        name, equals, value = arg.partition("=")
-        flag = flags.get(name.removeprefix("--").replace("-", "_"))
-        name = f"--{flag.name}" if flag else name
-        if equals:
-            yield name, value
-        elif flag and bool in _alternatives(flag.type) and "".join(rest[:1]).lower() not in (*SWITCH, "auto"):
-            yield name, "True"
-        else:
-            yield name, rest.pop(0) if rest else None
-
-
-def _setting(word: str, value: str | None, flags: Mapping[str, Flag]) -> dict[str, Any]:
-    """Checks one flag, "--name" and its value. Returns {name: value}."""
-    name = word.removeprefix("--")
-    if name not in flags:
-        close = difflib.get_close_matches(name.strip("-"), flags, n=1)
-        hint = f" (did you mean --{close[0]}?)" if close else ""
-        _refuse(f"there is no flag {word}{hint}; --help lists them")
-    if value is None:
-        _refuse(f"--{name} needs a value: {flags[name].help}")
-    try:
-        # The name of a file keeps the bytes that the shell passed.
-        if flags[name].type is not UserPath:
-            value = typed_text(value, sys.getfilesystemencoding())
-        return {name: read_value(flags[name], value)}
-    except ValueError as error:
-        _refuse(str(error))
-
-
-def _refuse(problem: str) -> NoReturn:
-    print(f"error: {problem}", file=sys.stderr)
-    sys.exit(2)
+    name, equals, value = word.partition("=")
+    known = {f"--{flag}": flags[flag] for flag in flags}
+    if name.startswith("--"):
+        name = "--" + name[2:].replace("-", "_")
+    flag = choose(known, name, "flag", "--help lists them")
+    if not equals:
+        is_switch = bool in _alternatives(flag.type) and "".join(rest[:1]).lower() not in (*SWITCH, "auto")
+        if not is_switch and not rest:
+            raise ValueError(f"{name} needs a value: {flag.help}")
+        value = "True" if is_switch else rest.pop(0)
+    # The name of a file keeps the bytes that the shell passed.
+    if flag.type is not UserPath:
+        value = typed_text(value, sys.getfilesystemencoding())
+    return {flag.name: read_value(flag, value)}
 
 
 def _filled(config_class: type[Config], values: Mapping[str, Any]) -> Config:
@@ -219,12 +198,15 @@ def check_bounds(values: Mapping[str, Any], bounds: Mapping[str, tuple[float, fl
             raise ValueError(f"{name}={value} must be {bound}")
 
 
-def choose(known: Mapping[str, Value], name: str, kind: str) -> Value:
-    """`known[name]`. Raises ValueError with the closest name; `kind` is what the names stand for."""
+def choose(known: Mapping[str, Value], name: str, kind: str, hint: str = "") -> Value:
+    """`known[name]`. `kind` is what the names stand for.
+
+    Raises ValueError with the closest name. If none is close, with `hint`, which by default lists all names.
+    """
     if name in known:
         return known[name]
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(known)}"
+    hint = f"did you mean {close[0]!r}?" if close else hint or f"choose from {', '.join(known)}"
     raise ValueError(f"there is no {kind} {name!r}; {hint}")
 
 
