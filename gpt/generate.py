@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpt.model import GPT, Attend
-from gpt.sampling import Sampling, choose
+from gpt.sampling import Sampling, draw_ids
 from kernels.op import autocast_dtype
 
 
@@ -58,7 +58,7 @@ def stream(
     logits = _window(model, ids, prompt_lengths, longest, cache).repeat_interleave(samples, 0)
     ids = ids.repeat_interleave(samples, 0)
     for remaining in reversed(range(max_new_tokens)):
-        next_ids = choose(logits, sampling, generator)
+        next_ids = draw_ids(logits, sampling, generator)
         yield next_ids
         if not remaining:
             return

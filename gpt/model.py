@@ -33,7 +33,7 @@ import kernels
 from gpt import hugging_face
 from gpt.device import DTYPES
 from gpt.flops import peak_flops
-from gpt.sampling import Sampling, check_drawn, choose
+from gpt.sampling import Sampling, check_drawn, draw_ids
 from kernels.op import autocast_dtype
 
 Residual = Union[Tensor, "Stream"]  # the residual stream, (B, T, C)
@@ -406,7 +406,7 @@ class GPT(nn.Module):
         for _ in range(max_new_tokens):
             # The model sees at most block_size tokens.
             logits, _ = self(idx[:, -self.config.block_size :])
-            next_ids = choose(logits[:, -1], sampling, generator)
+            next_ids = draw_ids(logits[:, -1], sampling, generator)
             check_drawn(next_ids)
             idx = torch.cat((idx, next_ids[:, None]), dim=1)
         return idx

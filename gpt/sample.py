@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ BOUNDS = {"num_samples": SIZE, "max_new_tokens": SIZE, "batch_size": SIZE, "seed
 class SampleConfig:
     """Sample from a trained model: python -m gpt.sample FOLDER, where FOLDER is the out_dir of a run.
 
-    Flags are shown with their defaults; --interactive alone means True.
+    Flags are shown with their defaults. A switch needs no value: --interactive.
     """
 
     # model
@@ -43,9 +43,7 @@ class SampleConfig:
     stop: str = ""  # end a sample before this text
 
     # how a token is drawn
-    temperature: float = 0.8  # 1: the model's probabilities; lower is less random; 0: the likeliest token
-    top_k: int = 200  # draw from the k likeliest tokens
-    top_p: float = 1.0  # draw from the smallest set of tokens with a total probability of at least p
+    sampling: Sampling = field(default_factory=lambda: Sampling(0.8, 200, 1.0))
     seed: int = 1337  # of the random draws
 
     # machine
@@ -55,13 +53,9 @@ class SampleConfig:
     compile: bool = False  # torch.compile the model
     kernels: str = "auto"  # implementation: auto, triton, torch, or with exceptions: triton,attention=torch
 
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_k, self.top_p)
-
 
 def main() -> None:
     config = cli.parse(SampleConfig, sys.argv[1:], prog="python -m gpt.sample", path_flag="init_from")
-    config.sampling()  # raises ValueError for a number out of range
     cli.check_bounds(vars(config), BOUNDS)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
@@ -129,20 +123,23 @@ def encode(model: GPT, tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def show(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], config: SampleConfig) -> None:
-    """Prints the samples of every prompt. The first sample of a batch appears while it is drawn."""
+    """Prints the samples of every prompt.
+
+    Without a stop text, the first sample of a batch appears token by token.
+    """
     prompts_at_once = max(1, config.batch_size // config.num_samples)
     for i in range(0, len(prompts), prompts_at_once):
         batch = prompts[i : i + prompts_at_once]
         for n_drawn in range(0, config.num_samples, config.batch_size):
             samples = min(config.batch_size, config.num_samples - n_drawn)
-            print(tokenizer.decode(batch[0]), end="", flush=True)
             n_printed = 0
-            for texts in continuations(model, tokenizer, batch, config, samples):
-                print(texts[0].text[n_printed : texts[0].certain], end="", flush=True)
-                n_printed = max(n_printed, texts[0].certain)
-            print(texts[0].text[n_printed:])
-            for row, text in enumerate(texts[1:], start=1):
-                print(SEPARATOR, tokenizer.decode(batch[row // samples]) + text.text, sep="\n")
+            for rows in draw(model, tokenizer, batch, config, samples):
+                # The bytes of an unfinished character decode to U+FFFD.
+                text = "" if config.stop else tokenizer.decode(rows[0]).rstrip("\ufffd")
+                print(text[n_printed:], end="", flush=True)
+                n_printed = max(n_printed, len(text))
+            texts = [text_of(tokenizer, batch[i // samples], row, config.stop) for i, row in enumerate(rows)]
+            print(texts[0][n_printed:], *texts[1:], sep=f"\n{SEPARATOR}\n")
             print(SEPARATOR, flush=True)
 
 
@@ -169,68 +166,46 @@ def generate(
     generator: torch.Generator | None = None,
 ) -> str:
     """One sample: the text of the prompt and its continuation. Raises ValueError."""
-    *_, (text,) = continuations(model, tokenizer, [prompt], config, 1, generator)
-    return tokenizer.decode(prompt) + text.text
+    *_, rows = draw(model, tokenizer, [prompt], config, 1, generator)
+    return text_of(tokenizer, prompt, rows[0], config.stop)
 
 
-def continuations(
+def draw(
     model: GPT,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     config: SampleConfig,
     samples: int,
     generator: torch.Generator | None = None,
-) -> Iterator[list["Continuation"]]:
-    """Yields `samples` continuations of each prompt after every token. Those of the first prompt come first.
+) -> Iterator[list[list[int]]]:
+    """Yields the ids of all samples, with their prompts: first the prompts alone, then after each token.
 
-    Raises ValueError if the logits are not finite.
+    The `samples` of the first prompt come first. Ends early if each has the stop text. Raises ValueError if
+    the logits are not finite.
     """
-    texts = [Continuation(tokenizer, config.stop) for _ in prompts for _ in range(samples)]
-    rows = [torch.tensor(prompt, device=model.lm_head.weight.device) for prompt in prompts]
-    for ids in stream(model, rows, config.max_new_tokens, config.sampling(), samples, generator):
+    rows = [list(prompt) for prompt in prompts for _ in range(samples)]
+    lengths = [len(row) for row in rows]
+    unstopped = set(range(len(rows)))
+    inputs = [torch.tensor(prompt, device=model.lm_head.weight.device) for prompt in prompts]
+    yield rows
+    for ids in stream(model, inputs, config.max_new_tokens, config.sampling, samples, generator):
         check_drawn(ids)
-        for text, id in zip(texts, ids.tolist(), strict=True):
-            text.add(id)
-        yield texts
-        if all(text.stopped for text in texts):
-            break
-    for text in texts:
-        text.finish()
-    yield texts
+        for row, id in zip(rows, ids.tolist(), strict=True):
+            row.append(id)
+        yield rows
+        if config.stop:
+            # A character has at most four tokens, so a stop text that is now complete lies in these.
+            n = 4 * len(config.stop) + 1
+            tails = {i: rows[i][max(lengths[i], len(rows[i]) - n) :] for i in unstopped}
+            unstopped -= {i for i, tail in tails.items() if config.stop in tokenizer.decode(tail)}
+            if not unstopped:
+                return
 
 
-class Continuation:
-    """The text after a prompt, up to the stop text. It grows by whole characters."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: str):
-        self.tokenizer = tokenizer
-        self.stop = stop
-        self.text = ""
-        self.pending: list[int] = []  # ids that end inside a character
-        self.stopped = False
-
-    def add(self, id: int) -> None:
-        if self.stopped:
-            return
-        self.pending.append(id)
-        # The bytes of an unfinished character decode to U+FFFD.
-        if not self.tokenizer.decode(self.pending).endswith("\ufffd"):
-            self.finish()
-
-    def finish(self) -> None:
-        """Decodes the pending ids, even if their last character is not complete."""
-        self.text += self.tokenizer.decode(self.pending)
-        self.pending = []
-        if self.stop and self.stop in self.text:
-            self.text = self.text[: self.text.index(self.stop)]
-            self.stopped = True
-
-    @property
-    def certain(self) -> int:
-        """How many characters of the text cannot be the beginning of the stop text."""
-        longest = 0 if self.stopped else min(len(self.stop) - 1, len(self.text))
-        overlaps = (n for n in range(longest, 0, -1) if self.text.endswith(self.stop[:n]))
-        return len(self.text) - next(overlaps, 0)
+def text_of(tokenizer: Tokenizer, prompt: Sequence[int], row: Sequence[int], stop: str) -> str:
+    """The text of a sample. The first stop text after the prompt ends it."""
+    text, start = tokenizer.decode(row), len(tokenizer.decode(prompt))
+    return text[:start] + text[start:].split(stop)[0] if stop else text
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
 
 
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+def draw_ids(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
     """logits (B, V) -> ids (B,): applies top_k, then temperature, then top_p, and draws once per row.
 
     The id is -1 if a row's logits are NaN or infinite. `check_drawn` raises an error for it later, so that
@@ -54,7 +54,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
 
 
 def check_drawn(ids: Tensor) -> None:
-    """Raises ValueError if `choose` could not draw an id. Waits for the GPU."""
+    """Raises ValueError if `draw_ids` could not draw an id. Waits for the GPU."""
     if (ids < 0).any():
         raise ValueError(
             "the logits of the model are not finite: a weight is NaN, or a number is too large for float16; "

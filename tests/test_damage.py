@@ -24,7 +24,6 @@ from gpt import checkpoint, pretrained, tokenizer
 from gpt.convert import convert
 from gpt.model import GPT
 from gpt.reading import regular
-from gpt.sampling import Sampling
 from tests.runs import run
 from train import distributed, evaluate, metrics, plot, shards
 from train.checkpoint import Progress, newest_intact, restore
@@ -407,12 +406,6 @@ def test_a_corpus_that_leaves_a_split_without_tokens_writes_nothing(tmp_path, sp
 def test_a_number_that_makes_no_run_is_refused_with_its_bound(flag, bound):
     with pytest.raises(ValueError, match=rf"^{flag.partition('=')[0]}=.* must be {bound}"):
         parse([f"--{flag}"])
-
-
-def test_an_infinite_temperature_is_refused():
-    for temperature in (float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=r"temperature=(inf|nan) must be"):
-            Sampling(temperature)
 
 
 def test_evaluation_refuses_data_cut_short_beside_their_meta_json(workplace):

@@ -1,17 +1,16 @@
 """Generation with a cache against the model without one and against formulas; text as it comes."""
 
 import gc
-import itertools
 import weakref
 
 import pytest
 import torch
 
+from gpt import sample
 from gpt.generate import Cache, stream
 from gpt.model import GPT, GPTConfig
-from gpt.sample import Continuation
-from gpt.sampling import Sampling, check_drawn, choose
-from gpt.tokenizer import CharTokenizer
+from gpt.sampling import Sampling, check_drawn, draw_ids
+from gpt.tokenizer import CharTokenizer, from_dict
 from kernels.op import record
 
 SMALL = dict(block_size=16, vocab_size=41, n_layer=2, n_head=2, n_embd=32, kernels="torch")
@@ -120,7 +119,7 @@ def test_draws_follow_the_probabilities(top_k, top_p):
     sampling = Sampling(0.7, top_k, top_p)
     logits = 2 * torch.randn(1, 41, generator=torch.Generator().manual_seed(3))
     expected = probabilities(logits, sampling)[0]
-    drawn = choose(logits.expand(20000, -1), sampling, torch.Generator().manual_seed(4))
+    drawn = draw_ids(logits.expand(20000, -1), sampling, torch.Generator().manual_seed(4))
     shares = torch.bincount(drawn, minlength=41) / 20000
     assert not shares[expected == 0].any()
     torch.testing.assert_close(shares, expected, rtol=0, atol=0.02)
@@ -129,7 +128,7 @@ def test_draws_follow_the_probabilities(top_k, top_p):
 def test_equal_logits_at_the_border_of_top_k_all_stay():
     """As in nanoGPT."""
     logits = torch.tensor([[1.0, 3.0, 1.0, 1.0, 0.0]]).expand(500, -1)
-    drawn = choose(logits, Sampling(top_k=2), torch.Generator().manual_seed(0))
+    drawn = draw_ids(logits, Sampling(top_k=2), torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == {0, 1, 2, 3}
 
 
@@ -184,6 +183,8 @@ def test_compiled_in_as_many_graphs_as_there_are_kinds_of_step():
     ("call", "sentence"),
     [
         (lambda: Sampling(temperature=-0.1), "temperature=-0.1 must be >= 0"),
+        (lambda: Sampling(temperature=float("nan")), "temperature=nan must be >= 0"),
+        (lambda: Sampling(temperature=float("inf")), "temperature=inf must be finite"),
         (lambda: Sampling(top_k=0), "top_k=0 must be >= 1"),
         (lambda: Sampling(top_p=1.01), "top_p=1.01 must be above 0 and at most 1"),
         (lambda: generated(build(), prompts(3, 0), 2, GREEDY), "a prompt is empty"),
@@ -195,7 +196,7 @@ def test_a_mistake_is_one_sentence(call, sentence):
         call()
 
 
-# ---- text as it comes
+# ---- the text of a sample
 
 
 class Bytes:
@@ -205,43 +206,50 @@ class Bytes:
         return bytes(ids).decode(errors="replace")
 
 
-def screen(text, stop=""):
-    """What a terminal would have seen after every byte, and at the end."""
-    continuation, steps = Continuation(Bytes(), stop), []
-    for byte in text.encode():
-        continuation.add(byte)
-        steps.append(continuation.text[: continuation.certain])
-    continuation.finish()
-    return steps, continuation
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """Prints a sample of given ids. Returns the output before the first id, after each, and at the end."""
+
+    def show(tokenizer, prompt, ids, stop=""):
+        steps = []
+
+        def stream(*_):
+            steps.append(capsys.readouterr().out)
+            for id in ids:
+                yield torch.tensor([id])
+                steps.append(capsys.readouterr().out)
+
+        monkeypatch.setattr(sample, "stream", stream)
+        sample.show(build(), tokenizer, [list(prompt)], sample.SampleConfig(num_samples=1, stop=stop))
+        return [*steps, capsys.readouterr().out.removesuffix(f"\n{sample.SEPARATOR}\n")]
+
+    return show
 
 
-@pytest.mark.parametrize("stop", ["", "\n\n", "aab", "é!"])
-def test_only_whole_characters_and_nothing_of_the_stop_text_is_shown(stop):
-    for text in ("Löwe €5\n\nrest", "aaab é! x", "aa", "naïve\nx\n\n", "\ufffd\ufffd."):
-        steps, continuation = screen(text, stop)
-        whole = text.split(stop)[0] if stop else text
-        assert continuation.text == whole
-        assert continuation.stopped == (bool(stop) and stop in text)
-        for before, after in itertools.pairwise([*steps, continuation.text]):
-            assert after.startswith(before)  # nothing on the screen is taken back
+def test_a_character_is_printed_when_all_its_bytes_are_drawn(printed):
+    steps = printed(Bytes(), b"a", "bé€\ufffd!".encode() + "é".encode()[:1])
+    assert steps == ["a", "b", "", "é", "", "", "€", "", "", "", "\ufffd!", "", "\ufffd"]
+    assert "".join(printed(CharTokenizer("ab"), [0], [0, 5, 1])) == "aa\ufffdb"
 
 
-def test_text_is_shown_as_soon_as_it_is_certain():
-    assert screen("abc")[0] == ["a", "ab", "abc"]
-    assert screen("a\nb", stop="\n\n")[0] == ["a", "a", "a\nb"]
+@pytest.mark.parametrize("stop", ["\n\n", "aab", "é!"])
+def test_the_stop_text_ends_a_sample_and_is_not_printed(printed, stop):
+    for text in ("Löwe €5\n\nrest", "aaab é! x", "aa", "naïve\nx\n\n"):
+        for prompt in ("king", stop, stop[:1]):
+            steps = printed(Bytes(), prompt.encode(), text.encode(), stop)
+            before, stop_text, _ = text.partition(stop)
+            assert "".join(steps) == prompt + before
+            assert len(steps) == len((before + stop_text).encode()) + 1 + (not stop_text), "draws in vain"
 
 
-def test_half_a_character_and_a_symbol_that_does_not_exist_are_shown_as_such():
-    for tokenizer, ids, text in (
-        (Bytes(), "é".encode()[:1], ""),
-        (CharTokenizer("ab"), (0, 5, 1), "a\ufffdb"),
-    ):
-        continuation = Continuation(tokenizer, "")
-        for token in ids:
-            continuation.add(token)
-        assert continuation.text == text
-        continuation.finish()
-        assert continuation.text == (text or "\ufffd")
+def test_a_sample_keeps_the_spaces_of_a_tokenizer_that_decodes_the_first_word_without_one(printed):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    bpe = Tokenizer(models.WordLevel({"\u2581the": 0, "\u2581kings": 1}, unk_token="\u2581the"))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = from_dict({"kind": "json", "json": bpe.to_str()})
+    steps = printed(tokenizer, tokenizer.encode("the kings"), [0, 1])
+    assert steps == ["the kings", " the", " kings", ""]
 
 
 @pytest.mark.gpu
@@ -259,13 +267,14 @@ def test_a_low_temperature_takes_the_likeliest_token(temperature):
     logits = torch.tensor([[3.0, 60000.0, 59000.0], [-5.0, -9.0, -1.0]])
     for dtype in (torch.float16, torch.float32):
         for options in ({}, {"top_k": 2}, {"top_p": 0.9}):
-            assert choose(logits.to(dtype), Sampling(temperature, **options)).tolist() == [1, 2]
+            assert draw_ids(logits.to(dtype), Sampling(temperature, **options)).tolist() == [1, 2]
 
 
 def test_the_draw_in_float16_is_that_of_the_same_logits_in_float32():
     logits = torch.randn(20000, 41, generator=torch.Generator().manual_seed(0)).half()
     half, single = (
-        choose(x, Sampling(0.3, top_k=30), torch.Generator().manual_seed(1)) for x in (logits, logits.float())
+        draw_ids(x, Sampling(0.3, top_k=30), torch.Generator().manual_seed(1))
+        for x in (logits, logits.float())
     )
     assert torch.equal(half, single)
 
@@ -274,7 +283,7 @@ def test_the_draw_in_float16_is_that_of_the_same_logits_in_float32():
 def test_a_row_whose_logits_are_not_finite_has_no_token(temperature):
     for bad in (torch.nan, torch.inf):
         logits = torch.tensor([[0.0, 9.0, 0.0], [0.0, bad, 0.0], [9.0, -torch.inf, 0.0]])
-        assert choose(logits, Sampling(temperature, top_k=1)).tolist() == [1, -1, 0]
+        assert draw_ids(logits, Sampling(temperature, top_k=1)).tolist() == [1, -1, 0]
 
 
 def test_a_model_with_nan_says_so_instead_of_sampling():

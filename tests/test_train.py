@@ -200,6 +200,6 @@ def test_what_is_printed_is_nanogpts(workplace, monkeypatch, capsys):
 def test_a_sample_that_cannot_be_drawn_does_not_end_the_training(workplace, monkeypatch, capsys):
     import gpt.generate
 
-    monkeypatch.setattr(gpt.generate, "choose", lambda logits, *_: torch.full_like(logits[:, 0], -1).long())
+    monkeypatch.setattr(gpt.generate, "draw_ids", lambda logits, *_: torch.full_like(logits[:, 0], -1).long())
     assert run("--eval_sample=5")["iter_num"] == 8
     assert capsys.readouterr().out.count("no sample: the logits of the model are not finite") == 3
