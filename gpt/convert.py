@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt import cli, tokenizer
-from gpt.pretrained import load, resize_vocabulary, save_checkpoint, save_hugging_face
+from gpt.pretrained import cut_vocabulary, load, save_checkpoint, save_hugging_face
 
 
 @dataclass
@@ -32,33 +32,22 @@ def convert(source: str, target: Path, vocab_size: int | None = None) -> None:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists already; remove it, or choose another name")
     with cli.IfSlow(f"reading {source}"):
-        model, described = load(source)
-    symbols = tokenizer.vocab_size(described)
-    rows = model.config.vocab_size
-    is_unknown = described["kind"] == "unknown"
-    if is_unknown and vocab_size is not None and vocab_size < symbols:
-        raise ValueError(
-            f"vocab_size={vocab_size} is too small: the tokenizer of {source} is unknown, so all of its "
-            f"{symbols} rows may be in use"
-        )
-    if vocab_size is not None and vocab_size != rows:
-        model = resize_vocabulary(model, vocab_size, symbols)
-        purpose = "" if is_unknown else f", for {symbols} symbols"
-        print(f"vocabulary: {rows} rows in {source}, {vocab_size} in {target}{purpose}")
-    elif rows != symbols:
-        is_padded = rows == tokenizer.padded_vocab_size(described)
-        hint = f"--vocab_size={symbols} leaves the padding out" if is_padded else "all rows are kept"
-        print(f"vocabulary: {rows} rows for the tokenizer's {symbols} symbols; {hint}")
+        model, description = load(source)
+    symbols, rows = tokenizer.vocab_size(description), model.config.vocab_size
+    if vocab_size is not None:
+        model = cut_vocabulary(model, vocab_size, symbols)
+    if rows != symbols:
+        print(f"vocabulary: {rows} -> {model.config.vocab_size} rows, for {symbols} symbols")
     to_checkpoint = target.suffix == ".pt"
     with cli.IfSlow(f"writing {target}"):
-        (save_checkpoint if to_checkpoint else save_hugging_face)(model, described, target)
+        (save_checkpoint if to_checkpoint else save_hugging_face)(model, description, target)
     if to_checkpoint and model.config.activation != "gelu":
         print(
             "this model has the tanh GELU, nanoGPT's model.py the erf GELU: its logits differ slightly there"
         )
-    if is_unknown:
-        print(f"the tokenizer is unknown: {described['why']}")
-    print(f"{target}: {model.get_num_params() / 1e6:.2f}M parameters, tokenizer {described['kind']}")
+    if description["kind"] == "unknown":
+        print(f"the tokenizer is unknown: {description['why']}")
+    print(f"{target}: {model.get_num_params() / 1e6:.2f}M parameters, tokenizer {description['kind']}")
 
 
 if __name__ == "__main__":

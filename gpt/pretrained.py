@@ -135,21 +135,22 @@ def hugging_face_tokenizer(name: str) -> dict[str, Any]:
 # ---- save
 
 
-def resize_vocabulary(model: GPT, vocab_size: int, n_symbols: int) -> GPT:
-    """A copy of `model` with `vocab_size` rows in the embedding. The first `n_symbols` rows are in use.
+def cut_vocabulary(model: GPT, vocab_size: int, n_symbols: int) -> GPT:
+    """A copy of `model` with the first `vocab_size` rows of the embedding. The first `n_symbols` are in use.
 
     Raises ValueError if a row in use would be lost.
     """
-    if vocab_size < n_symbols:
-        raise ValueError(f"vocab_size={vocab_size} is too small: the tokenizer has {n_symbols} symbols")
     weights = model.state_dict()
-    rows = weights["lm_head.weight"][:vocab_size]
-    # A new row is the mean of those in use, so that its symbol is not likelier than theirs.
-    mean = rows[:n_symbols].mean(0, keepdim=True)
-    wte = torch.cat((rows, mean.expand(vocab_size - len(rows), -1)))
-    resized = GPT(replace(model.config, vocab_size=vocab_size))
-    resized.load_weights(weights | {"lm_head.weight": wte, "transformer.wte.weight": wte}, "the model")
-    return resized
+    rows = weights["lm_head.weight"]
+    if not n_symbols <= vocab_size <= len(rows):
+        raise ValueError(
+            f"vocab_size={vocab_size} must be from {n_symbols}, the symbols of the tokenizer, "
+            f"to {len(rows)}, the rows of the model"
+        )
+    wte = rows[:vocab_size]
+    smaller = GPT(replace(model.config, vocab_size=vocab_size))
+    smaller.load_weights(weights | {"lm_head.weight": wte, "transformer.wte.weight": wte}, "the model")
+    return smaller
 
 
 def save_checkpoint(model: GPT, description: dict[str, Any], path: Path) -> None:
