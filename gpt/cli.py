@@ -192,10 +192,10 @@ def ask(prompt: str) -> str:
 
 def check_bounds(values: Mapping[str, Any], bounds: Mapping[str, tuple[float, float]]) -> None:
     """Raises ValueError for a number that is NaN or outside its (minimum, maximum)."""
-    for name, (least, most) in bounds.items():
+    for name, (low, high) in bounds.items():
         value = values[name]
-        if isinstance(value, int | float) and not least <= value <= most:
-            bound = f"at most {most}" if value > most else f"at least {least}"
+        if isinstance(value, int | float) and not low <= value <= high:
+            bound = f"at most {high}" if value > high else f"at least {low}"
             raise ValueError(f"{name}={value} must be {bound}")
 
 
@@ -421,11 +421,9 @@ class IfSlow(threading.Timer):
 
 def command(module: str, *words: object) -> str:
     """A command of this project that can be pasted into the shell that started this program."""
-    python = sys.executable
-    if Path(shutil.which("python") or "").parent == Path(python).parent:
-        python = "python"  # sys.executable may be its python3, which torchrun starts
-    elif Path(python).is_relative_to(Path.cwd()):
-        python = str(Path(python).relative_to(Path.cwd()))
+    # sys.executable may be the python3 beside python, which torchrun starts.
+    is_on_path = Path(shutil.which("python") or "").parent == Path(sys.executable).parent
+    python = "python" if is_on_path else min(os.path.relpath(sys.executable), sys.executable, key=len)
     return shlex.join([python, "-m", module, *map(str, words)])
 
 

@@ -10,7 +10,7 @@ from gpt import tokenizer
 from gpt.atomic import replacing
 from gpt.cli import install
 
-ACTIVATION = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # theirs -> ours
+ACTIVATION = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}  # its name -> GPT's
 # GPT-2 uses a Conv1D for these, whose weight is (in, out). A Linear has (out, in).
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # The key in config.json for options that GPT2Config lacks.
@@ -60,20 +60,20 @@ def read(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
         raise ValueError(f"{name!r} has an untied lm_head; GPT ties it to the embedding wte")
     # GPT-2 always has biases. A model of ours without them was saved with zeros.
-    ours = getattr(c, OWN_KEY, {"bias": True, "dropout": 0.0})
+    own = getattr(c, OWN_KEY, {"bias": True, "dropout": 0.0})
     biases = [key for key in weights if key.endswith(".bias")]
-    has_bias = ours["bias"] or any(weights[key].any() for key in biases)
+    has_bias = own["bias"] or any(weights[key].any() for key in biases)
     config = dict(
         block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head,
-        n_embd=c.n_embd, bias=has_bias, activation=ACTIVATION[c.activation_function], dropout=ours["dropout"],
+        n_embd=c.n_embd, bias=has_bias, activation=ACTIVATION[c.activation_function], dropout=own["dropout"],
     )  # fmt: skip
     return config, {key: weight for key, weight in weights.items() if has_bias or key not in biases}
 
 
 def write(
-    config: dict[str, Any], weights: dict[str, torch.Tensor], described: dict[str, Any], folder: Path
+    config: dict[str, Any], weights: dict[str, torch.Tensor], description: dict[str, Any], folder: Path
 ) -> None:
-    """Writes a GPT's `config` and `weights` and the tokenizer `described` as a folder.
+    """Writes a GPT's `config` and `weights`, and its tokenizer by `description`, as a folder.
 
     GPT-2 always has biases, so a model without them gets zeros; `read` leaves them out again. Raises
     ValueError, OSError.
@@ -83,16 +83,14 @@ def write(
         from safetensors.torch import save_file
     except ImportError:
         raise ValueError(f"writing a Hugging Face folder needs safetensors: {install('hf')}") from None
-    end = tokenizer.GPT2_END_OF_TEXT if described["kind"] == "gpt2" else None
-    if described["kind"] == "json" and (own := tokenizer.end_of_text(described["json"])):
-        end = own[1]
-    activation = next(theirs for theirs, ours in ACTIVATION.items() if ours == config["activation"])
-    theirs = {
+    # The tokenizer may have to be downloaded: do that before writing anything.
+    files, end = _tokenizer_files(description)
+    hf_config = {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": "float32",
         "vocab_size": config["vocab_size"], "n_positions": config["block_size"],
         "n_layer": config["n_layer"], "n_head": config["n_head"], "n_embd": config["n_embd"],
         "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-        "activation_function": activation,
+        "activation_function": next(hf for hf, own in ACTIVATION.items() if own == config["activation"]),
         "attn_pdrop": config["dropout"], "embd_pdrop": config["dropout"], "resid_pdrop": config["dropout"],
         "bos_token_id": end, "eos_token_id": end,
         OWN_KEY: {"bias": config["bias"], "dropout": config["dropout"]},
@@ -106,35 +104,35 @@ def write(
         norms_and_linears = [key for key in weights if not key.endswith(("wte.weight", "wpe.weight"))]
         for key in norms_and_linears:  # Conv1D's weight is (in, out), so the bias has its last size
             weights[key.removesuffix("weight") + "bias"] = torch.zeros(weights[key].shape[-1])
-    # The tokenizer may have to be downloaded: do that before writing anything. An unknown one has no files.
-    files = _tokenizer_files(described) if described["kind"] != "unknown" else {}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing(folder) as temporary:
         temporary.mkdir()
         for name, content in files.items():
             (temporary / name).write_bytes(content)
-        (temporary / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+        (temporary / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
         try:
             save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder} could not be written completely; is the disk full? {error}") from None
 
 
-def _tokenizer_files(described: dict[str, Any]) -> dict[str, bytes]:
-    """The files that `transformers.AutoTokenizer` reads."""
-    settings: dict[str, Any] = {"clean_up_tokenization_spaces": False}
-    if described["kind"] == "gpt2":
+def _tokenizer_files(description: dict[str, Any]) -> tuple[dict[str, bytes], int | None]:
+    """The files that `transformers.AutoTokenizer` reads, and the id of the end of a text, if there is one."""
+    if description["kind"] == "unknown":
+        return {}, None
+    end: int | None = None
+    settings = {"clean_up_tokenization_spaces": False, "tokenizer_class": "PreTrainedTokenizerFast"}
+    if description["kind"] == "gpt2":
         settings |= {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+        end = tokenizer.GPT2_END_OF_TEXT
         vocabulary = tokenizer.gpt2_files()
         files = {"vocab.json": vocabulary["encoder.json"], "merges.txt": vocabulary["vocab.bpe"]}
-    elif described["kind"] == "json":
-        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-        if end := tokenizer.end_of_text(described["json"]):
-            settings["eos_token"] = end[0]
-        files = {"tokenizer.json": described["json"].encode()}
+    elif description["kind"] == "json":
+        if token_and_id := tokenizer.end_of_text(description["json"]):
+            settings["eos_token"], end = token_and_id
+        files = {"tokenizer.json": description["json"].encode()}
     else:
-        settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-        vocab = {symbol: i for i, symbol in enumerate(described["symbols"]) if symbol}
+        vocab = {symbol: i for i, symbol in enumerate(description["symbols"]) if symbol}
         content = {
             "version": "1.0",
             "added_tokens": [],
@@ -145,4 +143,4 @@ def _tokenizer_files(described: dict[str, Any]) -> dict[str, bytes]:
             "model": {"type": "WordLevel", "vocab": vocab, "unk_token": ""},
         }  # fmt: skip
         files = {"tokenizer.json": json.dumps(content, ensure_ascii=False).encode()}
-    return files | {"tokenizer_config.json": json.dumps(settings).encode()}
+    return files | {"tokenizer_config.json": json.dumps(settings).encode()}, end

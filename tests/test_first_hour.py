@@ -143,6 +143,6 @@ def test_a_printed_command_names_the_python_that_runs(tmp_path, monkeypatch):
     python.chmod(0o755)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", str(python))
-    for path, expected in ((str(python.parent), "python"), ("/nowhere", "env/bin/python")):
-        monkeypatch.setenv("PATH", path)
+    for path, expected in ((python.parent, "python"), ("/nowhere", "env/bin/python")):
+        monkeypatch.setenv("PATH", str(path))
         assert cli.command("gpt.sample", "a b") == f"{expected} -m gpt.sample 'a b'"

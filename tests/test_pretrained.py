@@ -30,9 +30,9 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def build(described=CHARS, **changes):
+def build(description=CHARS, **changes):
     torch.manual_seed(0)
-    vocab_size = len(described.get("symbols", ())) or 50304
+    vocab_size = len(description.get("symbols", ())) or 50304
     config = dict(block_size=24, vocab_size=vocab_size, n_layer=2, n_head=2, n_embd=32, dropout=0.25)
     model = GPT(GPTConfig(**config | changes)).eval()
     stir(model)
@@ -95,8 +95,9 @@ def test_hugging_face_to_a_checkpoint_and_back_bit_for_bit(kind):
     convert.convert("a", Path("ckpt.pt"))
     convert.convert("ckpt.pt", Path("b"))
     assert_same_weights(GPT2LMHeadModel.from_pretrained("b").state_dict(), theirs.state_dict())
-    model, described = load("ckpt.pt")
-    assert (model.config.activation, described["kind"], model.config.dropout) == ("gelu_tanh", "unknown", 0.0)
+    model, description = load("ckpt.pt")
+    assert (model.config.activation, model.config.dropout) == ("gelu_tanh", 0.0)
+    assert description["kind"] == "unknown"
     assert_same_logits(model, theirs, 300)
     assert GPT.from_pretrained("a", {"dropout": 0.1}).config.dropout == 0.1
 
@@ -203,13 +204,13 @@ def test_the_tokenizer_in_a_folder_goes_along_whatever_its_layout_and_class(monk
         Path("hf/tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     text = "der Hund und die Größe <|endoftext|>"
     expected = bpe.encode(text).ids
-    model, described = load("hf")
-    assert described["kind"] == "json" and tokenizer.from_dict(described).encode(text) == expected
-    assert expected[-1] == 1 and tokenizer.from_dict(described).decode(expected) == text
+    model, description = load("hf")
+    assert description["kind"] == "json" and tokenizer.from_dict(description).encode(text) == expected
+    assert expected[-1] == 1 and tokenizer.from_dict(description).decode(expected) == text
     # a byte-order mark in its files is left out
     for path in [p for p in Path("hf").iterdir() if p.suffix in (".json", ".txt")]:
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().removeprefix(b"\xef\xbb\xbf"))
-    assert tokenizer.describe_folder(Path("hf")) == described
+    assert tokenizer.describe_folder(Path("hf")) == description
     for path in Path("hf").glob("*config.json"):
         path.write_bytes(path.read_bytes()[3:])
     _, out, _ = command(convert.main, monkeypatch, capsys, "hf", "a.pt")
@@ -217,8 +218,8 @@ def test_the_tokenizer_in_a_folder_goes_along_whatever_its_layout_and_class(monk
     convert.convert("a.pt", Path("again"))
     theirs = AutoTokenizer.from_pretrained("again")
     assert theirs(text).input_ids == expected and theirs.eos_token_id == 1
-    again, described = load("again")
-    assert tokenizer.from_dict(described).encode(text) == expected
+    again, description = load("again")
+    assert tokenizer.from_dict(description).encode(text) == expected
     assert torch.equal(model.lm_head.weight, again.lm_head.weight)
     flags = [*DRAW, "--init_from=hf", "--start=der Hund"]
     assert command(sample.main, monkeypatch, capsys, *flags)[1].startswith("der Hund")
@@ -352,15 +353,3 @@ def test_the_checkpoint_of_a_folder_without_the_latest_is_named(workplace, monke
         (convert.main, "run", "x"),
     ):
         assert "run/ckpt-5.pt" in complaint(main, monkeypatch, capsys, *args)
-
-
-def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
-    import transformers
-
-    def unreachable(*args, **kwargs):
-        raise OSError("We couldn't connect to the hub\nCheck your internet connection")
-
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
-    with pytest.raises(ValueError, match=r"^'gpt2' could not be loaded: We couldn't connect") as error:
-        GPT.from_pretrained("gpt2")
-    assert "\n" not in str(error.value)
