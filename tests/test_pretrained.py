@@ -4,6 +4,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -217,7 +218,8 @@ def test_the_tokenizer_in_a_folder_goes_along_whatever_its_layout_and_class(monk
     assert "vocabulary: 300 -> 300 rows, for 270 symbols" in out
     convert.convert("a.pt", Path("again"))
     theirs = AutoTokenizer.from_pretrained("again")
-    assert theirs(text).input_ids == expected and theirs.eos_token_id == 1
+    assert theirs(text).input_ids == expected
+    assert theirs.eos_token_id == json.loads(Path("again/config.json").read_text())["eos_token_id"] == 1
     again, description = load("again")
     assert tokenizer.from_dict(description).encode(text) == expected
     assert torch.equal(model.lm_head.weight, again.lm_head.weight)
@@ -353,3 +355,10 @@ def test_the_checkpoint_of_a_folder_without_the_latest_is_named(workplace, monke
         (convert.main, "run", "x"),
     ):
         assert "run/ckpt-5.pt" in complaint(main, monkeypatch, capsys, *args)
+
+
+def test_an_error_of_the_hub_becomes_one_line():
+    error = OSError("no network\nCheck your internet connection")
+    failing = mock.patch("transformers.AutoConfig.from_pretrained", side_effect=error)
+    with failing, pytest.raises(ValueError, match=r"^'gpt2' could not be loaded: no network; .*$"):
+        GPT.from_pretrained("gpt2")
