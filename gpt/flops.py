@@ -1,8 +1,8 @@
 """The peak FLOP/s of GPUs, by which MFU (model FLOPs utilisation) is measured."""
 
 # Dense 16-bit tensor-core peak with fp32 accumulation, in TFLOP/s, as the vendor publishes it; halved if the
-# vendor counts sparsity. Source: the tables of Lightning, nanochat and verl, which quote the datasheets. For
-# GeForce cards it is twice the fp32 rate, so 4 * CUDA cores * boost clock.
+# vendor counts sparsity. Compared with other tables of the datasheets, such as Lightning's, nanochat's and
+# verl's. For GeForce cards it is twice the fp32 rate: 4 * CUDA cores * boost clock.
 # The longest name contained in the device's name is used, so "H100 PCIe" wins over "H100".
 PEAK_TFLOPS = {
     "V100": 125, "V100 PCIE": 112, "T4": 65,

@@ -1,4 +1,4 @@
-"""Flags, config files, presets and sampling as a user types them, and every mistake."""
+"""Flags, config files, presets and sampling, as a user types them, and their error messages."""
 
 import io
 import os
@@ -23,7 +23,7 @@ from train.prepare import __main__ as prepare
 
 
 def command(main, monkeypatch, capsys, *args):
-    """Runs a command line; returns (exit code, what it printed, what it complained)."""
+    """Runs a command line. Returns (exit code, stdout, stderr)."""
     capsys.readouterr()  # what came before
     monkeypatch.setattr(sys, "argv", ["command", *args])
     try:
@@ -39,7 +39,7 @@ def command(main, monkeypatch, capsys, *args):
 
 
 def complaint(main, monkeypatch, capsys, *args):
-    """Runs a command line that ends with one sentence, and returns it."""
+    """Runs a command line that fails. Returns its error message, which is one line."""
     code, _, err = command(main, monkeypatch, capsys, *args)
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1, (args, err)
     return err
@@ -142,7 +142,7 @@ def test_help_explains_every_flag_with_its_default_within_the_screen(monkeypatch
 PATHS = "out_dir init_from dataset prompts data result hellaswag input name tokenizer output out".split()
 
 
-def test_a_tilde_in_a_flag_that_names_a_file_is_the_home_of_the_user(monkeypatch):
+def test_a_tilde_in_a_flag_that_names_a_file_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     for config_class in (*(config_class for _, config_class in COMMANDS.values()), plot.PlotConfig):
         for flag in cli.describe(config_class):
@@ -175,7 +175,7 @@ def test_print_config_is_a_config_file_and_trains_nothing(tmp_path, monkeypatch,
     assert parse(["mine.py"])[0].flat() == parse(flags)[0].flat() | resolved
 
 
-def test_a_printed_config_leaves_out_what_a_checkpoint_brings():
+def test_a_printed_config_leaves_out_what_the_checkpoint_supplies():
     for source, absent in (
         ("scratch", set()),
         ("auto", {"dataset"}),
@@ -197,10 +197,10 @@ def test_the_config_file_beside_a_resumed_checkpoint_gives_the_same_run(workplac
     assert all(torch.equal(weight, again["model"][name]) for name, weight in first["model"].items())
 
 
-# ---- mistakes
+# ---- errors
 
 
-def test_a_mistake_in_training_is_one_sentence_with_the_numbers(workplace, monkeypatch, capsys):
+def test_an_error_of_training_is_one_line_with_the_numbers(workplace, monkeypatch, capsys):
     for flag, *words in (
         ("quickstrat", "'quickstrat'", "did you mean 'quickstart'?"),
         ("--dropout=x", "dropout=x", "a number"),
@@ -240,20 +240,20 @@ def test_a_mistake_in_training_is_one_sentence_with_the_numbers(workplace, monke
         ),
     ],
 )  # fmt: skip
-def test_an_environment_or_device_that_does_not_fit_is_a_sentence(monkeypatch, environment, flags, words):
+def test_a_wrong_environment_or_device_is_explained(monkeypatch, environment, flags, words):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=words):
         distributed.start(*flags)
 
 
-def test_accumulation_that_the_ranks_do_not_divide_is_refused_with_one_that_they_do():
+def test_accumulation_must_be_a_multiple_of_the_ranks():
     with pytest.raises(ValueError, match=r"gradient_accumulation_steps=40 .*3; try 39"):
         resolve(TrainConfig(), distributed.Ranks(0, 3, "cpu", "gloo"))
 
 
 @pytest.mark.parametrize(("seed", "of_rank_1"), [(1337, 1338), (2**64 - 1, 0), (-1, 0)])
-def test_every_rank_of_every_seed_has_random_numbers_of_its_own(workplace, monkeypatch, seed, of_rank_1):
+def test_every_rank_has_its_own_seed(workplace, monkeypatch, seed, of_rank_1):
     config, given = parse([*TINY, f"--seed={seed}"])
     monkeypatch.setattr("train.checkpoint.find_start", lambda *args: sys.exit("started"))
     with pytest.raises(SystemExit, match="started"):
@@ -261,8 +261,8 @@ def test_every_rank_of_every_seed_has_random_numbers_of_its_own(workplace, monke
     assert torch.initial_seed() == of_rank_1
 
 
-def test_a_package_kernels_of_another_project_is_named(tmp_path):
-    """Hugging Face's, which stands where Python looks first."""
+def test_another_package_called_kernels_is_reported(tmp_path):
+    """Hugging Face publishes one. Python takes the first that it finds."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(name): pass")
     program = f"import sys, runpy; sys.path[:0] = [{str(tmp_path)!r}]; "
@@ -274,7 +274,7 @@ def test_a_package_kernels_of_another_project_is_named(tmp_path):
     assert f"{tmp_path}/kernels" in result.stderr and "pip uninstall kernels" in result.stderr
 
 
-def test_a_character_that_the_console_cannot_show_is_printed_as_its_number(monkeypatch):
+def test_a_character_that_the_console_lacks_is_printed_as_its_code(monkeypatch):
     for stream in ("stdout", "stderr"):
         monkeypatch.setattr(sys, stream, io.TextIOWrapper(io.BytesIO(), encoding="cp1252", newline=""))
 
@@ -291,7 +291,7 @@ def test_a_character_that_the_console_cannot_show_is_printed_as_its_number(monke
 # ---- config files
 
 
-def test_a_mistake_in_a_config_file_names_the_file_and_the_line(workplace, monkeypatch, capsys):
+def test_an_error_in_a_config_file_names_the_file_and_the_line(workplace, monkeypatch, capsys):
     Path("base.py").write_text("n_layer = None")
     Path("worse.py").write_text("n_layer = 2\nn_head = x")
     Path("worst.py").write_text("n_layer = 2\n\nn_head = = 3")
@@ -336,7 +336,7 @@ def test_a_config_file_sets_what_it_leaves_in_its_namespace(tmp_path, monkeypatc
     assert capsys.readouterr().err == ""
 
 
-def test_modules_beside_two_config_files_may_have_one_name_even_that_of_our_package(tmp_path, monkeypatch):
+def test_modules_beside_two_config_files_may_share_a_name_even_with_our_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ours = {key: module for key, module in sys.modules.items() if key.startswith("train")}
     for folder, name in (("a", "layer"), ("b", "head")):
@@ -349,7 +349,7 @@ def test_modules_beside_two_config_files_may_have_one_name_even_that_of_our_pack
     assert ours == {key: module for key, module in sys.modules.items() if key.startswith("train")}
 
 
-def test_a_config_file_sees_what_was_set_before_it_and_its_own_names_set_nothing(tmp_path, capsys):
+def test_a_config_file_sees_earlier_settings_and_sets_only_flags(tmp_path, capsys):
     files = [tmp_path / "a.py", tmp_path / "b.py"]
     files[0].write_text("min_lr = learning_rate / 10\nout_dir = out_dir + '-a'\nwidth = 32\nbeta1 = 0.9\n")
     files[1].write_text(
@@ -361,14 +361,14 @@ def test_a_config_file_sees_what_was_set_before_it_and_its_own_names_set_nothing
     config, given = parse([*flags, *map(str, files)])
     assert (config.min_lr, config.out_dir, config.model.n_embd, config.max_iters) == (1e-3, "x-a", 64, 2000)
     assert (config.seed, config.model.n_layer, config.batch_size) == (7, 12, 12)
-    # beta1 is given, although it is the default: a checkpoint that differs is an error, not a surprise.
+    # beta1 counts as set, although it has its default: a resumed run must not take the checkpoint's.
     assert given.keys() == {
         "learning_rate", "out_dir", "max_iters", "seed", "min_lr", "beta1", "n_embd",
     }  # fmt: skip
     assert capsys.readouterr().err == ""
 
 
-def test_a_byte_order_mark_in_a_prompt_or_a_config_file_is_left_out(tmp_path):
+def test_the_encoding_of_a_prompt_or_a_config_file_is_recognized(tmp_path):
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
         (tmp_path / "a.txt").write_text("né\nto be\n", encoding=encoding)
         assert sample._prompts(sample.SampleConfig(start=f"FILE:{tmp_path}/a.txt")) == ["né\nto be\n"]
@@ -386,7 +386,7 @@ def test_a_byte_order_mark_in_a_prompt_or_a_config_file_is_left_out(tmp_path):
         sample._prompts(sample.SampleConfig(prompts=f"{tmp_path}/a.txt"))
 
 
-def test_a_typed_line_is_read_as_utf8_or_in_the_encoding_of_the_locale():
+def test_a_typed_line_is_utf8_or_has_the_encoding_of_the_locale():
     for typed in ("größe", "größe".encode().decode("latin-1")):
         assert cli.typed_text(typed, "latin-1") == "größe"
     assert cli.typed_text("größe", "utf-8") == cli.typed_text("größe", "ascii") == "größe"
@@ -412,7 +412,7 @@ def trained(trained_once, monkeypatch):
 
 @pytest.fixture
 def drawn(trained, monkeypatch, capsys):
-    """A function from flags to the samples that are printed, and what is complained."""
+    """A function that runs gpt.sample with flags. Returns the samples and stderr."""
 
     def draw(*flags):
         flags = ["--device=cpu", "--max_new_tokens=30", *flags]
@@ -425,8 +425,8 @@ def drawn(trained, monkeypatch, capsys):
     return draw
 
 
-def test_samples_are_those_of_generate_with_the_seed_of_the_user(drawn):
-    """nanoGPT's loop on the prompt, repeated for each sample of a batch."""
+def test_samples_are_those_of_generate_with_the_same_seed(drawn):
+    """GPT.generate is nanoGPT's loop. It gets the prompt once for each sample of a batch."""
     flags = ["--start=king", "--num_samples=5", "--batch_size=3", "--top_k=4"]
     samples, _ = drawn(*flags)
     torch.manual_seed(1337)  # before the model is made, as in nanoGPT's sample.py
@@ -441,7 +441,7 @@ def test_samples_are_those_of_generate_with_the_seed_of_the_user(drawn):
     assert greedy[0] == greedy[1] == drawn("--start=king", "--top_p=1e-6")[0]
 
 
-def test_prompts_of_a_file_are_continued_together_each_as_if_alone(drawn, tmp_path):
+def test_prompts_in_a_file_get_the_samples_of_each_prompt_alone(drawn, tmp_path):
     (tmp_path / "prompts.txt").write_text("king\nthe queen of hearts\na\n")
     alone = []
     for prompt in ("king", "the queen of hearts", "a"):
@@ -453,12 +453,12 @@ def test_prompts_of_a_file_are_continued_together_each_as_if_alone(drawn, tmp_pa
 
 def test_a_sample_ends_before_the_stop_text(drawn):
     whole, _ = drawn("--start=king", "--num_samples=4")
-    stop = whole[1][12:14]  # what the second comes to say
+    stop = whole[1][12:14]  # from the second sample
     cut, _ = drawn("--start=king", "--num_samples=4", f"--stop={stop}")
     assert cut == ["king" + s.rstrip("\n")[4:].split(stop)[0] + "\n" for s in whole] != whole
 
 
-def test_a_conversation_goes_on_after_a_mistake(trained, monkeypatch, capsys):
+def test_interactive_sampling_goes_on_after_an_error(trained, monkeypatch, capsys):
     lines = iter(["the king", "Ümlaut", "", "the queen"])
 
     def ask(prompt):
@@ -494,7 +494,7 @@ def test_a_prompt_longer_than_the_context_is_continued_with_a_warning(drawn):
     assert samples[0].startswith(prompt) and "28 tokens" in err and "last 16" in err
 
 
-def test_a_mistake_in_sampling_is_one_sentence(trained, monkeypatch, capsys, tmp_path):
+def test_an_error_of_sampling_is_one_line(trained, monkeypatch, capsys, tmp_path):
     (tmp_path / "empty.txt").touch()
     for flag, *words in (
         ("--start=the qüeen", "'ü' (at character 5)", "21"),

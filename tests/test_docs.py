@@ -1,7 +1,7 @@
-"""Each command in README.md and docs/ is accepted by its program; those of two documents are run.
+"""Each command in README.md and docs/ is accepted by its program. The commands of two documents are run.
 
-In docs/kernel.md a block ```LANG PATH goes to the end of the file PATH, and ```diff PATH is made in it, in a
-copy of the checkout.
+In a copy of the checkout, a block ```LANG PATH of docs/kernel.md is appended to the file PATH, and a block
+```diff PATH changes that file.
 """
 
 import importlib

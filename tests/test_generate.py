@@ -1,4 +1,4 @@
-"""Generation with a cache against the model without one and against formulas; text as it comes."""
+"""Generation with a cache draws the tokens of the model without one; sampling follows its formulas."""
 
 import gc
 import weakref
@@ -19,7 +19,7 @@ RANDOM = Sampling(temperature=0.8, top_k=9)
 
 
 def build(seed=0, device="cpu", **changes):
-    """Weights away from their start, so that every token has a say in the next."""
+    """A model whose weights are large enough for every token to influence the next."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(**SMALL | changes), device).to(device).eval()
     stir(model)
@@ -76,12 +76,12 @@ def assert_same(rows, expected):
 
 
 @pytest.mark.parametrize("length", [1, 9, 15, 16, 40])
-def test_tokens_are_those_without_a_cache_at_every_length(length):
-    """From prompts shorter and longer than block_size, into and past it."""
+def test_a_cache_changes_no_token_at_any_length(length):
+    """The prompts are shorter and longer than block_size, and generation goes past it."""
     model, start, sampling = build(qk_norm=True), prompts(length, length), RANDOM
     n = 24 - min(length, 15)
     expected = cacheless(model, start, n, sampling)
-    assert len(set(torch.cat(expected).tolist())) > 4, "a model that says one thing tests nothing"
+    assert len(set(torch.cat(expected).tolist())) > 4, "a model that repeats itself tests nothing"
     assert_same(generated(model, start, n, sampling), expected)
     # GPT.generate is the specification.
     draws = torch.Generator().manual_seed(0)
@@ -92,7 +92,7 @@ def test_tokens_are_those_without_a_cache_at_every_length(length):
 
 @pytest.mark.parametrize("sampling", [GREEDY, RANDOM, Sampling(0.9, None, 0.6)], ids=str)
 def test_prompts_of_different_lengths_each_sampled_several_times(sampling):
-    """As many rows without a cache, drawn from together; past block_size for the longest and for all."""
+    """Without a cache each sample is a row. The longest prompt passes block_size first, then all do."""
     model, start = build(), prompts(3, 11, 1, 14)
     repeated = [p for p in start for _ in range(3)]
     expected = cacheless(model, repeated, 18, sampling)
@@ -103,12 +103,12 @@ def test_prompts_of_different_lengths_each_sampled_several_times(sampling):
 
 @pytest.mark.parametrize("samples", [1, 3])
 def test_a_token_is_computed_once(samples):
-    """The prompt once whatever the samples, then a token a row; past block_size the window."""
+    """First each prompt once, whatever `samples`; then one token per row; past block_size the window."""
     model = build()
     seen = []
     model.transformer.drop.register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape[:2])))
     generated(model, prompts(5, 3), 14, RANDOM, samples)
-    # 5 + 11 tokens fill the block; two more move the window; the last one drawn is not looked at
+    # 5 + 11 tokens fill the block, two more move the window, and the last token is never an input
     assert seen == [(2, 5)] + 11 * [(2 * samples, 1)] + 2 * [(2 * samples, 16)]
 
 
@@ -125,15 +125,15 @@ def test_draws_follow_the_probabilities(top_k, top_p):
     torch.testing.assert_close(shares, expected, rtol=0, atol=0.02)
 
 
-def test_equal_logits_at_the_border_of_top_k_all_stay():
+def test_equal_logits_at_the_edge_of_top_k_are_all_kept():
     """As in nanoGPT."""
     logits = torch.tensor([[1.0, 3.0, 1.0, 1.0, 0.0]]).expand(500, -1)
     drawn = draw_ids(logits, Sampling(top_k=2), torch.Generator().manual_seed(0))
     assert set(drawn.tolist()) == {0, 1, 2, 3}
 
 
-def test_tokens_of_our_kernels(device):
-    """The decode kernel attends, once a block and token, until the window moves."""
+def test_our_kernels_give_the_same_tokens(device):
+    """The decode kernel runs once per block and token, until the window moves."""
     ours, theirs = (build(kernels=spec, device=device, block_size=10) for spec in ("triton", "torch"))
     start = prompts(4, 7, device=device)
     with record() as launches:
@@ -143,14 +143,14 @@ def test_tokens_of_our_kernels(device):
     assert_same(tokens, cacheless(theirs, [p for p in start for _ in range(2)], 6, RANDOM))
 
 
-def test_tokens_in_half_precision(device):
+def test_a_cache_changes_no_token_in_half_precision(device):
     model, start = build(device=device), prompts(6, 9, device=device)
     with torch.autocast(device, torch.bfloat16), torch.no_grad():
         assert_same(generated(model, start, 4, GREEDY), cacheless(model, start, 4, GREEDY))
 
 
-def test_the_cache_is_let_go_when_it_is_of_no_use(monkeypatch):
-    """By reference counting, not whenever the garbage collector comes by: it may be gigabytes."""
+def test_the_cache_is_freed_at_block_size_and_at_the_end(monkeypatch):
+    """By reference counting, not when the garbage collector happens to run: it may hold gigabytes."""
     alive = weakref.WeakSet()
 
     class WatchedCache(Cache):
@@ -168,8 +168,8 @@ def test_the_cache_is_let_go_when_it_is_of_no_use(monkeypatch):
     assert counts == 14 * [1] + 3 * [0] and not alive
 
 
-def test_compiled_in_as_many_graphs_as_there_are_kinds_of_step():
-    """The prompts, the first step and those of any other length, the window: not one for every token."""
+def test_compilation_makes_one_graph_for_each_kind_of_step():
+    """The prompts, the first step, the other steps, and the window: not one graph for every token."""
     torch._dynamo.reset()
     model, start = build(n_layer=1), prompts(4, 6)
     expected = generated(model, start, 14, RANDOM)
@@ -191,7 +191,7 @@ def test_compiled_in_as_many_graphs_as_there_are_kinds_of_step():
         (lambda: generated(build(dropout=0.1).train(), prompts(3), 2, GREEDY), r"call model.eval\(\) first"),
     ],
 )
-def test_a_mistake_is_one_sentence(call, sentence):
+def test_wrong_arguments_are_refused(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
 
@@ -255,7 +255,7 @@ def test_a_sample_keeps_the_spaces_of_a_tokenizer_that_decodes_the_first_word_wi
 @pytest.mark.gpu
 @pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "random"])
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
-def test_a_replayed_graph_gives_the_tokens_of_the_model(kernels, sampling, device):
+def test_a_cuda_graph_gives_the_same_tokens(kernels, sampling, device):
     model, start = build(kernels=kernels, device=device), prompts(3, 9, device=device)
     expected = cacheless(model, start, 20, sampling)
     for _ in range(2):
@@ -270,7 +270,7 @@ def test_a_low_temperature_takes_the_likeliest_token(temperature):
             assert draw_ids(logits.to(dtype), Sampling(temperature, **options)).tolist() == [1, 2]
 
 
-def test_the_draw_in_float16_is_that_of_the_same_logits_in_float32():
+def test_float16_logits_are_drawn_from_in_float32():
     logits = torch.randn(20000, 41, generator=torch.Generator().manual_seed(0)).half()
     half, single = (
         draw_ids(x, Sampling(0.3, top_k=30), torch.Generator().manual_seed(1))
@@ -280,7 +280,7 @@ def test_the_draw_in_float16_is_that_of_the_same_logits_in_float32():
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_a_row_whose_logits_are_not_finite_has_no_token(temperature):
+def test_a_row_whose_logits_are_not_finite_gets_minus_1(temperature):
     for bad in (torch.nan, torch.inf):
         logits = torch.tensor([[0.0, 9.0, 0.0], [0.0, bad, 0.0], [9.0, -torch.inf, 0.0]])
         assert draw_ids(logits, Sampling(temperature, top_k=1)).tolist() == [1, -1, 0]

@@ -1,4 +1,4 @@
-"""Weights in and out: bit for bit there and back, and in transformers' hands the same logits."""
+"""A converted model has the same weights, bit for bit, and the same logits in transformers."""
 
 import json
 import shutil
@@ -103,8 +103,8 @@ def test_hugging_face_to_a_checkpoint_and_back_bit_for_bit(kind):
     assert GPT.from_pretrained("a", {"dropout": 0.1}).config.dropout == 0.1
 
 
-def test_biases_that_were_trained_elsewhere_stay():
-    """A model without, fine-tuned by transformers, has some."""
+def test_biases_that_transformers_trained_are_kept():
+    """In a Hugging Face folder a model without biases has zeros. Fine-tuning there can change them."""
     from transformers import GPT2LMHeadModel
 
     save_hugging_face(build(bias=False), CHARS, Path("hf"))
@@ -128,8 +128,8 @@ def test_the_padding_of_the_vocabulary_can_be_left_out(monkeypatch, capsys):
         assert f"vocab_size={size} must be from 50257" in err and "to 50257" in err
 
 
-def test_masks_and_the_names_of_wrappers_are_left_out_and_the_tied_weight_may_be_there_once():
-    """What older versions of nanoGPT save, under DDP and torch.compile, in the order of the user."""
+def test_masks_and_wrapper_names_are_dropped_and_the_tied_weight_may_be_saved_once():
+    """As older versions of nanoGPT save them. DDP and torch.compile can wrap the model in either order."""
     model = build()
     save_checkpoint(model, CHARS, Path("ckpt.pt"))
     state = torch.load("ckpt.pt", weights_only=True)
@@ -149,10 +149,8 @@ def test_masks_and_the_names_of_wrappers_are_left_out_and_the_tied_weight_may_be
         assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
-def test_a_folder_of_a_run_stands_for_its_checkpoint_and_one_of_hugging_face_for_its_model(
-    workplace, monkeypatch, capsys
-):
-    """For its best checkpoint after always_save_checkpoint=False; in sampling, converting and training."""
+def test_a_folder_can_be_that_of_a_run_or_of_a_hugging_face_model(workplace, monkeypatch, capsys):
+    """In sampling, conversion and training. After always_save_checkpoint=False a run means its best.pt."""
     run("--max_iters=4", "--always_save_checkpoint=False")
     best = torch.load("out/best.pt", weights_only=True)
     best["model"]["transformer.wpe.weight"] += 1  # now it differs from ckpt.pt
@@ -180,7 +178,7 @@ def test_a_folder_of_a_run_stands_for_its_checkpoint_and_one_of_hugging_face_for
 
 
 def other_language(folder, rows=300):
-    """A GPT-2 in the shape of Hugging Face's, with its own byte-pair encoding."""
+    """Saves a GPT2LMHeadModel in `folder`, and returns a byte-pair encoding of its own."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -193,7 +191,7 @@ def other_language(folder, rows=300):
 
 
 @pytest.mark.parametrize("layout", ["tokenizer.json", "vocab.json", "of class GPT2Tokenizer"])
-def test_the_tokenizer_in_a_folder_goes_along_whatever_its_layout_and_class(monkeypatch, capsys, layout):
+def test_the_tokenizer_in_a_folder_is_kept_whatever_its_layout_and_class(monkeypatch, capsys, layout):
     from transformers import AutoTokenizer
 
     bpe = other_language("hf")
@@ -226,7 +224,7 @@ def test_the_tokenizer_in_a_folder_goes_along_whatever_its_layout_and_class(monk
     flags = [*DRAW, "--init_from=hf", "--start=der Hund"]
     assert command(sample.main, monkeypatch, capsys, *flags)[1].startswith("der Hund")
 
-    # data by this tokenizer, however it is named, are trained on; data of another are not
+    # training accepts data made with this tokenizer, whatever the name of its file, and no other data
     bpe.save("saved elsewhere.json", pretty=True)
     config, given = parse(["--init_from=hf", "--dataset=x", "--dtype=float32"])
     ranks = Ranks(0, 1, "cpu", None)
@@ -238,7 +236,7 @@ def test_the_tokenizer_in_a_folder_goes_along_whatever_its_layout_and_class(monk
             initial_model(config, given, data, ranks, start)
 
 
-def test_gpt2s_encoding_is_known_by_its_ids_and_goes_along():
+def test_gpt2s_encoding_is_recognized_by_its_ids_and_kept():
     from transformers import AutoTokenizer
 
     save_hugging_face(build(GPT2), GPT2, Path("hf"))
@@ -246,7 +244,7 @@ def test_gpt2s_encoding_is_known_by_its_ids_and_goes_along():
     assert theirs(text).input_ids == tokenizer.GPT2Tokenizer().encode(text)
     assert theirs.eos_token_id == 50256 == json.loads(Path("hf/config.json").read_text())["eos_token_id"]
     assert tokenizer.describe_folder(Path("hf")) == GPT2
-    # tokens that were added stay where the embedding has rows for them
+    # added tokens are kept if the embedding has rows for them
     Path("hf/added_tokens.json").write_text('{"<pad>": 50257}')
     more = tokenizer.describe_folder(Path("hf"), 50258)
     assert tokenizer.from_dict(more).encode("Hello<pad>") == [15496, 50257]
@@ -267,7 +265,7 @@ def test_gpt2s_encoding_is_known_by_its_ids_and_goes_along():
 
 # GPT-2's own number of rows says nothing about the tokenizer either.
 @pytest.mark.parametrize("rows", [300, 50257])
-def test_a_folder_without_a_tokenizer_goes_there_and_back_and_says_so(monkeypatch, capsys, rows):
+def test_a_folder_without_a_tokenizer_is_converted_and_back_and_says_so(monkeypatch, capsys, rows):
     other_language("hf", rows)
     code, out, err = command(convert.main, monkeypatch, capsys, "hf", "a.pt")
     assert code == 0 and "the tokenizer is unknown" in out, err
@@ -280,7 +278,7 @@ def test_a_folder_without_a_tokenizer_goes_there_and_back_and_says_so(monkeypatc
     assert "no prompt can be encoded" in err and "tokenizer.json" in err
 
 
-def test_truncation_and_padding_in_a_tokenizer_json_change_no_text():
+def test_truncation_and_padding_in_a_tokenizer_json_are_ignored():
     bpe = other_language("hf")
     bpe.save("plain.json")
     bpe.enable_truncation(16)
@@ -293,7 +291,7 @@ def test_truncation_and_padding_in_a_tokenizer_json_change_no_text():
     assert tokenizer.fits(plain, cut)
 
 
-# ---- mistakes
+# ---- errors
 
 
 @pytest.fixture
@@ -302,7 +300,7 @@ def folder():
     return Path("hf")
 
 
-def test_a_model_that_computes_something_else_is_refused(folder):
+def test_a_model_that_gpt_cannot_compute_is_refused(folder):
     from transformers import GPT2LMHeadModel
 
     file = folder / "config.json"
@@ -327,7 +325,7 @@ def test_a_model_that_computes_something_else_is_refused(folder):
         GPT.from_pretrained("untied", {})
 
 
-def test_a_mistake_in_converting_is_one_sentence(folder, monkeypatch, capsys):
+def test_an_error_of_conversion_is_one_line(folder, monkeypatch, capsys):
     shutil.copytree("hf", "truncated")
     weights = Path("truncated/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -347,7 +345,7 @@ def test_a_mistake_in_converting_is_one_sentence(folder, monkeypatch, capsys):
         assert not Path("x").exists()
 
 
-def test_the_checkpoint_of_a_folder_without_the_latest_is_named(workplace, monkeypatch, capsys):
+def test_a_folder_without_ckpt_pt_names_its_newest_checkpoint(workplace, monkeypatch, capsys):
     save_checkpoint(build(), CHARS, Path("run/ckpt-5.pt"))
     for main, *args in (
         (training.main, "--init_from=run", "--dataset=tiny", "--device=cpu", "--block_size=16"),

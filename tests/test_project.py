@@ -29,7 +29,7 @@ def test_imports_go_one_way():
 
 
 def test_every_module_can_be_imported_with_torch_and_numpy_alone():
-    """A GPU machine may have no more; nor does an import look for a GPU or print."""
+    """A machine with GPUs may have no other packages. An import neither looks for a GPU nor prints."""
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES]
     script = (
         "import sys, importlib, torch\n"
