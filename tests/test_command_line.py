@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from gpt import cli, sample
-from gpt import generate as generation
 from tests.runs import TINY, run, surroundings
 from train import __main__ as training
 from train import distributed, evaluate, plot
@@ -443,12 +442,12 @@ def test_samples_are_those_of_generate_with_the_same_seed(drawn):
 
 def test_prompts_in_a_file_get_the_samples_of_each_prompt_alone(drawn, tmp_path):
     (tmp_path / "prompts.txt").write_text("king\nthe queen of hearts\na\n")
-    alone = []
-    for prompt in ("king", "the queen of hearts", "a"):
-        alone += drawn(f"--start={prompt}", "--num_samples=2", "--temperature=0")[0]
-    for size in ("32", "5", "1"):
-        flags = ["--num_samples=2", "--temperature=0", f"--batch_size={size}"]
-        assert drawn(f"--prompts={tmp_path}/prompts.txt", *flags)[0] == alone
+    for stop in ("", "e"):
+        flags, alone = ["--num_samples=2", "--temperature=0", f"--stop={stop}"], []
+        for prompt in ("king", "the queen of hearts", "a"):
+            alone += drawn(f"--start={prompt}", *flags)[0]
+        for size in ("32", "5", "1"):
+            assert drawn(f"--prompts={tmp_path}/prompts.txt", f"--batch_size={size}", *flags)[0] == alone
 
 
 def test_a_sample_ends_before_the_stop_text(drawn):
@@ -474,18 +473,6 @@ def test_interactive_sampling_goes_on_after_an_error(trained, monkeypatch, capsy
     assert first.startswith("the king") and len(first) == len("the king") + 20 + 1
     assert second.startswith("the queen") and len(second) == len("the queen") + 20 + 1
     assert "'Ü'" in err and "the prompt is empty" in err
-
-
-def test_text_appears_as_it_is_drawn(trained, monkeypatch):
-    """The prompt before the first token, then every token before the next is drawn."""
-    model, tokens = sample.load(sample.SampleConfig(), "cpu")
-    events, draw_ids = [], generation.draw_ids
-    monkeypatch.setattr(generation, "draw_ids", lambda *a: events.append("draw") or draw_ids(*a))
-    monkeypatch.setattr("builtins.print", lambda *a, **k: events.append(("print", *a)))
-    sample.show(model, tokens, [tokens.encode("king")], sample.SampleConfig(num_samples=1, max_new_tokens=3))
-    assert events[:2] == [("print", "king"), "draw"]
-    kinds = [e if e == "draw" else "print" for e in events[1:7]]
-    assert kinds == ["draw", "print"] * 3 and all(len(e[1]) == 1 for e in events[2:7:2])
 
 
 def test_a_prompt_longer_than_the_context_is_continued_with_a_warning(drawn):

@@ -206,50 +206,44 @@ class Bytes:
         return bytes(ids).decode(errors="replace")
 
 
-@pytest.fixture
-def printed(monkeypatch, capsys):
-    """Prints a sample of given ids. Returns the output before the first id, after each, and at the end."""
+def printed(monkeypatch, capsys, tokenizer, prompt, ids, stop=""):
+    """Prints a sample of `ids`. Returns what was printed before each id is drawn, and then the rest."""
+    steps = []
 
-    def show(tokenizer, prompt, ids, stop=""):
-        steps = []
-
-        def stream(*_):
+    def stream(*_):
+        for id in ids:
             steps.append(capsys.readouterr().out)
-            for id in ids:
-                yield torch.tensor([id])
-                steps.append(capsys.readouterr().out)
+            yield torch.tensor([id])
 
-        monkeypatch.setattr(sample, "stream", stream)
-        sample.show(build(), tokenizer, [list(prompt)], sample.SampleConfig(num_samples=1, stop=stop))
-        return [*steps, capsys.readouterr().out.removesuffix(f"\n{sample.SEPARATOR}\n")]
-
-    return show
+    monkeypatch.setattr(sample, "stream", stream)
+    sample.show(build(), tokenizer, [list(prompt)], sample.SampleConfig(num_samples=1, stop=stop))
+    return [*steps, capsys.readouterr().out.removesuffix(f"\n{sample.SEPARATOR}\n")]
 
 
-def test_a_character_is_printed_when_all_its_bytes_are_drawn(printed):
-    steps = printed(Bytes(), b"a", "bé€\ufffd!".encode() + "é".encode()[:1])
-    assert steps == ["a", "b", "", "é", "", "", "€", "", "", "", "\ufffd!", "", "\ufffd"]
-    assert "".join(printed(CharTokenizer("ab"), [0], [0, 5, 1])) == "aa\ufffdb"
+def test_each_character_is_printed_as_soon_as_all_its_bytes_are_drawn(monkeypatch, capsys):
+    steps = printed(monkeypatch, capsys, Bytes(), b"a", "bé€\ufffd!".encode() + "é".encode()[:1])
+    assert steps == ["a", "b", "", "é", "", "", "€", "", "", "", "\ufffd!", "\ufffd"]
+    assert "".join(printed(monkeypatch, capsys, CharTokenizer("ab"), [0], [0, 5, 1])) == "aa\ufffdb"
 
 
 @pytest.mark.parametrize("stop", ["\n\n", "aab", "é!"])
-def test_the_stop_text_ends_a_sample_and_is_not_printed(printed, stop):
+def test_the_stop_text_ends_a_sample_and_is_not_printed(monkeypatch, capsys, stop):
     for text in ("Löwe €5\n\nrest", "aaab é! x", "aa", "naïve\nx\n\n"):
         for prompt in ("king", stop, stop[:1]):
-            steps = printed(Bytes(), prompt.encode(), text.encode(), stop)
+            steps = printed(monkeypatch, capsys, Bytes(), prompt.encode(), text.encode(), stop)
             before, stop_text, _ = text.partition(stop)
             assert "".join(steps) == prompt + before
-            assert len(steps) == len((before + stop_text).encode()) + 1 + (not stop_text), "draws in vain"
+            assert len(steps) == len((before + stop_text).encode()) + 1, "no id is drawn after the stop text"
 
 
-def test_a_sample_keeps_the_spaces_of_a_tokenizer_that_decodes_the_first_word_without_one(printed):
+def test_a_sample_keeps_the_space_that_a_tokenizer_leaves_out_at_the_beginning(monkeypatch, capsys):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    bpe = Tokenizer(models.WordLevel({"\u2581the": 0, "\u2581kings": 1}, unk_token="\u2581the"))
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    tokenizer = from_dict({"kind": "json", "json": bpe.to_str()})
-    steps = printed(tokenizer, tokenizer.encode("the kings"), [0, 1])
-    assert steps == ["the kings", " the", " kings", ""]
+    words = Tokenizer(models.WordLevel({"\u2581the": 0, "\u2581kings": 1}, unk_token="\u2581the"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = from_dict({"kind": "json", "json": words.to_str()})
+    steps = printed(monkeypatch, capsys, tokenizer, tokenizer.encode("the kings"), [0, 1])
+    assert steps == ["the kings", " the", " kings"]
 
 
 @pytest.mark.gpu
