@@ -20,7 +20,7 @@ from gpt.tokenizer import describe_dataset, describe_meta, from_dict
 from tests.runs import run
 from tests.test_command_line import command
 from train import data, metrics, shards
-from train.data import TokenFile, describe
+from train.data import Split, TokenFile, describe
 from train.distributed import Ranks
 from train.loop import read_ahead
 
@@ -114,6 +114,18 @@ def test_a_batch_has_the_windows_of_a_file_or_of_its_shards_and_the_tokens_that_
         windows = torch.from_numpy(np.stack([ids[s : s + block_size + 1] for s in starts]).astype(np.int64))
         idx, targets = file.batch(3, 2 * file.windows)
         assert torch.equal(idx, windows[:, :-1]) and torch.equal(targets, windows[:, 1:])
+
+
+def test_a_shard_that_is_cut_short_after_it_was_opened_is_refused(tmp_path):
+    """Reading the map beyond the end of its file would kill the process."""
+    for i in range(3):
+        np.zeros(8000, np.uint16).tofile(tmp_path / f"train_{i}.bin")
+    file = Split(tmp_path / "train.bin", 1)
+    os.truncate(tmp_path / "train_1.bin", 0)
+    assert not file.read(np.array([0, 16_000]), 8000).any()
+    for start, length in ((7990, 11), (8000, 1), (7990, 8020)):
+        with pytest.raises(ValueError, match=r"train_1.bin was cut short while it was in use: 16,000 bytes"):
+            file.read(np.array([start]), length)
 
 
 def test_a_shard_belongs_to_the_split_whose_word_is_in_its_name(tmp_path):

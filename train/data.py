@@ -74,9 +74,11 @@ class Split:
         Raises ValueError if a file was cut short after it was opened.
         """
         ids = np.empty((len(starts), length), np.int64)
-        first = np.searchsorted(self._ends, starts, "right").tolist()  # the shard of each start
-        # Reading a memory map beyond the end of its file kills the process.
-        for i in set(first):
+        # The shards in which each window begins and ends.
+        first = np.searchsorted(self._ends, starts, "right").tolist()
+        last = np.searchsorted(self._ends, starts + length - 1, "right").tolist()
+        for i in {i for pair in zip(first, last) for i in range(pair[0], pair[1] + 1)}:
+            # Reading a memory map beyond the end of its file kills the process.
             if self._paths[i].exists() and (now := self._paths[i].stat().st_size) < self._bytes[i]:
                 raise ValueError(
                     f"{self._paths[i]} was cut short while it was in use: {self._bytes[i]:,} bytes before, "
