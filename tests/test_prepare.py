@@ -253,7 +253,7 @@ def test_files_of_a_folder_are_documents_in_order_of_name_one_in_ten_for_validat
     train, val = ([int(line) for line in text.splitlines()] for text in read_characters("out"))
     assert train == sorted(train) and val == sorted(val) and sorted(train + val) == list(range(95))
     assert len(val) == 10 and val != list(range(10))
-    assert len(documents.find("corpus/[0-2]/*5.txt,corpus/0,corpus/0/05.txt")) == 30 + 6
+    assert len(documents.find("corpus/[0-2]/*5.txt,corpus/0,corpus/0/05.txt,")) == 30 + 6
 
 
 def test_the_mark_of_a_documents_end_in_a_text_is_counted_and_on_demand_one_token(small_pieces, capsys, bpe):
@@ -445,6 +445,7 @@ BAD_FLAGS = {
     "text --name=x --input=nowhere*.txt": "there is no file nowhere*.txt",
     "text --name=x --input=folder": "there is no .txt, .jsonl or .parquet in folder",
     "text --name= --input=a.txt": "name='' names no data set",
+    "text --name=x --input=,": "input=',' names no file",
     "text --name=x --input=a.txt --tokenizer=gpt": "'gpt' is neither gpt2, char, nor the path",
     "text --name=x --input=a.txt --tokenizer=a.txt": "a.txt is not a tokenizer.json",
     "text --name=x --input=a.txt --val_fraction=1": "val_fraction=1.0 must be above 0 and below 1",

@@ -28,7 +28,8 @@ KINDS = (".txt", ".jsonl", ".ndjson", ".parquet")  # the endings that are read f
 # The readers of the package datasets.
 READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # A text may be cut after a lone line end and before a lone space: GPT-2 encodes each word alone, and no word
-# goes across these places. So the ids of the pieces are those of the whole text.
+# goes across these places. So the ids of the pieces are those of the whole text. A tokenizer.json that puts a
+# space before each text it encodes (add_prefix_space, Metaspace) may get a different token at each seam.
 SEAM = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
 
 Pieces = Iterator[str | None]  # None ends a document
@@ -89,9 +90,12 @@ def hub(path: str, part: str | None, val_fraction: float, processes: int) -> Cor
 
 
 def find(inputs: str) -> list[Path]:
-    """The files that `inputs` names, each once. Raises OSError."""
+    """The files that `inputs` names, each once. Raises ValueError and OSError."""
     paths: dict[Path, None] = {}
-    for name in map(os.path.expanduser, inputs.split(",")):
+    names = [os.path.expanduser(name) for name in inputs.split(",") if name]
+    if not names:
+        raise ValueError(f"input={inputs!r} names no file: give files, folders or globs, separated by commas")
+    for name in names:
         matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
         named: list[Path] = []
         for path in map(Path, matches):
@@ -116,9 +120,9 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def cut(chunks: Iterable[str], look_back: int = 1 << 16) -> Iterator[str]:
-    """Cuts a text into pieces whose ids together are those of the whole text.
+    """Cuts a text into pieces whose ids together are those of the whole text, with the exception at SEAM.
 
-    A piece ends at a seam (see SEAM). A text without one in `look_back` characters is cut anywhere, and its
+    A piece ends at a seam. A text without one in `look_back` characters is cut anywhere, and its
     ids may differ there.
     """
     rest = ""
