@@ -73,6 +73,16 @@ def test_every_token_is_scored_once_with_its_context(model, monkeypatch, capsys)
         assert tokens["bits_per_byte"] == pytest.approx(total / math.log(2) / len(text.encode()), rel=1e-5)
 
 
+def test_shards_and_ids_that_only_pad_the_vocabulary_are_evaluated(model, monkeypatch, capsys):
+    ours = GPT(GPTConfig(block_size=T, vocab_size=50304, n_layer=1, n_head=1, n_embd=8))
+    save_checkpoint(ours, {"kind": "gpt2"}, Path("out/ckpt.pt"))
+    Path("data").mkdir()
+    for i, ids in enumerate(([464, 5822], [50300, 198])):  # "The", " King", padding, a new line
+        np.array(ids, np.uint16).tofile(f"data/web_val_{i}.bin")
+    tokens = run(monkeypatch, capsys, "--data=data/val.bin")["tokens"]
+    assert (tokens["tokens"], tokens["bytes"]) == (3, len(" King\n"))
+
+
 EXAMPLES = [
     ("abc", ["d", "ef gh", "ijk", "lmabc d"]),
     ("a€b", ["c", "d", "e", "f"]),

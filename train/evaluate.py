@@ -64,8 +64,10 @@ class EvaluateConfig:
 def main() -> None:
     config = cli.parse(EvaluateConfig, sys.argv[1:], prog="python -m train.evaluate", path_flag="init_from")
     cli.check_bounds(vars(config), {"batch_size": (1, 2**29), "stride": (0, 2**62)})
+    # To choose between ckpt.pt and best.pt a checkpoint is read. Do it once.
+    config.init_from = pretrained.checkpoint_in(pretrained.source_of(config.init_from, config.out_dir))
     if not config.data and not config.hellaswag:
-        config.data = _validation_data(pretrained.source_of(config.init_from, config.out_dir))
+        config.data = _validation_data(config.init_from)
     ranks = distributed.start(config.backend, config.device)
     try:
         result = evaluate(config, ranks)
@@ -89,8 +91,7 @@ def main() -> None:
 
 def _validation_data(source: str) -> str:
     """The val.bin of the data that a model was trained on. Raises ValueError if it is unknown."""
-    path = pretrained.checkpoint_in(source)
-    dataset = "" if pretrained.is_hugging_face(path) else read(Path(path)).config.get("dataset")
+    dataset = "" if pretrained.is_hugging_face(source) else read(Path(source)).config.get("dataset")
     if not dataset:
         raise ValueError("nothing to evaluate on: give --data=FILE.bin, --hellaswag=FILE.jsonl, or both")
     return str(Path("data", dataset, "val.bin"))
@@ -139,19 +140,17 @@ def on_tokens(
     if stride > block_size:
         raise ValueError(f"stride={stride} must be from 1 to block_size={block_size}")
     path = Path(config.data)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"there is no {path}; {cli.command('train.prepare')} lists the commands that prepare data"
-        )
-    # A folder without a tokenizer counts as GPT-2's, so that answer proves nothing.
+    file = Split(path, model.config.vocab_size or 0)
+    # Without a tokenizer file the folder counts as GPT-2's; then we cannot compare.
     data_tokenizer = describe_dataset(path.parent)
     if data_tokenizer["kind"] != "gpt2" and not fits(description, data_tokenizer):
         raise ValueError(f"{path} was prepared with another tokenizer or alphabet than the model's")
-    file = Split(path, model.config.vocab_size or 0)
     preflight({path.stem: file}, {})
     if len(file) < 2:
         raise ValueError(f"{path} has {len(file)} tokens, but a loss needs at least 2")
-    bytes_per_id = None if description["kind"] == "unknown" else _bytes_per_id(from_dict(description))
+    bytes_per_id = None
+    if description["kind"] != "unknown":
+        bytes_per_id = _bytes_per_id(from_dict(description), file.vocab_size)
     nats, n_tokens, n_bytes = 0.0, 0.0, 0.0
     # The last window is the first to reach the end of the file.
     starts = range(0, max(0, len(file) - 1 - block_size) + stride, stride)
@@ -182,14 +181,19 @@ def on_tokens(
     }
 
 
-def _bytes_per_id(tokenizer: Tokenizer) -> np.ndarray | None:
-    """The length of each id's text in UTF-8. The end of a document has no text. None if it is unknown."""
+def _bytes_per_id(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray | None:
+    """The length of each id's text in UTF-8: (vocab_size,). None if the tokenizer does not tell.
+
+    The end of a document has no text, and neither has an id that only pads the model's vocabulary.
+    """
     if isinstance(tokenizer, CharTokenizer):
-        return np.array([len(symbol.encode()) for symbol in tokenizer.symbols])
-    if isinstance(tokenizer, GPT2Tokenizer):
+        lengths = [len(symbol.encode()) for symbol in tokenizer.symbols]
+    elif isinstance(tokenizer, GPT2Tokenizer):
         texts = map(tokenizer.bpe.decode_single_token_bytes, range(tokenizer.vocab_size))
-        return np.array([0 if [id] == tokenizer.end else len(text) for id, text in enumerate(texts)])
-    return None
+        lengths = [0 if [id] == tokenizer.end else len(text) for id, text in enumerate(texts)]
+    else:
+        return None
+    return np.array((lengths + vocab_size * [0])[:vocab_size])
 
 
 # ---- HellaSwag
