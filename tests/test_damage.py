@@ -329,33 +329,21 @@ def test_damaged_hellaswag(tmp_path, dice):
             assert 0 <= label < len(endings)
 
 
-@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
-def test_what_is_not_a_file_is_refused_and_not_waited_for(workplace, kind):
-    def put(path: Path) -> Path:
-        path.parent.mkdir(exist_ok=True)
-        path.unlink(missing_ok=True)
-        if kind == "folder":
-            path.mkdir()
-        elif kind == "device":
-            path.symlink_to("/dev/zero")
-        else:
-            os.mkfifo(path)
-        return path
-
-    data = Path("data/tiny")
+def test_what_is_not_a_file_is_refused_and_not_waited_for(workplace):
+    os.mkfifo("pipe")
+    Path("data/tiny/val.bin").unlink()
+    os.mkfifo("data/tiny/val.bin")
     for read in (
-        lambda: regular(put(Path("any"))),
-        lambda: checkpoint.read(put(Path("ckpt.pt"))),
-        lambda: newest_intact(put(Path("out/ckpt.pt"))),
-        lambda: metrics.read(put(Path("out/metrics.jsonl"))),
-        lambda: tokenizer.describe_json(put(Path("tokenizer.json"))),
-        lambda: tokenizer.describe_meta(put(data / "meta.pkl")),
-        lambda: shards.read_meta(put(data / "meta.json").parent),
-        lambda: shards.open_tokens(put(data / "train.bin")),
-        lambda: Split(put(data / "val.bin"), 21),
-        lambda: list(evaluate._hellaswag(str(put(Path("hellaswag.jsonl"))))),
+        lambda: regular(Path("pipe")),
+        lambda: regular(Path("/dev/zero")),
+        lambda: regular(Path("data")),
+        lambda: checkpoint.read(Path("pipe")),
+        lambda: metrics.read(Path("pipe")),
+        lambda: tokenizer.describe_meta(Path("pipe")),
+        lambda: evaluate._hellaswag("pipe").__next__(),
+        lambda: Split(Path("data/tiny/val.bin"), 21),
     ):
-        with pytest.raises((ValueError, OSError), match=r"a folder|a pipe|a device"):
+        with pytest.raises(OSError, match=r"is a folder, a pipe or a device"):
             read()
 
 

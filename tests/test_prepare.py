@@ -430,9 +430,10 @@ def test_inspect_shows_what_is_there(workplace, text, type_in):
 BAD_FILES = {  # name -> content, message
     "empty.txt": (b"", "the text has 0 characters"),
     "latin.txt": (b"e" * 400 + b"t\xe9", "latin.txt is not UTF-8 text: byte 401 cannot be read"),
-    "be32.txt": ("some text".encode("utf-32-be"), "iconv -f UTF-32BE -t UTF-8"),
-    "z.txt": (b"\x28\xb5\x2f\xfd rest", "z.txt is compressed (zstd)"),
-    "cut.txt.gz": (gzip.compress(bytes(range(256)))[:-20], "cut.txt.gz is an incomplete .gz file"),
+    "be32.txt": ("some text".encode("utf-32-be"), "be32.txt is not UTF-8 text: it begins with"),
+    "le16.txt": ("some text".encode("utf-16-le"), "le16.txt is not UTF-8 text: it begins with"),
+    "z.txt": (b"\x28\xb5\x2f\xfd rest", "z.txt is not UTF-8 text: byte 1 cannot be read"),
+    "cut.txt.gz": (gzip.compress(bytes(range(32, 128)))[:-20], "cut.txt.gz is an incomplete .gz file"),
     "none.jsonl": (b"", "none.jsonl has no rows"),
     "other.jsonl": (b'{"n": 1, "body": "b"}\n' * 3, "no column 'text'; choose by --field among n, body"),
     "bad.jsonl": (b'{"text": "b"}\n{"text": \n', "bad.jsonl, line 2: Expecting value at column"),

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gpt import cli
-from gpt.reading import encoding_name, open_text, regular
+from gpt.reading import open_text, regular
 
 PIECE = 1 << 20  # characters that are encoded at a time
 SPLIT_SEED = 2357  # nanoGPT's
@@ -238,8 +238,8 @@ def _read(path: Path) -> Iterator[str]:
 def _check_lines(path: Path, field: str) -> None:
     """Raises ValueError for the first line of a .jsonl file that is not an object with a text in `field`."""
     with open_text(path) as f:
-        if (encoding := encoding_name(f.encoding)) != "UTF-8":
-            raise ValueError(f"{path} is {encoding}; convert it: iconv -f {encoding} -t UTF-8")
+        if f.encoding != "utf-8-sig":
+            raise ValueError(f"{path} is {f.encoding.upper()}; convert it to UTF-8")
         for number, line in enumerate(f, start=1):
             try:
                 row = json.loads(line) if line.strip() else {}
