@@ -377,7 +377,7 @@ def test_a_full_disk_leaves_nothing_of_a_conversion_that_blocks_the_next(workpla
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_corpus_that_leaves_a_split_without_tokens_writes_nothing(tmp_path, split):
     corpus = documents.text("a text of some length " * 10, "short.txt")
-    setattr(corpus, split, documents.Split(lambda: iter(()), 0, 0))
+    setattr(corpus, split, documents.Split(lambda: iter(()), 0))
     with pytest.raises(ValueError, match=f"short.txt: the split {split} would have no token"):
         encode(tmp_path / "short", corpus, "char", 1)
     assert not (tmp_path / "short").exists()

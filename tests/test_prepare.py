@@ -10,7 +10,6 @@ import os
 import pickle
 import re
 import sys
-import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -52,7 +51,6 @@ def small_pieces(monkeypatch, tmp_path):
     """Pieces of 300 characters, not a million: a small text makes many batches."""
     monkeypatch.setattr(documents, "PIECE", 300)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -85,6 +83,16 @@ def as_nanogpt(bpe, rows, fraction):
         [i for text in parts[part]["text"] for i in [*bpe.encode_ordinary(text), 50256]]
         for part in ("train", "test")
     ]
+
+
+def parquet(**columns):
+    """The bytes of a .parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+    return buffer.getvalue()
 
 
 def wide_tokenizer():
@@ -200,21 +208,6 @@ def test_any_text_is_encoded_as_a_whole(tmp_path_factory, bpe, text, fraction, i
 # ---- what is read
 
 
-def test_rows_of_jsonl_and_parquet_are_documents_split_as_nanogpt_splits_openwebtext(small_pieces, bpe, rows):
-    import pyarrow
-    import pyarrow.parquet
-
-    Path("a").mkdir()
-    for name, part in (("a/1.jsonl", rows[:50]), ("a/2.jsonl", rows[50:])):
-        Path(name).write_text("".join(json.dumps({"id": 3, "body": text}) + "\n" for text in part))
-    pyarrow.parquet.write_table(pyarrow.table({"text": rows, "id": range(95)}), "b.parquet")
-    expected = as_nanogpt(bpe, rows, 0.2)
-    for out, inputs, field in (("x", "a", "body"), ("y", "a/*.jsonl", "body"), ("z", "b.parquet", "text")):
-        meta = encode(Path(out), documents.files(inputs, field, 0.2), "gpt2", 1)
-        assert read(out) == expected, inputs
-        assert (meta["train"]["documents"], meta["val"]["documents"]) == (76, 19)
-
-
 ROWS = [json.dumps({"text": text}) for text in ("\ufeffab", "ba", "aab")]  # with a byte-order mark in front
 JUNK = b"\x00\x05\x16\x07\xff"
 
@@ -223,9 +216,11 @@ JUNK = b"\x00\x05\x16\x07\xff"
     "files",
     [
         {"in.json": f"[{', '.join(ROWS)}]".encode()},
-        {"in.json": b'["ab", "ba", "aab"]'},
+        {"in.json": b'\n["ab", "ba", "aab"]'},
+        {"in.json": "\n".join(ROWS).encode("utf-16")},
+        {"in.parquet": parquet(n=[1, 2, 3, 4], text=["\ufeffab", "ba", None, "aab"])},
         {"in.jsonl.gz": gzip.compress("\n".join(ROWS).encode())},
-        {"in.NDJSON": "\n".join([*ROWS, '{"text": null}']).encode()},
+        {"in.NDJSON": "\n".join([*ROWS[:2], "", '{"text": null}', "{}", ROWS[2]]).encode()},
         {"in.csv": b"n,text\n1,ab\n2,ba\n3,aab\n"},
         {"in/a.txt": b"ab", "in/b/r.jsonl": "\n".join(ROWS[1:]).encode()},
         {"in/a.txt": "ab".encode("utf-16"), "in/b.txt": "\ufeffba".encode()}
@@ -235,7 +230,8 @@ JUNK = b"\x00\x05\x16\x07\xff"
         | {"in/__MACOSX/._a.txt": JUNK, "in/._b.txt": JUNK, "in/notes.md": b"not this one"},
     ],
 )
-def test_each_file_or_row_is_a_document_of_train_or_val(small_pieces, capsys, files):
+def test_each_file_or_row_is_a_document_of_train_or_val(small_pieces, monkeypatch, capsys, files):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # only the hub needs it
     for name, content in files.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(content)
@@ -243,6 +239,18 @@ def test_each_file_or_row_is_a_document_of_train_or_val(small_pieces, capsys, fi
     train, val = (text.splitlines() for text in read_characters("out"))
     assert sorted(train + val) == ["aab", "ab", "ba"] and train and val
     assert ("left out: 1 .md" in capsys.readouterr().err) == ("in/notes.md" in files)
+
+
+def test_rows_are_read_one_at_a_time_and_their_sizes_add_up(small_pieces):
+    path = Path("a.jsonl")
+    path.write_text(
+        '{"text": "caf\\u00e9 \\ud800"}\n{"text": "b"}\n'
+    )  # the last is half of a pair of surrogates
+    corpus = documents.files("a.jsonl", val_fraction=0.99)
+    parts = {part.size: list(part.pieces()) for part in (corpus.train, corpus.val)}
+    assert parts == {len("café ?".encode()): ["café ?", None], 1: ["b", None]}
+    path.write_text(path.read_text() + "not JSON")
+    assert next(documents._texts(path, "text")) == "café ?"
 
 
 def test_files_of_a_folder_are_documents_in_order_of_name_one_in_ten_for_validation(small_pieces):
@@ -298,7 +306,7 @@ def test_an_interrupted_preparation_leaves_no_data_and_begins_anew(small_pieces,
     Path("out/meta.pkl").write_bytes(b"")
     Path("out/prepare.py").touch()  # nanoGPT's stands there
     with pytest.raises(KeyboardInterrupt):
-        encode(out, replace(corpus, val=documents.Split(interrupted, 0, 1)), kind, 2)
+        encode(out, replace(corpus, val=documents.Split(interrupted, 0)), kind, 2)
     assert not encoding.is_complete(out) and not list(out.glob("*.bin*"))
     assert encode(out, corpus, kind, 2) | {"date": ""} == whole | {"date": ""}
     assert set(os.listdir(out)) == {*os.listdir("whole"), "prepare.py"}
@@ -435,11 +443,25 @@ BAD_FILES = {  # name -> content, message
     "z.txt": (b"\x28\xb5\x2f\xfd rest", "z.txt is not UTF-8 text: byte 1 cannot be read"),
     "cut.txt.gz": (gzip.compress(bytes(range(32, 128)))[:-20], "cut.txt.gz is an incomplete .gz file"),
     "none.jsonl": (b"", "none.jsonl has no rows"),
-    "other.jsonl": (b'{"n": 1, "body": "b"}\n' * 3, "no column 'text'; choose by --field among n, body"),
-    "bad.jsonl": (b'{"text": "b"}\n{"text": \n', "bad.jsonl, line 2: Expecting value at column"),
-    "cut.jsonl": (b'{"text": "b"}\n{"text": "d', "cut.jsonl, line 2, the last one (the file may be cut"),
-    "u.jsonl": ('{"text": "b"}\n'.encode("utf-16"), "u.jsonl is UTF-16"),
-    "number.jsonl": (b'{"text": "b"}\n{"text": 5}\n', "number.jsonl, line 2: 'text' is 5, not text"),
+    "other.jsonl": (
+        b'{"n": 1, "body": "b"}\n' * 3,
+        "no text in a column 'text'; choose by --field among n, body",
+    ),
+    "bad.jsonl": (
+        b'{"text": "b"}\n{"text": \n',
+        "line 2 of bad.jsonl is not JSON that can be read: Expecting value",
+    ),
+    "deep.jsonl": (b"{}\n" + b"[" * 100_000, "line 2 of deep.jsonl is not JSON"),
+    "cut.jsonl": (
+        b'{"text": "b"}\n{"text": "d',
+        "line 2 of cut.jsonl is not JSON that can be read: Unterminated",
+    ),
+    "one.jsonl": (b'{"text": "b"}\n', "training and validation need at least 2 documents, not 1"),
+    "number.jsonl": (b'{"text": "b"}\n{"text": 5}\n', "number.jsonl, row 2: 'text' is 5, not text"),
+    "other.csv": (b"n,body\n1,b,2\n", "no text in a column 'text'; choose by --field among n, body, None"),
+    "cut.parquet": (b"PAR1", "cut.parquet cannot be read as .parquet"),
+    "other.parquet": (parquet(body=["a", "b"]), "no text in a column 'text'; choose by --field among body"),
+    "number.parquet": (parquet(text=[5, 6]), "number.parquet, row 1: 'text' is 5, not text"),
 }
 BAD_FLAGS = {
     "shakespear": "'shakespear'",
@@ -470,15 +492,17 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(small_pieces, type_in):
 
 
 @pytest.mark.parametrize(
-    ("missing", "args"),
-    [("datasets", ["text", "--input=a.jsonl", "--name=x"]), ("tokenizers", ["tokenizer", "--input=a.txt"])],
+    ("missing", "command_line"),
+    [
+        ("datasets", "openwebtext"),
+        ("pyarrow", "text --input=a.parquet --name=x"),
+        ("tokenizers", "tokenizer --input=a.txt"),
+    ],
 )
-def test_a_missing_package_is_one_sentence(small_pieces, monkeypatch, missing, args, type_in):
+def test_a_missing_package_is_one_sentence(small_pieces, monkeypatch, missing, command_line, type_in):
     Path("a.txt").write_text("some text " * 20)
-    Path("a.jsonl").write_text('{"text": "b"}\n' * 3)
-    # A folder of its name in the working folder imports as an empty package.
-    for module in (None, types.ModuleType(missing)):
-        monkeypatch.setitem(sys.modules, missing, module)
-        code, _, err = type_in(*args)
-        assert code == 1 and err.count("\n") == 1, err
-        assert f"the package {missing}: " in err and "-m pip install -e '.[data]'" in err
+    Path("a.parquet").touch()
+    monkeypatch.setitem(sys.modules, missing, None)
+    code, _, err = type_in(*command_line.split())
+    assert code == 1 and err.count("\n") == 1, err
+    assert f"the package {missing}: " in err and "-m pip install -e '.[data]'" in err

@@ -31,6 +31,7 @@ from train import distributed, fit
 from train.data import Split, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import to_json
+from train.prepare.documents import load
 from train.view import progress_bar
 
 
@@ -236,17 +237,7 @@ def _hellaswag(source: str) -> Iterator[tuple[str, list[str], int]]:
     """(context, endings, index of the right ending) of each example. Raises ValueError, OSError."""
     examples: list[Any]
     if source == "hub":
-        try:
-            from datasets import load_dataset
-        except ImportError:
-            raise ValueError(f"--hellaswag=hub needs the package datasets: {cli.install('data')}") from None
-        try:
-            examples = list(load_dataset("Rowan/hellaswag", split="validation"))
-        except Exception as error:  # the hub and its readers raise errors of many types
-            raise OSError(
-                f"HellaSwag could not be downloaded ({str(error).strip().splitlines()[0][:160]}); "
-                "give its hellaswag_val.jsonl as --hellaswag=FILE"
-            ) from None
+        examples = list(load("--hellaswag=hub", "Rowan/hellaswag", split="validation"))
     elif Path(source).exists():
         examples = list(filter(None, read_text(Path(source)).split("\n")))
     else:

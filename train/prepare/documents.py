@@ -4,8 +4,8 @@ A corpus is one running text or many documents. nanoGPT splits Shakespeare as a 
 validation, and OpenWebText as documents, some of which are drawn at random for validation.
 """
 
+import csv
 import glob
-import json
 import os
 import re
 import sys
@@ -13,20 +13,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpt import cli
-from gpt.reading import open_text, regular
+from gpt.reading import open_text, parse_json, regular
 
 PIECE = 1 << 20  # characters that are encoded at a time
+ROWS_AT_ONCE = 1000  # of a .parquet file, or of a data set on the hub
 SPLIT_SEED = 2357  # nanoGPT's
 KINDS = (".txt", ".jsonl", ".ndjson", ".parquet")  # the endings that are read from a folder
-# The readers of the package datasets.
-READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")  # files whose rows are documents
 # A text may be cut after a lone line end and before a lone space: GPT-2 encodes each word alone, and no word
 # goes across these places. So the ids of the pieces are those of the whole text. A tokenizer.json that puts a
 # space before each text it encodes (add_prefix_space, Metaspace) may get a different token at each seam.
@@ -41,10 +40,6 @@ class Split:
 
     pieces: Callable[[], Pieces]
     size: int  # in bytes of UTF-8, roughly
-    documents: int
-
-
-Splits = tuple[Split, Split]  # train and val
 
 
 @dataclass
@@ -71,22 +66,43 @@ def files(inputs: str, field: str = "text", val_fraction: float = 0.1) -> Corpus
     paths = find(inputs)
     number = "1 file" if len(paths) == 1 else f"{len(paths):,} files"
     source = f"{inputs}: {number}, {sum(p.stat().st_size for p in paths):,} bytes"
-    texts = [p for p in paths if _kind(p) not in READERS]
-    if len(paths) == len(texts) == 1:
+    if len(paths) == 1 and _kind(paths[0]) not in ROWS:
         return _running(partial(_read, paths[0]), val_fraction, source)
-    splits = [_text_files(texts, val_fraction, at_least=int(texts == paths))] if texts else []
-    for kind in READERS:
-        if same_kind := [p for p in paths if _kind(p) == kind]:
-            splits.append(_row_files(inputs, same_kind, kind, field, val_fraction))
-    train, val = map(_joined, zip(*splits))
-    return Corpus(train, val, source)
+    with cli.IfSlow(f"counting the documents of {inputs}"):
+        return _documents(paths, field, val_fraction, source)
 
 
 def hub(path: str, part: str | None, val_fraction: float, processes: int) -> Corpus:
     """The column `text` of a data set on the Hugging Face hub, or of its configuration `part`."""
-    table = _load(path, path, part, num_proc=processes)
+    table = load(path, path, part, split="train", num_proc=processes).select_columns(["text"])
     source = f"{path}{f' ({part})' if part else ''}, {len(table):,} documents"
-    return Corpus(*_rows(table, "text", val_fraction), source)
+    parts = table.train_test_split(test_size=val_fraction, seed=SPLIT_SEED, shuffle=True)
+
+    def split(rows: Any) -> Split:
+        def pieces() -> Pieces:
+            for batch in rows.iter(ROWS_AT_ONCE):
+                for document in batch["text"]:
+                    yield document
+                    yield None
+
+        return Split(pieces, round(table.data.nbytes * len(rows) / len(table)))
+
+    return Corpus(split(parts["train"]), split(parts["test"]), source)
+
+
+def load(source: str, path: str, part: str | None = None, **options: Any) -> Any:
+    """datasets.load_dataset. Any of its errors becomes an OSError about `source`."""
+    try:
+        # `import datasets` would also find an empty folder called datasets, so import a name from it.
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(f"{source} needs the package datasets: {cli.install('data')}") from None
+    try:
+        return load_dataset(path, part, **options)
+    except Exception as error:
+        reason = error.__cause__ or error
+        line = (str(reason).splitlines() or [""])[0]
+        raise OSError(f"{source} could not be loaded ({type(reason).__name__}: {line})") from None
 
 
 def find(inputs: str) -> list[Path]:
@@ -146,7 +162,7 @@ def _running(read: Callable[[], Iterator[str]], val_fraction: float, source: str
     n_train = max(1, min(n_characters - 1, int(n_characters * (1 - val_fraction))))
 
     def split(start: int, stop: int) -> Split:
-        return Split(lambda: cut(_between(read(), start, stop)), stop - start, documents=1)
+        return Split(lambda: cut(_between(read(), start, stop)), stop - start)
 
     return Corpus(split(0, n_train), split(n_train, n_characters), source)
 
@@ -160,67 +176,104 @@ def _between(chunks: Iterator[str], start: int, stop: int) -> Iterator[str]:
         position += len(chunk)
 
 
-def _text_files(paths: list[Path], val_fraction: float, at_least: int) -> Splits:
-    """Text files, each a document. At least `at_least` of them are for validation."""
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(paths))
-    in_val = {paths[i] for i in order[: max(at_least, round(len(paths) * val_fraction))]}
+def _documents(paths: list[Path], field: str, val_fraction: float, source: str) -> Corpus:
+    """Text files, each a document, and files of rows, each row a document. Raises ValueError and OSError.
 
-    def split(part: list[Path]) -> Split:
+    The rows are read once to count the documents, and once for each split. In memory are a few documents and
+    the size of each.
+    """
+
+    def documents() -> Iterator[tuple[int, Iterable[str]]]:
+        """(size in bytes, pieces) of each document. A text file is opened when its first piece is taken."""
+        for path in paths:
+            if _kind(path) in ROWS:
+                yield from ((len(text.encode()), [text]) for text in _texts(path, field))
+            else:
+                yield path.stat().st_size, cut(_read(path))
+
+    sizes = np.fromiter((size for size, _ in documents()), np.int64)
+    n_documents = len(sizes)
+    if n_documents < 2:
+        raise ValueError(f"{source}: training and validation need at least 2 documents, not {n_documents}")
+    n_val = min(n_documents - 1, max(1, round(n_documents * val_fraction)))
+    in_val = np.zeros(n_documents, bool)
+    in_val[np.random.default_rng(SPLIT_SEED).permutation(n_documents)[:n_val]] = True
+
+    def split(is_val: bool) -> Split:
         def pieces() -> Pieces:
-            for path in part:
-                yield from cut(_read(path))
-                yield None
+            for (_, document), document_is_val in zip(documents(), in_val):
+                if document_is_val == is_val:
+                    yield from document
+                    yield None
 
-        return Split(pieces, sum(p.stat().st_size for p in part), len(part))
+        return Split(pieces, int(sizes[in_val == is_val].sum()))
 
-    return split([p for p in paths if p not in in_val]), split([p for p in paths if p in in_val])
+    return Corpus(split(False), split(True), f"{source}, {n_documents:,} documents")
 
 
-def _row_files(inputs: str, paths: list[Path], kind: str, field: str, val_fraction: float) -> Splits:
-    """Files of rows, each row a document. Raises ValueError and OSError."""
+def _texts(path: Path, field: str) -> Iterator[str]:
+    """The texts in the column `field` of a file of rows. Leaves out rows without one.
+
+    Raises ValueError for another value in this column, and if no row has a text.
+    """
+    columns: Iterable[str] = ()
+    number = n_texts = 0
+    for number, row in enumerate(_rows(path, field), start=1):
+        text = row.get(field) if isinstance(row, dict) else row
+        if isinstance(text, str):
+            n_texts += 1
+            # Texts from Windows may each begin with a byte-order mark, and JSON may hold half of a surrogate
+            # pair, which cannot be encoded.
+            yield text.removeprefix("\ufeff").encode(errors="replace").decode()
+        elif text is not None:
+            raise ValueError(f"{path}, row {number:,}: {field!r} is {text!r:.40}, not text")
+        elif row:
+            columns = row
+    if not number:
+        raise ValueError(f"{path} has no rows")
+    if not n_texts:
+        names = ", ".join(map(str, columns))
+        raise ValueError(f"{path} has no text in a column {field!r}; choose by --field among {names}")
+
+
+def _rows(path: Path, field: str) -> Iterator[Any]:
+    """The rows of a file, each a dict from columns to values, or a value alone. Raises ValueError, OSError.
+
+    A JSON file is one list of rows, which is read as a whole, or has a row on each line.
+    """
+    if _kind(path) == ".parquet":
+        yield from _parquet_rows(path, field)
+        return
+    with open_text(path) as f:
+        is_list = f.read(1000).lstrip().startswith("[")
+        f.seek(0)
+        if _kind(path) == ".csv":
+            csv.field_size_limit(sys.maxsize)  # a text may be long
+            yield from csv.DictReader(f)
+        elif is_list:
+            yield from parse_json(f.read(), path)
+        else:
+            for number, line in enumerate(f, start=1):
+                yield parse_json(line, f"line {number:,} of {path}") if line.strip() else None
+
+
+def _parquet_rows(path: Path, field: str) -> Iterator[dict[str, Any]]:
+    """The column `field` of a .parquet file; if it has none, one row with the columns that it has."""
     try:
-        table = _load(inputs, READERS[kind], data_files=[str(p) for p in paths])
-        # Texts that were collected from Windows may each begin with a byte-order mark.
-        return _rows(table, field, val_fraction, prefix="\ufeff")
-    except (ValueError, OSError):
-        if kind in (".jsonl", ".ndjson"):
-            for path in paths:
-                _check_lines(path, field)
-        raise
-
-
-def _rows(table: Any, field: str, val_fraction: float, prefix: str = "") -> Splits:
-    """Rows of a datasets.Dataset, each a document without `prefix`. Raises ValueError."""
-    if field not in table.column_names:
-        columns = ", ".join(table.column_names)
-        raise ValueError(f"there is no column {field!r}; choose by --field among {columns}")
-    if getattr(table.features[field], "dtype", "") not in ("string", "large_string"):
-        raise ValueError(f"the column {field!r} is not text but {table.features[field]}")
-    if len(table) < 2:
-        raise ValueError(f"there are {len(table)} rows; training and validation need at least 2")
-    table = table.select_columns([field])
-    bytes_per_row = table.data.nbytes / len(table)
-    parts = table.train_test_split(test_size=val_fraction, seed=SPLIT_SEED, shuffle=True)
-
-    def split(part: Any) -> Split:
-        def pieces() -> Pieces:
-            for batch in part.iter(max(1, round(PIECE / bytes_per_row))):
-                for document in batch[field]:
-                    if document is not None:
-                        yield document.removeprefix(prefix)
-                        yield None
-
-        return Split(pieces, round(bytes_per_row * len(part)), len(part))
-
-    return split(parts["train"]), split(parts["test"])
-
-
-def _joined(splits: tuple[Split, ...]) -> Split:
-    return Split(
-        lambda: chain.from_iterable(split.pieces() for split in splits),
-        sum(split.size for split in splits),
-        sum(split.documents for split in splits),
-    )
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ValueError(f"{path} needs the package pyarrow: {cli.install('data')}") from None
+    try:
+        with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if field not in names:
+                yield dict.fromkeys(names)
+                return
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[field]):
+                yield from batch.to_pylist()
+    except (ArrowException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as .parquet: {error}") from None
 
 
 def _kind(path: Path) -> str:
@@ -233,40 +286,3 @@ def _read(path: Path) -> Iterator[str]:
     with open_text(path) as f:
         while chunk := f.read(PIECE):
             yield chunk
-
-
-def _check_lines(path: Path, field: str) -> None:
-    """Raises ValueError for the first line of a .jsonl file that is not an object with a text in `field`."""
-    with open_text(path) as f:
-        if f.encoding != "utf-8-sig":
-            raise ValueError(f"{path} is {f.encoding.upper()}; convert it to UTF-8")
-        for number, line in enumerate(f, start=1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except json.JSONDecodeError as error:
-                last = "" if line.endswith("\n") else ", the last one (the file may be cut short)"
-                raise ValueError(
-                    f"{path}, line {number:,}{last}: {error.msg} at column {error.colno}"
-                ) from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number:,} is not an object, such as {{{field!r}: ...}}")
-            if not isinstance(row.get(field), str | None):
-                raise ValueError(f"{path}, line {number:,}: {field!r} is {row[field]!r:.40}, not text")
-
-
-def _load(source: str, path: str, part: str | None = None, **options: Any) -> Any:
-    """datasets.load_dataset. Any of its errors becomes an OSError about `source`."""
-    try:
-        # `import datasets` would also find an empty folder called datasets, so import a name from it.
-        from datasets import load_dataset
-    except ImportError:
-        packages = f"the package datasets: {cli.install('data')}"
-        raise ValueError(f".jsonl, .parquet and the Hugging Face hub need {packages}") from None
-    try:
-        return load_dataset(path, part, split="train", **options)
-    except Exception as error:
-        reason = error.__cause__ or error
-        if isinstance(reason, StopIteration):
-            raise ValueError(f"{source} has no rows") from None
-        line = (str(reason).splitlines() or [""])[0]
-        raise OSError(f"{source} could not be loaded ({type(reason).__name__}: {line})") from None

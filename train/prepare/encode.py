@@ -99,7 +99,7 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
             if n_tokens == 0:
                 problem = f"{corpus.source}: the split {name} would have no token"
                 raise ValueError(f"{problem}; add text, or choose another val_fraction")
-            meta[name] = {"tokens": n_tokens, "documents": split.documents, "sha256": sha256}
+            meta[name] = {"tokens": n_tokens, "sha256": sha256}
         meta |= {"source": corpus.source, "date": datetime.now(UTC).isoformat(timespec="seconds")}
         _write_tokenizer(folder, description)
         atomic.write(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
