@@ -363,26 +363,21 @@ def describe_meta(path: Path) -> dict[str, Any]:
     """The tokenizer in nanoGPT's meta.pkl. Nothing in the file is executed. Raises ValueError, OSError.
 
     nanoGPT trains with vocab_size alone. So the tokenizer is unknown when the symbols are missing or are not
-    text. Ids may begin at 1, and vocab_size may be above the number of symbols: the other ids have none.
+    text. vocab_size may be above the number of symbols: the other ids have none.
     """
-    problem = f"{path} cannot be read as nanoGPT's meta.pkl; prepare the data again"
-    with _problem(problem), regular(path).open("rb") as f:
-        meta = _PlainUnpickler(f).load()
-        itos = meta.get("itos") or {i: symbol for symbol, i in meta.get("stoi", {}).items()}
-        itos = itos if isinstance(itos, dict) else dict(enumerate(itos))
-        numbers = [meta.get("vocab_size", 0), *itos]
-        if wrong := [n for n in numbers if type(n) is not int]:
-            raise ValueError(f"vocab_size and the ids of its symbols must be whole numbers, not {wrong[0]!r}")
-        size = max(numbers[0], 1 + max(itos, default=-1))
-        if not 0 < size <= MAX_SYMBOLS or min(itos, default=0) < 0:
-            raise ValueError(f"it must have vocab_size or itos, with ids from 0 to {MAX_SYMBOLS - 1:,}")
-    if itos and all(isinstance(symbol, str) for symbol in itos.values()):
-        return {"kind": "char", "symbols": [itos.get(i, "") for i in range(size)]}
-    lack = "its symbols are not text" if itos else "it names no symbols (itos, stoi)"
+    with _problem(f"{path} cannot be read as nanoGPT's meta.pkl; prepare the data again"):
+        with regular(path).open("rb") as f:
+            meta = _PlainUnpickler(f).load()
+        size, itos = meta["vocab_size"], meta.get("itos", {})
+        if not 0 < size <= MAX_SYMBOLS:
+            raise ValueError(f"vocab_size={size} must be from 1 to {MAX_SYMBOLS:,}")
+        symbols = [itos.get(i, "") for i in range(size)]
+    if any(symbols) and all(isinstance(symbol, str) for symbol in symbols):
+        return {"kind": "char", "symbols": symbols}
     return unknown(
         size,
-        f"{path} has vocab_size={size}, and {lack}: the model can be trained, but sampling needs them to "
-        "turn text into ids and back",
+        f"{path} has vocab_size={size} and no symbols that are text (itos): the model can be trained, but "
+        "sampling needs them to turn text into ids and back",
     )
 
 
