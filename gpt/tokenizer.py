@@ -10,6 +10,7 @@ A checkpoint and a data set describe their tokenizer, and `from_dict` makes it. 
 
 import hashlib
 import json
+import operator
 import os
 import pickle
 import sys
@@ -166,21 +167,13 @@ def unknown(vocab_size: int, why: str) -> dict[str, Any]:
 
 def check(description: dict[str, Any], source: str | Path) -> None:
     """Raises ValueError for a bad description, which is from `source`."""
-    types: dict[str, dict[str, type]] = {
-        "char": {"symbols": list},
-        "gpt2": {},
-        "json": {"vocab_size": int, "json": str},
-        "unknown": {"vocab_size": int, "why": str},
-    }
     with _problem(f"{source} has a tokenizer that this project does not know"):
-        for key, expected in types[description["kind"]].items():
-            if type(description[key]) is not expected:
-                raise TypeError(f"{key} must be of type {expected.__name__}")
-        if not all(isinstance(symbol, str) for symbol in description.get("symbols", [])):
-            raise TypeError("symbols must be texts")
-        n_ids = _json_vocab_size(description["json"], source) if description["kind"] == "json" else 1
-        if vocab_size(description) < n_ids:
-            raise ValueError(f"vocab_size={vocab_size(description)} must be at least {n_ids}")
+        kind = description["kind"]
+        key = {"char": "symbols", "gpt2": "kind", "json": "json", "unknown": "why"}[kind]
+        "".join(description[key])  # raises TypeError for what is not text
+        n_ids = _json_vocab_size(description["json"], source) if kind == "json" else 1
+        if (size := operator.index(vocab_size(description))) < n_ids:
+            raise ValueError(f"vocab_size={size} must be at least {n_ids}")
 
 
 def vocab_size(description: dict[str, Any]) -> int:
