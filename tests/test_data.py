@@ -81,7 +81,8 @@ def test_ranks_share_the_windows_of_the_run_from_any_position_on(
 def llm_c_shard(path, ids, magic=20240520, version=1, dtype=np.uint16, count=None):
     """As llm.c's and modded-nanogpt's scripts write them."""
     header = np.zeros(256, dtype=np.int32)
-    header[:3] = magic, version, len(ids) if count is None else count
+    header[:2] = magic, version
+    header[2:4].view(np.int64)[0] = len(ids) if count is None else count
     path.write_bytes(header.tobytes() + np.asarray(ids, dtype).tobytes())
 
 
@@ -213,6 +214,9 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     for header, message in (
         (dict(version=2), "shard of version 2; of magic 20240520 only version 1 is known"),
         (dict(magic=20240801, version=7), "says 100 tokens, makes 1,424: it is incomplete"),
+        (dict(count=-1), "says -1 tokens, makes 1,022: it is incomplete"),
+        (dict(count=101), "says 101 tokens, makes 1,226: it is incomplete"),
+        (dict(count=2**62), "says 4,611,686,018,427,387,904 tokens, .* it is incomplete"),
     ):
         llm_c_shard(path, np.zeros(100), **header)
         with pytest.raises(ValueError, match=message):

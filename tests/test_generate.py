@@ -184,6 +184,8 @@ def test_compiled_in_as_many_graphs_as_there_are_kinds_of_step():
     ("call", "sentence"),
     [
         (lambda: Sampling(temperature=-0.1), "temperature=-0.1 must be >= 0"),
+        (lambda: Sampling(temperature=float("inf")), "temperature=inf must be"),
+        (lambda: Sampling(temperature=float("nan")), "temperature=nan must be"),
         (lambda: Sampling(top_k=0), "top_k=0 must be >= 1"),
         (lambda: Sampling(top_p=1.01), "top_p=1.01 must be above 0 and at most 1"),
         (lambda: generated(build(), prompts(3, 0), 2, GREEDY), "a prompt is empty"),
