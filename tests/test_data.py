@@ -186,10 +186,8 @@ def test_ids_past_16_bits_are_written_and_read_as_llm_c_does(tmp_path):
     file = TokenFile(tmp_path / "train.bin", GPTConfig(block_size=4, vocab_size=128256), 0)
     assert file.read(np.array([48]), 5).tolist() == [[128255, 7, 0, 65535, 65536]]
     assert shards.dtype_for(65536) == np.uint16 and shards.header(np.uint16, 10**12) == b""
-    huge = 2**32 + 5  # the file is a hole
-    ours.write_bytes(shards.header(np.uint32, huge))
-    os.truncate(ours, 1024 + 4 * huge)
-    assert len(shards.open_tokens(ours)) == huge
+    count = np.frombuffer(shards.header(np.uint32, 2**32 + 5), "<i8")[1]  # the upper half of it is ours
+    assert count == 2**32 + 5
 
 
 # ---- what cannot be trained on
@@ -212,7 +210,6 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             TokenFile(path, config, 0)
     for header, message in (
-        (dict(version=2), "shard of version 2; of magic 20240520 only version 1 is known"),
         (dict(magic=20240801, version=7), "says 100 tokens, makes 1,424: it is incomplete"),
         (dict(count=-1), "says -1 tokens, makes 1,022: it is incomplete"),
         (dict(count=101), "says 101 tokens, makes 1,226: it is incomplete"),
