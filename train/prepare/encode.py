@@ -1,6 +1,5 @@
 """Encode a corpus as token files. Several threads share the work; files appear when they are complete."""
 
-import hashlib
 import json
 import os
 import threading
@@ -95,11 +94,11 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
             path = stack.enter_context(atomic.replacing(folder / f"{name}.bin"))
             pieces = progress_bar(counting_marks(split.pieces()), str(folder / name), split.size, _size)
             ids = _map_in_order(pool, encode_batch, _batches(pieces), ahead=2 * workers)
-            n_tokens, sha256 = _write(path, ids, dtype)
+            n_tokens = _write(path, ids, dtype)
             if n_tokens == 0:
                 problem = f"{corpus.source}: the split {name} would have no token"
                 raise ValueError(f"{problem}; add text, or choose another val_fraction")
-            meta[name] = {"tokens": n_tokens, "sha256": sha256}
+            meta[name] = {"tokens": n_tokens}
         meta |= {"source": corpus.source, "date": datetime.now(UTC).isoformat(timespec="seconds")}
         _write_tokenizer(folder, description)
         atomic.write(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
@@ -172,10 +171,10 @@ def _map_in_order(
         yield future.result()
 
 
-def _write(path: Path, arrays: Iterable[Ids], dtype: DTypeLike) -> tuple[int, str]:
-    """Writes a token file. Returns the number of tokens and the sha256 of the file."""
+def _write(path: Path, arrays: Iterable[Ids], dtype: DTypeLike) -> int:
+    """Writes a token file. Returns the number of tokens."""
     n_tokens = 0
-    with path.open("w+b") as f:
+    with path.open("wb") as f:
         f.write(shards.header(dtype, 0))
         for ids in arrays:
             f.write(ids.astype(dtype).data)
@@ -185,8 +184,7 @@ def _write(path: Path, arrays: Iterable[Ids], dtype: DTypeLike) -> tuple[int, st
         f.write(shards.header(dtype, n_tokens))
         f.flush()
         os.fsync(f.fileno())
-        f.seek(0)
-        return n_tokens, hashlib.file_digest(f, "sha256").hexdigest()
+    return n_tokens
 
 
 def _size(piece: str | None) -> int:
