@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt import atomic, cli, pretrained
+from gpt import cli, pretrained
 from gpt.checkpoint import read
 from gpt.cli import UserPath
 from gpt.device import autocast, resolve_dtype
@@ -52,7 +52,6 @@ class EvaluateConfig:
     hellaswag: UserPath = (
         ""  # a jsonl file with ctx, endings and label; or hub, Hugging Face's validation set
     )
-    result: UserPath = ""  # a file to write the JSON to, besides printing it
 
     # machine
     batch_size: int = 8  # windows, or examples of HellaSwag, at once on each rank
@@ -77,16 +76,7 @@ def main() -> None:
             raise
         raise ValueError(f"out of memory: try a smaller batch_size than {config.batch_size}") from error
     if ranks.is_main:
-        # to_json writes null for a number that is not finite.
-        print(to_json(_rounded(result) if sys.stdout.isatty() else result, indent=1))
-        if config.result:
-            atomic.write(Path(config.result), to_json(result, indent=1) + "\n")
-        figures = (result.get("tokens", {}).get("loss", 0), result.get("hellaswag", {}).get("acc", 0))
-        if not all(map(math.isfinite, figures)):
-            raise ValueError(
-                f"the losses of {result['model']} are not finite: a weight is NaN, or a number is too large "
-                "for float16; try --dtype=float32, or an earlier checkpoint"
-            )
+        print(to_json(result, indent=1))  # null for a perplexity that no float holds
     distributed.stop(ranks)
 
 
@@ -96,13 +86,6 @@ def _validation_data(source: str) -> str:
     if not dataset:
         raise ValueError("nothing to evaluate on: give --data=FILE.bin, --hellaswag=FILE.jsonl, or both")
     return str(Path("data", dataset, "val.bin"))
-
-
-def _rounded(value: Any) -> Any:
-    """Five digits of each number, for people. Programs get all digits."""
-    if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
@@ -207,8 +190,6 @@ def on_hellaswag(model: GPT, tokenizer: Tokenizer, config: EvaluateConfig, ranks
     for batch in _batches(examples, "HellaSwag", config, ranks):
         rows = [row for ctx, endings, _ in batch for row in _endings(model, tokenizer, ctx, endings)]
         losses = _losses(model, rows, ranks.device).sum(1).cpu().double()
-        if losses.isnan().any():
-            n_right = n_right_norm = math.nan
         means = losses / torch.tensor([len(row.ids) - row.first for row in rows])
         n_endings = [len(endings) for _, endings, _ in batch]
         for (_, _, label), sums, norms in zip(batch, losses.split(n_endings), means.split(n_endings)):
@@ -249,12 +230,13 @@ def _hellaswag(source: str) -> Iterator[tuple[str, list[str], int]]:
             if isinstance(example, str):
                 example = parse_json(example, source)
             context, endings, label = example["ctx"], list(example["endings"]), int(example["label"])
-            assert all(isinstance(text, str) for text in (context, *endings)) and 0 <= label < len(endings)
-        except (ValueError, KeyError, TypeError, OverflowError, AssertionError) as error:
-            raise ValueError(
-                f"{source}, line {number}, is not an example with ctx, endings and label "
-                f"({type(error).__name__})"
-            ) from None
+            if not all(isinstance(text, str) for text in (context, *endings)) or label not in range(
+                len(endings)
+            ):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            problem = f"{source}, line {number}, is not an example with ctx, endings and label"
+            raise ValueError(f"{problem} ({type(error).__name__})") from None
         yield context, endings, label
 
 
@@ -270,7 +252,10 @@ def _batches(items: Sequence[Any], label: str, config: EvaluateConfig, ranks: Ra
 
 
 def _losses(model: GPT, rows: Sequence[Row], device: str) -> Tensor:
-    """The loss in nats of every scored token, and 0 elsewhere: (len(rows), longest row - 1), fp32."""
+    """The loss in nats of every scored token, and 0 elsewhere: (len(rows), longest row - 1), fp32.
+
+    Raises ValueError for a loss that is not finite.
+    """
     idx = torch.zeros(len(rows), max(len(row.ids) for row in rows) - 1, dtype=torch.int64)
     targets = torch.full_like(idx, -1)
     # Rows are padded on the right, where causal attention does not see the padding.
@@ -280,6 +265,11 @@ def _losses(model: GPT, rows: Sequence[Row], device: str) -> Tensor:
         labels[row.first - 1 : len(ids) - 1] = ids[row.first :]
     idx, targets = to_device((idx, targets), device)
     _, losses = model(idx, targets, reduction="none")
+    if not losses.isfinite().all():
+        raise ValueError(
+            "the model's losses are not finite: a weight is NaN, or a number is too large for float16; try "
+            "--dtype=float32, or an earlier checkpoint"
+        )
     return losses
 
 
