@@ -6,7 +6,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,8 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
                 marks[mark] += (piece or "").count(mark)
             yield piece
 
-    with _making(folder), ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
         for name, split in (("train", corpus.train), ("val", corpus.val)):
             # The stack renames the first file last: once train.bin is there, everything is.
             path = stack.enter_context(atomic.replacing(folder / f"{name}.bin"))
@@ -113,18 +114,6 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
     if n_marks := marks[BYTE_ORDER_MARK]:
         print(f"the text has a byte-order mark (U+FEFF) in {n_marks:,} places, as where files were joined")
     return meta
-
-
-@contextmanager
-def _making(folder: Path) -> Iterator[None]:
-    """Makes `folder`. After an error inside, removes it again if it is empty."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if not any(folder.iterdir()):
-            folder.rmdir()
-        raise
 
 
 def _encoder(description: dict[str, Any], endoftext: bool) -> Callable[[Batch], Ids]:
