@@ -19,6 +19,8 @@ from train import distributed, evaluate, plot
 from train.config import MODEL_FIELDS, PRESETS, TrainConfig, config_file, parse, resolve
 from train.loop import train
 from train.prepare import __main__ as prepare
+from train.prepare import documents
+from train.prepare.encode import encode
 
 
 def command(main, monkeypatch, capsys, *args):
@@ -411,7 +413,7 @@ def trained_once(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        prepare.write(Path("data/tiny"), text, "char")
+        encode(Path("data/tiny"), documents.text(text, "x"), "char", 1)
         run("--max_iters=40", "--lr_decay_iters=40")
     return folder
 

@@ -451,7 +451,7 @@ BAD_FILES = {  # name -> content, message
     "number.parquet": (parquet(text=[5, 6]), "number.parquet, row 1: 'text' is 5, not text"),
 }
 BAD_FLAGS = {
-    "shakespear": "'shakespear'",
+    "shakespear": "there is no corpus 'shakespear'; did you mean 'shakespeare'?",
     "text --name=x --input=nowhere*.txt": "there is no file nowhere*.txt",
     "text --name=x --input=folder": "there is no .txt, .jsonl or .parquet in folder",
     "text --name= --input=a.txt": "name='' names no data set",
