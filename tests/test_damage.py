@@ -1,4 +1,4 @@
-"""Damaged and odd files: each reader gives the right result, or ValueError or OSError, and nothing else.
+"""Damaged and odd files: a reader returns the right result, or raises ValueError or OSError.
 
 Bits are flipped, files cut short, and values replaced by others of another type, at random from a seed.
 `make soak` makes many more rounds than the tests do.
@@ -72,7 +72,7 @@ def with_other_types(value: Any, dice: random.Random, odd: list[Any] = ODD) -> I
 
 
 def attempt(read: Callable[[], Any], *context: Any) -> Any:
-    """What `read` returns, or None where it raises a sentence; anything else it raises fails the test."""
+    """What `read` returns, or None if it raises ValueError or OSError. Other errors fail the test."""
     try:
         return read()
     except (ValueError, OSError) as error:
@@ -101,7 +101,7 @@ def test_damaged_checkpoints_are_refused_or_read_right(workplace, dice):
     assert refused > ROUNDS
 
 
-def test_a_checkpoint_of_odd_values_is_refused_or_goes_on(workplace, dice):
+def test_a_checkpoint_of_odd_values_is_refused_or_can_be_resumed(workplace, dice):
     state = run(*SMALL)
     path = Path("odd.pt")
     odd = [*ODD, torch.zeros(3), torch.zeros((), dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int64)]
@@ -136,7 +136,7 @@ def test_an_archive_that_torch_would_read_as_noise_is_refused(workplace, fault):
         checkpoint.read(Path("odd.pt"))
 
 
-def test_a_damaged_checkpoint_is_used_by_no_program(workplace):
+def test_no_program_uses_a_damaged_checkpoint(workplace):
     run(*SMALL)
     content = bytearray(Path("out/ckpt.pt").read_bytes())
     weight = checkpoint.read(Path("out/ckpt.pt")).model["transformer.h.0.mlp.c_fc.weight"]
@@ -172,7 +172,7 @@ def test_a_resumed_run_checks_its_checkpoint_once(workplace, monkeypatch):
         ("while True: import signal; signal.raise_signal(signal.SIGINT)", "line 2: KeyboardInterrupt"),
     ],
 )
-def test_a_config_file_that_ends_python_or_does_not_end_is_one_sentence(tmp_path, statement, message):
+def test_a_config_file_that_exits_or_hangs_gives_one_sentence(tmp_path, statement, message):
     # A shell starts a background job with SIGINT ignored. Python then has no handler for it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     (tmp_path / "c.py").write_text(f"n_layer = 3\n{statement}\n")
@@ -216,7 +216,7 @@ def read_ids(path: Path) -> list[int]:
 def read_tokenizer(path: Path) -> dict[str, Any]:
     description = tokenizer.describe_dataset(path.parent)
     tokenizer.check(description, path)
-    tokenizer.mark_of_end(description)
+    tokenizer.end_mark(description)
     tokenizer.fits(description, {"kind": "gpt2"}), tokenizer.fits(description, dict(description))
     if description["kind"] == "json":
         tokenizer.describe_folder(path.parent, 300)
@@ -285,14 +285,14 @@ def test_a_damaged_file_is_read_right_or_refused(files, dice, name):
         assert name not in EXACT or result in (None, right), content
 
 
-def test_an_id_past_the_vocabulary_is_refused_where_the_model_has_rows_for_it(workplace):
+def test_an_id_past_the_vocabulary_is_refused_even_if_the_model_has_a_row_for_it(workplace):
     with open("data/tiny/val.bin", "r+b") as file:
         file.write(struct.pack("<H", 30))
     with pytest.raises(ValueError, match=r"val.bin holds the token id 30, and meta.json .* vocabulary of 21"):
         preflight({"val": Split(Path("data/tiny/val.bin"), 64)}, {})
 
 
-def test_what_is_not_a_file_is_refused_and_not_waited_for(workplace):
+def test_pipes_devices_and_folders_are_refused_without_waiting(workplace):
     os.mkfifo("pipe")
     Path("data/tiny/val.bin").unlink()
     os.mkfifo("data/tiny/val.bin")
@@ -311,7 +311,7 @@ def test_what_is_not_a_file_is_refused_and_not_waited_for(workplace):
 
 
 @pytest.mark.parametrize("target", ["x.pt", "folder"])
-def test_a_full_disk_leaves_nothing_of_a_conversion_that_blocks_the_next(workplace, target):
+def test_a_conversion_to_a_full_disk_leaves_nothing_and_can_be_repeated(workplace, target):
     pytest.importorskip("safetensors")
     run(*SMALL)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -329,7 +329,7 @@ def test_a_full_disk_leaves_nothing_of_a_conversion_that_blocks_the_next(workpla
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_corpus_that_leaves_a_split_without_tokens_writes_nothing(tmp_path, split):
     corpus = documents.text("a text of some length " * 10, "short.txt")
-    setattr(corpus, split, documents.Split(lambda: iter(()), 0))
+    setattr(corpus, split, documents.Part(lambda: iter(()), 0))
     with pytest.raises(ValueError, match=f"short.txt: the split {split} would have no token"):
         encode(tmp_path / "short", corpus, "char", 1)
     assert not list((tmp_path / "short").iterdir())

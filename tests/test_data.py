@@ -1,4 +1,4 @@
-"""The order of the data, the formats of token files, and what is said of files that cannot be read."""
+"""The order of the data, the formats of token files, and the errors for files that cannot be read."""
 
 import gzip
 import json
@@ -29,7 +29,7 @@ from train.loop import read_ahead
 
 def token_file(folder, n, block_size=8, seed=0):
     path = folder / "train.bin"
-    np.arange(n, dtype=np.uint16).tofile(path)  # a token says where it stands
+    np.arange(n, dtype=np.uint16).tofile(path)  # each id is its position
     return TokenFile(path, GPTConfig(block_size=block_size, vocab_size=65536), seed)
 
 
@@ -41,7 +41,7 @@ def test_an_epoch_visits_every_window_once_and_none_overlap(tmp_path_factory, n,
         starts = np.sort(file.starts(epoch * file.windows, file.windows))
         assert len(set(np.diff(starts))) <= 1 and (len(starts) < 2 or np.diff(starts)[0] == block_size)
         assert starts[0] >= 0 and starts[-1] + block_size + 1 <= n
-        # what an epoch leaves out is less than two blocks, at the ends
+        # an epoch leaves out less than two blocks at the ends
         assert n - len(starts) * block_size <= 2 * block_size
 
 
@@ -93,10 +93,10 @@ def llm_c_shard(path, ids, magic=20240520, version=1, dtype=np.uint16, count=Non
     seed=st.integers(0, 99),
     kinds=st.integers(0, 2**9),
 )
-def test_a_batch_has_the_windows_of_a_file_or_of_its_shards_and_the_tokens_that_follow(
+def test_a_file_and_its_shards_give_the_same_windows_and_targets(
     tmp_path_factory, lengths, block_size, seed, kinds
 ):
-    """Shards have any size and format: a window may begin in one and end in another, past some between."""
+    """Shards have any size and format. A window may span several of them."""
     if sum(lengths) <= block_size:
         lengths.append(block_size + 1)
     whole, cut = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cut")
@@ -167,7 +167,7 @@ def test_uint32_ids_without_a_header_are_refused_with_a_command_that_converts_th
     assert len(file) == 3000 and file.read(np.array([0]), 3000)[0].tolist() == ids.tolist()
 
 
-def test_a_text_of_one_symbol_a_line_is_not_taken_for_uint32(tmp_path):
+def test_a_text_with_one_symbol_per_line_is_not_taken_for_uint32(tmp_path):
     path = tmp_path / "train.bin"
     np.stack([np.arange(900) % 26 + 1, np.zeros(900)], 1).astype(np.uint16).tofile(path)
     assert len(shards.open_tokens(path)) == 1800
@@ -231,12 +231,12 @@ def change(path, at, token):
 
 
 def test_an_id_past_the_vocabulary_is_refused_before_the_first_step(workplace, monkeypatch, capsys):
-    """Of a large file, the first and the last token, and a stretch longer than between two samples."""
+    """In a large file: the first and the last id, and a stretch longer than the gap between two samples."""
     path = Path("data/tiny/train.bin")
     whole = path.read_bytes()
-    small, large = data.LOOKED_AT, (50, 100)
-    for looked_at, at in ((small, 2345), (large, 0), (large, -1), (large, slice(20_000, 21_000))):
-        monkeypatch.setattr(data, "LOOKED_AT", looked_at)
+    small, large = data.SAMPLE, (50, 100)
+    for numbers, at in ((small, 2345), (large, 0), (large, -1), (large, slice(20_000, 21_000))):
+        monkeypatch.setattr(data, "SAMPLE", numbers)
         change(path, at, 30)
         with pytest.raises(ValueError, match=r"train.bin holds the token id 30, but vocab_size=21 allows 0"):
             run()
@@ -264,8 +264,8 @@ def test_a_meta_json_that_contradicts_the_data_or_the_model_is_refused(workplace
     run("--max_iters=1")  # nanoGPT's data have none
 
 
-def test_a_resumed_run_refuses_data_that_changed_unless_a_flag_names_them(workplace, monkeypatch):
-    monkeypatch.setattr(data, "LOOKED_AT", (50, 20))  # of val.bin too only samples are read
+def test_a_resumed_run_refuses_changed_data_unless_dataset_is_given(workplace, monkeypatch):
+    monkeypatch.setattr(data, "SAMPLE", (50, 20))  # val.bin is sampled too
     run("--max_iters=4")
     path = Path("data/tiny/val.bin")
     before = path.read_bytes()

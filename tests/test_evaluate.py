@@ -1,4 +1,4 @@
-"""Evaluation against scores written here from transformers' logits in fp64."""
+"""Evaluation, compared with scores computed here from transformers' logits in fp64."""
 
 import json
 import math
@@ -95,7 +95,7 @@ EXAMPLES = [
 
 
 def choices(hf):
-    """(by the sum, by the mean) of the losses of an ending's tokens, each token by its own forward pass."""
+    """For each example the endings with the lowest sum and the lowest mean of the losses of their tokens."""
     encode = CharTokenizer(SYMBOLS).encode
     for context, endings in EXAMPLES:
         sums, means = [], []
@@ -114,7 +114,7 @@ def write_examples(labels):
     Path("h.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def test_hellaswag_chooses_as_the_losses_say(model, monkeypatch, capsys):
+def test_hellaswag_chooses_the_ending_with_the_lowest_loss(model, monkeypatch, capsys):
     expected = list(choices(model))
     assert any(a != b for a, b in expected) and len({b for _, b in expected}) > 1
     for key, labels in zip(("acc", "acc_norm"), zip(*expected)):
@@ -124,7 +124,7 @@ def test_hellaswag_chooses_as_the_losses_say(model, monkeypatch, capsys):
             assert result["examples"] == len(EXAMPLES) and result[key] == 1 - shift, key
 
 
-def test_two_ranks_give_the_figures_of_one(model, monkeypatch, capsys):
+def test_two_ranks_give_the_results_of_one(model, monkeypatch, capsys):
     write_tokens(70)
     write_examples([by_mean for _, by_mean in choices(model)])
     flags = ["--data=data/val.bin", "--stride=5", "--hellaswag=h.jsonl", "--batch_size=2"]

@@ -1,4 +1,4 @@
-"""The pictures of runs show what their metrics.jsonl say."""
+"""Plots show the values in metrics.jsonl."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_every_series_is_that_of_the_records():
+def test_every_line_has_the_values_of_the_records():
     steps = [step(0), step(10), step(20, loss=None, grad_norm=None), step(30), step(40)]
     write("run", [evaluation(0, 3.1), *steps, evaluation(25, None), evaluation(50, 2.4)], '{"iter": 60, "lo')
     figure = draw("run")
@@ -59,7 +59,7 @@ def test_every_series_is_that_of_the_records():
     assert legend(figure) == ["training loss", "training loss, evaluated", validation]
 
 
-def test_tokens_and_time_add_up_what_each_step_took():
+def test_tokens_and_time_are_sums_over_the_steps():
     """Logged every fifth step, with another batch from 11 on; an evaluation after the last line is there."""
     steps = [step(0, 2000.0), step(5), step(10), step(15, 300.0, tokens=80)]
     write("run", [evaluation(0, 3.0), *steps, evaluation(10, 2.8), evaluation(18, 2.5)])
@@ -71,7 +71,7 @@ def test_tokens_and_time_add_up_what_each_step_took():
         assert lines(figure, "val/loss")[0][0] == pytest.approx([sum(each[:i]) for i in (0, 10, 18)])
 
 
-def test_a_long_run_is_smoothed_and_its_beginning_may_leave_the_picture():
+def test_a_long_run_is_smoothed_and_its_first_losses_may_be_cut_off():
     losses = [100.0, *np.random.default_rng(0).normal(3, 0.1, 199)]
     losses[90] = None
     write("run", [step(i, 3.6e6 / 20, loss=loss) for i, loss in enumerate(losses)])
@@ -86,7 +86,7 @@ def test_a_long_run_is_smoothed_and_its_beginning_may_leave_the_picture():
     assert np.nanmax(values[1:]) < high < 5 and low < np.nanmin(values[1:])
 
 
-def test_several_runs_share_their_axes_and_are_told_apart():
+def test_several_runs_share_their_axes_and_have_different_labels():
     """Two with the same name by their paths."""
     write("a/base", [step(0), step(1), evaluation(2, 2.5)])
     write("b/base", [step(0), step(1), step(2), evaluation(3, 2.25)])
@@ -100,7 +100,7 @@ def test_several_runs_share_their_axes_and_are_told_apart():
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
 
 
-def test_the_command_writes_a_picture_or_says_in_a_sentence_why_not(monkeypatch, capsys):
+def test_the_command_writes_a_picture_or_one_sentence(monkeypatch, capsys):
     write("out", [step(0), step(1), evaluation(2, 2.5)])
     write("evaluated", [evaluation(0, 3.0)])
     write("begun", [{"event": "start", "iter": 0, "evaluated": False}], '{"event": "start", "iter": 0, "eval')

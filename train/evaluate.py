@@ -49,9 +49,7 @@ class EvaluateConfig:
     # what to evaluate
     data: UserPath = ""  # a token file, such as data/openwebtext/val.bin; the default is the run's val.bin
     stride: int = 0  # tokens from one window to the next; 0 is block_size, which is fastest
-    hellaswag: UserPath = (
-        ""  # a jsonl file with ctx, endings and label; or hub, Hugging Face's validation set
-    )
+    hellaswag: UserPath = ""  # a jsonl file with ctx, endings and label, or hub for Hugging Face's copy
 
     # machine
     batch_size: int = 8  # windows, or examples of HellaSwag, at once on each rank

@@ -42,9 +42,7 @@ class PrepareConfig:
 
     input: UserPath  # files, folders or globs of .txt, .jsonl or .parquet, separated by commas
     name: UserPath  # name of the data set, for --dataset
-    tokenizer: UserPath = (
-        "gpt2"  # gpt2, char (an id for each character), a tokenizer.json, or a model's folder
-    )
+    tokenizer: UserPath = "gpt2"  # gpt2, char (an id per character), a tokenizer.json, or a model's folder
     field: str = "text"  # the column of .jsonl and .parquet that holds the text
     val_fraction: float = 0.1  # share for validation, of the characters or of the documents
     endoftext: bool = False  # read <|endoftext|> in the text as the token that ends a document

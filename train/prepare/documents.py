@@ -35,8 +35,8 @@ Pieces = Iterator[str | None]  # None ends a document
 
 
 @dataclass
-class Split:
-    """One split of a corpus. Each call of `pieces` reads it from the start."""
+class Part:
+    """The training or the validation part of a corpus. Each call of `pieces` reads it from the start."""
 
     pieces: Callable[[], Pieces]
     size: int  # in bytes of UTF-8, roughly
@@ -44,8 +44,8 @@ class Split:
 
 @dataclass
 class Corpus:
-    train: Split
-    val: Split
+    train: Part
+    val: Part
     source: str  # where it came from, in words
 
 
@@ -78,16 +78,16 @@ def hub(path: str, part: str | None, val_fraction: float, processes: int) -> Cor
     source = f"{path}{f' ({part})' if part else ''}, {len(table):,} documents"
     parts = table.train_test_split(test_size=val_fraction, seed=SPLIT_SEED, shuffle=True)
 
-    def split(rows: Any) -> Split:
+    def part_of(rows: Any) -> Part:
         def pieces() -> Pieces:
             for batch in rows.iter(ROWS_AT_ONCE):
                 for document in batch["text"]:
                     yield document
                     yield None
 
-        return Split(pieces, round(table.data.nbytes * len(rows) / len(table)))
+        return Part(pieces, round(table.data.nbytes * len(rows) / len(table)))
 
-    return Corpus(split(parts["train"]), split(parts["test"]), source)
+    return Corpus(part_of(parts["train"]), part_of(parts["test"]), source)
 
 
 def load(source: str, path: str, part: str | None = None, **options: Any) -> Any:
@@ -161,10 +161,10 @@ def _running(read: Callable[[], Iterator[str]], val_fraction: float, source: str
         raise ValueError(f"the text has {n_characters} characters: nothing to train on")
     n_train = max(1, min(n_characters - 1, int(n_characters * (1 - val_fraction))))
 
-    def split(start: int, stop: int) -> Split:
-        return Split(lambda: cut(_between(read(), start, stop)), stop - start)
+    def part_of(start: int, stop: int) -> Part:
+        return Part(lambda: cut(_between(read(), start, stop)), stop - start)
 
-    return Corpus(split(0, n_train), split(n_train, n_characters), source)
+    return Corpus(part_of(0, n_train), part_of(n_train, n_characters), source)
 
 
 def _between(chunks: Iterator[str], start: int, stop: int) -> Iterator[str]:
@@ -199,16 +199,16 @@ def _documents(paths: list[Path], field: str, val_fraction: float, source: str) 
     in_val = np.zeros(n_documents, bool)
     in_val[np.random.default_rng(SPLIT_SEED).permutation(n_documents)[:n_val]] = True
 
-    def split(is_val: bool) -> Split:
+    def part_of(is_val: bool) -> Part:
         def pieces() -> Pieces:
             for (_, document), document_is_val in zip(documents(), in_val):
                 if document_is_val == is_val:
                     yield from document
                     yield None
 
-        return Split(pieces, int(sizes[in_val == is_val].sum()))
+        return Part(pieces, int(sizes[in_val == is_val].sum()))
 
-    return Corpus(split(False), split(True), f"{source}, {n_documents:,} documents")
+    return Corpus(part_of(False), part_of(True), f"{source}, {n_documents:,} documents")
 
 
 def _texts(path: Path, field: str) -> Iterator[str]:

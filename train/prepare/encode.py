@@ -36,8 +36,8 @@ def describe_tokenizer(kind: str, corpus: Corpus) -> dict[str, Any]:
         return {"kind": "gpt2"}
     if kind == "char":
         symbols: set[str] = set()
-        for split in (corpus.train, corpus.val):
-            for piece in split.pieces():
+        for part in (corpus.train, corpus.val):
+            for piece in part.pieces():
                 symbols.update("\n" if piece is None else piece)  # a new line ends a document
         return {"kind": "char", "symbols": sorted(symbols)}
     if Path(kind).is_dir():
@@ -68,7 +68,7 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
     """
     check_free(folder)
     description = describe_tokenizer(kind, corpus)
-    end_mark, is_token = tokenizer.mark_of_end(description)
+    end_mark, is_token = tokenizer.end_mark(description)
     if endoftext and not is_token:
         problem = "endoftext=True needs a tokenizer that has a token for the end of a document"
         raise ValueError(f"{problem}; {tokenizer.name(description)} has none")
@@ -82,7 +82,7 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
     }
     marks: Counter[str] = Counter()  # how often the text has each
 
-    def counting_marks(pieces: Pieces) -> Pieces:
+    def count_marks(pieces: Pieces) -> Pieces:
         for piece in pieces:
             for mark in (end_mark, BYTE_ORDER_MARK):
                 marks[mark] += (piece or "").count(mark)
@@ -90,10 +90,10 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
 
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
-        for name, split in (("train", corpus.train), ("val", corpus.val)):
+        for name, part in (("train", corpus.train), ("val", corpus.val)):
             # The stack renames the first file last: once train.bin is there, everything is.
             path = stack.enter_context(atomic.replacing(folder / f"{name}.bin"))
-            pieces = progress_bar(counting_marks(split.pieces()), str(folder / name), split.size, _size)
+            pieces = progress_bar(count_marks(part.pieces()), str(folder / name), part.size, _size)
             ids = _map_in_order(pool, encode_batch, _batches(pieces), ahead=2 * workers)
             n_tokens = _write(path, ids, dtype)
             if n_tokens == 0:
