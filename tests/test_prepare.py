@@ -210,8 +210,8 @@ JUNK = b"\x00\x05\x16\x07\xff"
         {"in.parquet": parquet(n=[1, 2, 3, 4], text=["\ufeffab", "ba", None, "aab"])},
         {"in.jsonl.gz": gzip.compress("\n".join(ROWS).encode())},
         {"in.NDJSON": "\n".join([*ROWS[:2], "", '{"text": null}', "{}", ROWS[2]]).encode()},
-        {"in.csv": b"n,text\n1,ab\n2,ba\n3,aab\n"},
-        {"in/a.txt": b"ab", "in/b/r.jsonl": "\n".join(ROWS[1:]).encode()},
+        {"in.csv": b"n,text\n1,ab\n2,ba\n3,\n4,aab\n"},
+        {"in/a.txt": b"ab", "in/b/r.jsonl": "\n".join(ROWS[1:]).encode(), "in/c.jsonl": b""},
         {"in/a.txt": "ab".encode("utf-16"), "in/b.txt": "\ufeffba".encode()}
         | {"in/c.txt.gz": gzip.compress("aab".encode("utf-32"))},
         # whatever the case of an ending, and without what a Mac leaves
@@ -429,7 +429,7 @@ BAD_FILES = {  # name -> content, message
     "le16.txt": ("some text".encode("utf-16-le"), "le16.txt is not UTF-8 text: it begins with"),
     "z.txt": (b"\x28\xb5\x2f\xfd rest", "z.txt is not UTF-8 text: byte 1 cannot be read"),
     "cut.txt.gz": (gzip.compress(bytes(range(32, 128)))[:-20], "cut.txt.gz is an incomplete .gz file"),
-    "none.jsonl": (b"", "none.jsonl has no rows"),
+    "none.jsonl": (b"", "training and validation need at least 2 documents, not 0"),
     "other.jsonl": (
         b'{"n": 1, "body": "b"}\n' * 3,
         "no text in a column 'text'; choose by --field among n, body",

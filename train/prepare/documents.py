@@ -91,7 +91,10 @@ def hub(path: str, part: str | None, val_fraction: float, processes: int) -> Cor
 
 
 def load(source: str, path: str, part: str | None = None, **options: Any) -> Any:
-    """datasets.load_dataset. Any of its errors becomes an OSError about `source`."""
+    """datasets.load_dataset. Any of its errors becomes an OSError about `source`.
+
+    Raises ValueError if the package is missing.
+    """
     try:
         # `import datasets` would also find an empty folder called datasets, so import a name from it.
         from datasets import load_dataset
@@ -214,10 +217,10 @@ def _documents(paths: list[Path], field: str, val_fraction: float, source: str) 
 def _texts(path: Path, field: str) -> Iterator[str]:
     """The texts in the column `field` of a file of rows. Leaves out rows without one.
 
-    Raises ValueError for another value in this column, and if no row has a text.
+    Raises ValueError for another value in this column, and if there are rows but none has a text.
     """
     columns: Iterable[str] = ()
-    number = n_texts = 0
+    n_texts = 0
     for number, row in enumerate(_rows(path, field), start=1):
         text = row.get(field) if isinstance(row, dict) else row
         if isinstance(text, str):
@@ -227,11 +230,9 @@ def _texts(path: Path, field: str) -> Iterator[str]:
             yield text.removeprefix("\ufeff").encode(errors="replace").decode()
         elif text is not None:
             raise ValueError(f"{path}, row {number:,}: {field!r} is {text!r:.40}, not text")
-        elif row:
-            columns = row
-    if not number:
-        raise ValueError(f"{path} has no rows")
-    if not n_texts:
+        else:
+            columns = row or columns
+    if columns and not n_texts:
         names = ", ".join(map(str, columns))
         raise ValueError(f"{path} has no text in a column {field!r}; choose by --field among {names}")
 
@@ -249,7 +250,8 @@ def _rows(path: Path, field: str) -> Iterator[Any]:
         f.seek(0)
         if _kind(path) == ".csv":
             csv.field_size_limit(sys.maxsize)  # a text may be long
-            yield from csv.DictReader(f)
+            for row in csv.DictReader(f):
+                yield {column: cell or None for column, cell in row.items()}
         elif is_list:
             yield from parse_json(f.read(), path)
         else:
