@@ -206,7 +206,7 @@ def read_ids(path: Path) -> list[int]:
     split = Split(path.parent / "val.bin", 21)
     preflight({"val": split}, {})
     ids = split.read(np.array([0]), len(split))[0].tolist()
-    # A flipped bit may make another id of an id. But it must be one of the vocabulary, and none may be lost.
+    # A flipped bit may turn an id into another one of the vocabulary. No id may be lost.
     begin, dtype = (1024, "<u4") if path.parent.name == "wide" else (0, "<u2")
     assert ids == np.frombuffer((path.parent / "val.bin").read_bytes()[begin:], dtype).tolist()
     assert len(ids) == 5534 and max(ids) < 21
@@ -264,7 +264,7 @@ READERS: dict[str, Callable[[Path], Any]] = {  # by file
     "out/metrics.jsonl": read_metrics,
     "h.jsonl": read_hellaswag,
 }
-# Damage to these files shows: the result is that of the undamaged file, or there is none.
+# Damage to these files must be noticed: the result is that of the undamaged file, or there is none.
 EXACT = ("data/tiny/meta.json", "hf/merges.txt")
 
 

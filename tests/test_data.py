@@ -261,7 +261,7 @@ def test_a_meta_json_that_contradicts_the_data_or_the_model_is_refused(workplace
     meta_path.write_text("{}")
     refused(r"meta.json cannot be read .*; remove it, or prepare")
     meta_path.unlink()
-    run("--max_iters=1")  # nanoGPT's data have none
+    run("--max_iters=1")  # nanoGPT's data has none
 
 
 def test_a_resumed_run_refuses_changed_data_unless_dataset_is_given(workplace, monkeypatch):
@@ -308,7 +308,7 @@ def test_a_meta_file_without_symbols_is_trained_on_and_says_what_sampling_lacks(
     flags = ["--device=cpu", "--num_samples=1", "--max_new_tokens=2", "--start=king"]
     code, _, err = command(sample.main, monkeypatch, capsys, *flags)
     assert code == 1 and lack in err
-    path.write_bytes(chars)  # the symbols turn up later
+    path.write_bytes(chars)  # the symbols are added later
     assert command(sample.main, monkeypatch, capsys, *flags)[1].startswith("king")
 
 

@@ -60,7 +60,7 @@ def test_every_line_has_the_values_of_the_records():
 
 
 def test_tokens_and_time_are_sums_over_the_steps():
-    """Logged every fifth step, with another batch from 11 on; an evaluation after the last line is there."""
+    """A log of every fifth step, with another batch from 11 on, and an evaluation after the last line."""
     steps = [step(0, 2000.0), step(5), step(10), step(15, 300.0, tokens=80)]
     write("run", [evaluation(0, 3.0), *steps, evaluation(10, 2.8), evaluation(18, 2.5)])
     seconds = [2.0] + 10 * [0.1] + 5 * [0.3]  # of step 0, 1, ..., 15
@@ -87,7 +87,7 @@ def test_a_long_run_is_smoothed_and_its_first_losses_may_be_cut_off():
 
 
 def test_several_runs_share_their_axes_and_have_different_labels():
-    """Two with the same name by their paths."""
+    """Two runs with the same name are labelled by their paths."""
     write("a/base", [step(0), step(1), evaluation(2, 2.5)])
     write("b/base", [step(0), step(1), step(2), evaluation(3, 2.25)])
     write("größe", [step(0, tokens=500), evaluation(1, 2.0)])
