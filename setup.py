@@ -4,7 +4,7 @@ from setuptools import find_namespace_packages, setup
 from setuptools.command.build_py import build_py
 
 HF = ["transformers>=5,<6", "safetensors"]
-DATA = ["datasets>=4,<6", "tokenizers"]
+DATA = ["datasets>=4,<6", "pyarrow", "tokenizers"]  # the hub, .parquet files, and a tokenizer.json
 DEV = [*HF, *DATA, "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy"]
 
 

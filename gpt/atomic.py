@@ -13,8 +13,9 @@ from gpt.reading import regular
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, and renames it to `path` at the end.
 
-    After an error inside, the temporary file is removed and `path` is as before. The temporary path may be
-    made a folder if `path` is an empty folder or not there. Raises OSError if `path` is a device or a pipe.
+    After an error inside, the temporary file is removed and `path` is as before. To survive a power failure
+    too, `flush` what is written inside. The temporary path may be made a folder if `path` is an empty folder
+    or not there. Raises OSError if `path` is a device or a pipe.
     """
     if path.exists() and not path.is_dir():
         regular(path)
@@ -33,6 +34,7 @@ def write(path: Path, content: str | bytes) -> None:
     """Replaces `path` by a file with this content. Text is written as UTF-8."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        flush(temporary)
 
 
 def _remove(path: Path) -> None:

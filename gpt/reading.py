@@ -3,17 +3,16 @@
 import codecs
 import gzip
 import json
-import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
-# The first bytes of compressed files.
-MAGIC = {
-    "gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ", "bzip2": b"BZh", "zip": b"PK\3\4",
+# Byte-order marks and encodings. UTF-32 comes first: one of its marks begins with one of UTF-16's.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 
 
@@ -22,11 +21,9 @@ def regular(path: Path) -> Path:
 
     Reading a pipe may wait forever, and a device may have no end.
     """
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-        kind = kinds.get(stat.S_IFMT(mode), "a device")
-        raise OSError(f"{path} is {kind}, not a file; give the path of a file")
+    path.stat()  # raises if nothing is there
+    if not path.is_file():
+        raise OSError(f"{path} is a folder, a pipe or a device; give the path of a file")
     return path
 
 
@@ -34,55 +31,26 @@ def regular(path: Path) -> Path:
 def open_text(path: Path) -> Iterator[TextIO]:
     """Opens a text in UTF-8, or in UTF-16 or UTF-32 with a byte-order mark. Decompresses .gz.
 
-    Raises OSError, and ValueError for bytes that are not such a text, also while the code inside reads.
+    The mark, which editors on Windows write, is left out of the text. Raises OSError, and ValueError for
+    bytes that are not such a text, also while the code inside reads.
     """
     open_file: Any = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with open_file(path, "rb") as f:
-            encoding = _encoding(path, f.read(1 << 12))
-        with TextIOWrapper(open_file(path, "rb"), encoding) as f:
+            head = f.read(4)
+        encoding = next((name for mark, name in MARKS.items() if head.startswith(mark)), "utf-8-sig")
+        if encoding == "utf-8-sig" and 0 in head:  # as in UTF-16 without a mark
+            raise ValueError(f"{path} is not UTF-8 text: it begins with {head!r}; convert it to UTF-8")
+        with open_file(path, "rt", encoding=encoding) as f:
             try:
                 yield f
             except UnicodeDecodeError as error:
                 byte = f.buffer.tell() - len(error.object) + error.start
-                raise ValueError(
-                    f"{path} is not {encoding_name(f.encoding)} text: byte {byte:,} cannot be read; "
-                    "convert it to UTF-8"
-                ) from None
+                name = encoding.upper().removesuffix("-SIG")
+                problem = f"{path} is not {name} text: byte {byte:,} cannot be read"
+                raise ValueError(f"{problem}; convert it to UTF-8") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is an incomplete .gz file: {error}") from None
-
-
-def _encoding(path: Path, head: bytes) -> str:
-    """The encoding of a text file that begins with `head`. Raises ValueError for what is not a text."""
-    for kind, magic in MAGIC.items():
-        if head.startswith(magic):
-            raise ValueError(f"{path} is compressed ({kind}): decompress it, or compress it as FILE.txt.gz")
-    encoding = text_encoding(head)
-    n_zeros = head.count(0)
-    if encoding == "utf-8-sig" and n_zeros > len(head) // 4:
-        # Latin text has a 0 in half of its bytes in UTF-16, and in three quarters in UTF-32.
-        name = ("UTF-32" if n_zeros > 5 * len(head) // 8 else "UTF-16") + ("LE" if head[0] else "BE")
-        raise ValueError(
-            f"{path} is not UTF-8 text: {n_zeros:,} of its first {len(head):,} bytes are 0, as in {name}; "
-            f"convert it: iconv -f {name} -t UTF-8"
-        )
-    return encoding
-
-
-def text_encoding(head: bytes) -> str:
-    """The encoding of a text that begins with `head`: by its byte-order mark, or UTF-8.
-
-    Editors on Windows write the mark. Reading with these encodings leaves it out of the text.
-    """
-    # UTF-32's mark in little-endian order begins with UTF-16's.
-    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        return "utf-32"
-    return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-
-
-def encoding_name(encoding: str) -> str:
-    return encoding.upper().removesuffix("-SIG")
 
 
 def read_text(path: Path) -> str:

@@ -10,6 +10,7 @@ A checkpoint and a data set describe their tokenizer, and `from_dict` makes it. 
 
 import hashlib
 import json
+import operator
 import os
 import pickle
 import sys
@@ -39,8 +40,8 @@ TIKTOKEN_FILES = {  # tiktoken's cache names a file by the sha1 of its URL
 
 
 @contextmanager
-def _problem(sentence: str) -> Iterator[None]:
-    """Any error inside but OSError becomes a ValueError: `sentence`, and the error as its reason.
+def _as_value_error(sentence: str) -> Iterator[None]:
+    """Turns any error inside, except OSError, into ValueError("sentence (reason)").
 
     Damaged files can cause almost any error, and the package tokenizers raises plain Exceptions.
     """
@@ -114,7 +115,7 @@ class JsonTokenizer:
         except ImportError:
             raise ValueError(f"a tokenizer.json needs the package tokenizers: {install('data')}") from None
         self.vocab_size = _json_vocab_size(text, "the tokenizer.json")
-        with _problem("the tokenizer.json cannot be read"):
+        with _as_value_error("the tokenizer.json cannot be read"):
             self.bpe = Bpe.from_str(text)
         # The file may have been saved with these on. They would cut or lengthen every text.
         self.bpe.no_truncation()
@@ -135,12 +136,12 @@ class JsonTokenizer:
 
     def _ids(self, text: str) -> list[int]:
         # Unlike `encode`, this lets other threads run, and does not compute the position of each token.
-        with _problem("the tokenizer.json cannot encode this text"):
+        with _as_value_error("the tokenizer.json cannot encode this text"):
             return self.bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Leaves out ids past the vocabulary, which a model with a padded vocabulary may sample."""
-        with _problem("the tokenizer.json cannot decode these ids"):
+        with _as_value_error("the tokenizer.json cannot decode these ids"):
             return self.bpe.decode(list(ids), skip_special_tokens=False)
 
 
@@ -166,21 +167,13 @@ def unknown(vocab_size: int, why: str) -> dict[str, Any]:
 
 def check(description: dict[str, Any], source: str | Path) -> None:
     """Raises ValueError for a bad description, which is from `source`."""
-    types: dict[str, dict[str, type]] = {
-        "char": {"symbols": list},
-        "gpt2": {},
-        "json": {"vocab_size": int, "json": str},
-        "unknown": {"vocab_size": int, "why": str},
-    }
-    with _problem(f"{source} has a tokenizer that this project does not know"):
-        for key, expected in types[description["kind"]].items():
-            if type(description[key]) is not expected:
-                raise TypeError(f"{key} must be of type {expected.__name__}")
-        if not all(isinstance(symbol, str) for symbol in description.get("symbols", [])):
-            raise TypeError("symbols must be texts")
-        n_ids = _json_vocab_size(description["json"], source) if description["kind"] == "json" else 1
-        if vocab_size(description) < n_ids:
-            raise ValueError(f"vocab_size={vocab_size(description)} must be at least {n_ids}")
+    with _as_value_error(f"{source} has a tokenizer that this project does not know"):
+        kind = description["kind"]
+        key = {"char": "symbols", "gpt2": "kind", "json": "json", "unknown": "why"}[kind]
+        "".join(description[key])  # raises TypeError for what is not text
+        n_ids = _json_vocab_size(description["json"], source) if kind == "json" else 1
+        if (size := operator.index(vocab_size(description))) < n_ids:
+            raise ValueError(f"vocab_size={size} must be at least {n_ids}")
 
 
 def vocab_size(description: dict[str, Any]) -> int:
@@ -202,7 +195,7 @@ def name(description: dict[str, Any]) -> str:
 
 
 def fits(model: dict[str, Any], data: dict[str, Any]) -> bool:
-    """Whether the ids in data are the same tokens to a model's tokenizer, as far as is known.
+    """Whether a model's tokenizer gives the data's ids the same tokens. True if either is unknown.
 
     A tokenizer that adds tokens to GPT-2's encoding fits GPT-2's data.
     """
@@ -224,7 +217,7 @@ def _encoding(content: dict[str, Any]) -> list[Any]:
         splits = [bool(splits.get("add_prefix_space")), splits.get("use_regex", True)]
     scores = None if isinstance(model["vocab"], dict) else model["vocab"]
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges", [])]
-    return [_ids(content), scores, merges, content.get("normalizer"), splits]
+    return [_token_ids(content), scores, merges, content.get("normalizer"), splits]
 
 
 def _is_gpt2(content: dict[str, Any]) -> bool:
@@ -232,11 +225,11 @@ def _is_gpt2(content: dict[str, Any]) -> bool:
     splits = content.get("pre_tokenizer") or {}
     if splits.get("type") != "ByteLevel" or splits.get("add_prefix_space") or content.get("normalizer"):
         return False
-    ids = sorted((i, token) for token, i in _ids(content).items() if i < GPT2_END_OF_TEXT)
+    ids = sorted((i, token) for token, i in _token_ids(content).items() if i < GPT2_END_OF_TEXT)
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest() == GPT2_SHA256
 
 
-def _ids(content: dict[str, Any]) -> dict[str, int]:
+def _token_ids(content: dict[str, Any]) -> dict[str, int]:
     """The id of each token of a tokenizer.json."""
     vocab = content["model"]["vocab"]
     if not isinstance(vocab, dict):  # a unigram model has [[token, score], ...]
@@ -244,7 +237,7 @@ def _ids(content: dict[str, Any]) -> dict[str, int]:
     return vocab | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
 
 
-def mark_of_end(description: dict[str, Any]) -> tuple[str, bool]:
+def end_mark(description: dict[str, Any]) -> tuple[str, bool]:
     """The mark that ends a document in a text, and whether it is a token of the tokenizer."""
     if description["kind"] == "json" and (end := end_of_text(description["json"])):
         return end[0], True
@@ -253,7 +246,7 @@ def mark_of_end(description: dict[str, Any]) -> tuple[str, bool]:
 
 def end_of_text(text: str) -> tuple[str, int] | None:
     """The token with which a tokenizer.json ends a document, and its id."""
-    ids = _ids(json.loads(text))
+    ids = _token_ids(json.loads(text))
     return next(((token, ids[token]) for token in ENDS_OF_TEXT if token in ids), None)
 
 
@@ -283,7 +276,7 @@ def describe_folder(folder: Path, rows: int | None = None) -> dict[str, Any]:
     if (folder / "tokenizer.json").exists():
         text = read_text(folder / "tokenizer.json")
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        with _problem(f"the tokenizer in {folder} (vocab.json, merges.txt and others) cannot be read"):
+        with _as_value_error(f"the tokenizer in {folder} (vocab.json, merges.txt and others) cannot be read"):
             text = _json_of_bpe(folder)
     else:
         return unknown(
@@ -309,9 +302,9 @@ def describe_folder(folder: Path, rows: int | None = None) -> dict[str, Any]:
 
 def _json_vocab_size(text: str, source: str | Path) -> int:
     """One more than the largest id. Raises ValueError for what is not a tokenizer.json."""
-    with _problem(f"{source} is not a tokenizer.json of Hugging Face's tokenizers"):
+    with _as_value_error(f"{source} is not a tokenizer.json of Hugging Face's tokenizers"):
         content = parse_json(text, source)
-        ids = _ids(content)
+        ids = _token_ids(content)
         _kinds(content)
         if not all(isinstance(token, str) for token in ids):
             raise TypeError("a token is not text")
@@ -363,26 +356,21 @@ def describe_meta(path: Path) -> dict[str, Any]:
     """The tokenizer in nanoGPT's meta.pkl. Nothing in the file is executed. Raises ValueError, OSError.
 
     nanoGPT trains with vocab_size alone. So the tokenizer is unknown when the symbols are missing or are not
-    text. Ids may begin at 1, and vocab_size may be above the number of symbols: the other ids have none.
+    text. vocab_size may be above the number of symbols: the other ids have none.
     """
-    problem = f"{path} cannot be read as nanoGPT's meta.pkl; prepare the data again"
-    with _problem(problem), regular(path).open("rb") as f:
-        meta = _PlainUnpickler(f).load()
-        itos = meta.get("itos") or {i: symbol for symbol, i in meta.get("stoi", {}).items()}
-        itos = itos if isinstance(itos, dict) else dict(enumerate(itos))
-        numbers = [meta.get("vocab_size", 0), *itos]
-        if wrong := [n for n in numbers if type(n) is not int]:
-            raise ValueError(f"vocab_size and the ids of its symbols must be whole numbers, not {wrong[0]!r}")
-        size = max(numbers[0], 1 + max(itos, default=-1))
-        if not 0 < size <= MAX_SYMBOLS or min(itos, default=0) < 0:
-            raise ValueError(f"it must have vocab_size or itos, with ids from 0 to {MAX_SYMBOLS - 1:,}")
-    if itos and all(isinstance(symbol, str) for symbol in itos.values()):
-        return {"kind": "char", "symbols": [itos.get(i, "") for i in range(size)]}
-    lack = "its symbols are not text" if itos else "it names no symbols (itos, stoi)"
+    with _as_value_error(f"{path} cannot be read as nanoGPT's meta.pkl; prepare the data again"):
+        with regular(path).open("rb") as f:
+            meta = _PlainUnpickler(f).load()
+        size, itos = meta["vocab_size"], meta.get("itos", {})
+        if not 0 < size <= MAX_SYMBOLS:
+            raise ValueError(f"vocab_size={size} must be from 1 to {MAX_SYMBOLS:,}")
+        symbols = [itos.get(i, "") for i in range(size)]
+    if any(symbols) and all(isinstance(symbol, str) for symbol in symbols):
+        return {"kind": "char", "symbols": symbols}
     return unknown(
         size,
-        f"{path} has vocab_size={size}, and {lack}: the model can be trained, but sampling needs them to "
-        "turn text into ids and back",
+        f"{path} has vocab_size={size} and no symbols that are text (itos): the model can be trained, but "
+        "sampling needs them to turn text into ids and back",
     )
 
 

@@ -60,8 +60,9 @@ def text() -> str:
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> Path:
     """An empty folder as the working directory, with the text prepared by character as data/tiny."""
-    from train.prepare.__main__ import write
+    from train.prepare import documents
+    from train.prepare.encode import encode
 
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "data" / "tiny", text, "char")
+    encode(tmp_path / "data" / "tiny", documents.text(text, "a text in memory"), "char", workers=1)
     return tmp_path

@@ -23,7 +23,8 @@ from train import checkpoint, distributed, metrics
 from train.__main__ import main
 from train.config import parse
 from train.loop import train
-from train.prepare.__main__ import write
+from train.prepare import documents
+from train.prepare.encode import encode
 
 # ---- the format
 
@@ -154,7 +155,7 @@ def test_a_checkpoint_that_does_not_fit_the_run_is_refused(workplace):
 
     state = run("--max_iters=4")
     refused("ckpt.pt has n_layer=2; leave out n_layer=3", "--n_layer=3")
-    write(Path("data/other"), "abc" * 1000, "char")
+    encode(Path("data/other"), documents.text("abc" * 1000, "x"), "char", 1)
     refused("and data/other have different tokenizers or alphabets", "--dataset=other")
     Path("data/tiny/meta.pkl").rename("meta.pkl")
     refused(r"the model uses char \(21 symbols\), the data gpt2 \(50,257 symbols\)")

@@ -19,6 +19,8 @@ from train import distributed, evaluate, plot
 from train.config import MODEL_FIELDS, PRESETS, TrainConfig, config_file, parse, resolve
 from train.loop import train
 from train.prepare import __main__ as prepare
+from train.prepare import documents
+from train.prepare.encode import encode
 
 
 def command(main, monkeypatch, capsys, *args):
@@ -212,6 +214,10 @@ def test_an_error_of_training_is_one_line_with_the_numbers(workplace, monkeypatc
         ("--device=gpu", "device='gpu'", "cpu, mps, cuda"),
         ("--dtype=int8", "dtype='int8'", "float32, bfloat16, float16"),
         ("--batch_size=0", "batch_size=0", "at least 1"),
+        ("--learning_rate=nan", "learning_rate=nan must be at least 0"),
+        ("--min_lr=inf", "min_lr=inf must be at most"),
+        ("--lr_decay_iters=-1", "lr_decay_iters=-1 must be at least 0"),
+        ("--n_embd=9000000000000000000", "must be at most 536870912"),
         ("--dropout=1.0", "dropout=1.0", "below 1"),
         ("--backend=mpi", "backend='mpi'", "nccl or gloo"),
         ("--init_from=gpt2-medum", "did you mean 'gpt2-medium'"),
@@ -399,7 +405,7 @@ def trained_once(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        prepare.write(Path("data/tiny"), text, "char")
+        encode(Path("data/tiny"), documents.text(text, "x"), "char", 1)
         run("--max_iters=40", "--lr_decay_iters=40")
     return folder
 

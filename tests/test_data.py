@@ -1,4 +1,4 @@
-"""The order of the data, the formats of token files, and what is said of files that cannot be read."""
+"""The order of the data, the formats of token files, and the errors for files that cannot be read."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ from gpt.tokenizer import describe_dataset, describe_meta, from_dict
 from tests.runs import run
 from tests.test_command_line import command
 from train import data, metrics, shards
-from train.data import TokenFile, describe
+from train.data import Split, TokenFile, describe
 from train.distributed import Ranks
 from train.loop import read_ahead
 
@@ -29,7 +29,7 @@ from train.loop import read_ahead
 
 def token_file(folder, n, block_size=8, seed=0):
     path = folder / "train.bin"
-    np.arange(n, dtype=np.uint16).tofile(path)  # a token says where it stands
+    np.arange(n, dtype=np.uint16).tofile(path)  # each id is its position
     return TokenFile(path, GPTConfig(block_size=block_size, vocab_size=65536), seed)
 
 
@@ -41,7 +41,7 @@ def test_an_epoch_visits_every_window_once_and_none_overlap(tmp_path_factory, n,
         starts = np.sort(file.starts(epoch * file.windows, file.windows))
         assert len(set(np.diff(starts))) <= 1 and (len(starts) < 2 or np.diff(starts)[0] == block_size)
         assert starts[0] >= 0 and starts[-1] + block_size + 1 <= n
-        # what an epoch leaves out is less than two blocks, at the ends
+        # an epoch leaves out less than two blocks at the ends
         assert n - len(starts) * block_size <= 2 * block_size
 
 
@@ -81,7 +81,8 @@ def test_ranks_share_the_windows_of_the_run_from_any_position_on(
 def llm_c_shard(path, ids, magic=20240520, version=1, dtype=np.uint16, count=None):
     """As llm.c's and modded-nanogpt's scripts write them."""
     header = np.zeros(256, dtype=np.int32)
-    header[:3] = magic, version, len(ids) if count is None else count
+    header[:2] = magic, version
+    header[2:4].view(np.int64)[0] = len(ids) if count is None else count
     path.write_bytes(header.tobytes() + np.asarray(ids, dtype).tobytes())
 
 
@@ -92,10 +93,10 @@ def llm_c_shard(path, ids, magic=20240520, version=1, dtype=np.uint16, count=Non
     seed=st.integers(0, 99),
     kinds=st.integers(0, 2**9),
 )
-def test_a_batch_has_the_windows_of_a_file_or_of_its_shards_and_the_tokens_that_follow(
+def test_a_file_and_its_shards_give_the_same_windows_and_targets(
     tmp_path_factory, lengths, block_size, seed, kinds
 ):
-    """Shards have any size and format: a window may begin in one and end in another, past some between."""
+    """Shards have any size and format. A window may span several of them."""
     if sum(lengths) <= block_size:
         lengths.append(block_size + 1)
     whole, cut = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cut")
@@ -114,6 +115,18 @@ def test_a_batch_has_the_windows_of_a_file_or_of_its_shards_and_the_tokens_that_
         windows = torch.from_numpy(np.stack([ids[s : s + block_size + 1] for s in starts]).astype(np.int64))
         idx, targets = file.batch(3, 2 * file.windows)
         assert torch.equal(idx, windows[:, :-1]) and torch.equal(targets, windows[:, 1:])
+
+
+def test_a_shard_that_is_cut_short_after_it_was_opened_is_refused(tmp_path):
+    """Reading the map beyond the end of its file would kill the process."""
+    for i in range(3):
+        np.zeros(8000, np.uint16).tofile(tmp_path / f"train_{i}.bin")
+    file = Split(tmp_path / "train.bin", 1)
+    os.truncate(tmp_path / "train_1.bin", 0)
+    assert not file.read(np.array([0, 16_000]), 8000).any()
+    for start, length in ((7990, 11), (8000, 1), (7990, 8020)):
+        with pytest.raises(ValueError, match=r"train_1.bin was cut short while it was in use: 16,000 bytes"):
+            file.read(np.array([start]), length)
 
 
 def test_a_shard_belongs_to_the_split_whose_word_is_in_its_name(tmp_path):
@@ -154,7 +167,7 @@ def test_uint32_ids_without_a_header_are_refused_with_a_command_that_converts_th
     assert len(file) == 3000 and file.read(np.array([0]), 3000)[0].tolist() == ids.tolist()
 
 
-def test_a_text_of_one_symbol_a_line_is_not_taken_for_uint32(tmp_path):
+def test_a_text_with_one_symbol_per_line_is_not_taken_for_uint32(tmp_path):
     path = tmp_path / "train.bin"
     np.stack([np.arange(900) % 26 + 1, np.zeros(900)], 1).astype(np.uint16).tofile(path)
     assert len(shards.open_tokens(path)) == 1800
@@ -173,10 +186,8 @@ def test_ids_past_16_bits_are_written_and_read_as_llm_c_does(tmp_path):
     file = TokenFile(tmp_path / "train.bin", GPTConfig(block_size=4, vocab_size=128256), 0)
     assert file.read(np.array([48]), 5).tolist() == [[128255, 7, 0, 65535, 65536]]
     assert shards.dtype_for(65536) == np.uint16 and shards.header(np.uint16, 10**12) == b""
-    huge = 2**32 + 5  # the file is a hole
-    ours.write_bytes(shards.header(np.uint32, huge))
-    os.truncate(ours, 1024 + 4 * huge)
-    assert len(shards.open_tokens(ours)) == huge
+    count = np.frombuffer(shards.header(np.uint32, 2**32 + 5), "<i8")[1]  # the upper half of it is ours
+    assert count == 2**32 + 5
 
 
 # ---- what cannot be trained on
@@ -199,8 +210,10 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             TokenFile(path, config, 0)
     for header, message in (
-        (dict(version=2), "shard of version 2; of magic 20240520 only version 1 is known"),
         (dict(magic=20240801, version=7), "says 100 tokens, makes 1,424: it is incomplete"),
+        (dict(count=-1), "says -1 tokens, makes 1,022: it is incomplete"),
+        (dict(count=101), "says 101 tokens, makes 1,226: it is incomplete"),
+        (dict(count=2**62), "says 4,611,686,018,427,387,904 tokens, .* it is incomplete"),
     ):
         llm_c_shard(path, np.zeros(100), **header)
         with pytest.raises(ValueError, match=message):
@@ -218,12 +231,12 @@ def change(path, at, token):
 
 
 def test_an_id_past_the_vocabulary_is_refused_before_the_first_step(workplace, monkeypatch, capsys):
-    """Of a large file, the first and the last token, and a stretch longer than between two samples."""
+    """In a large file: the first and the last id, and a stretch longer than the gap between two samples."""
     path = Path("data/tiny/train.bin")
     whole = path.read_bytes()
-    small, large = data.LOOKED_AT, (50, 100)
-    for looked_at, at in ((small, 2345), (large, 0), (large, -1), (large, slice(20_000, 21_000))):
-        monkeypatch.setattr(data, "LOOKED_AT", looked_at)
+    small, large = data.SAMPLE, (50, 100)
+    for numbers, at in ((small, 2345), (large, 0), (large, -1), (large, slice(20_000, 21_000))):
+        monkeypatch.setattr(data, "SAMPLE", numbers)
         change(path, at, 30)
         with pytest.raises(ValueError, match=r"train.bin holds the token id 30, but vocab_size=21 allows 0"):
             run()
@@ -248,11 +261,11 @@ def test_a_meta_json_that_contradicts_the_data_or_the_model_is_refused(workplace
     meta_path.write_text("{}")
     refused(r"meta.json cannot be read .*; remove it, or prepare")
     meta_path.unlink()
-    run("--max_iters=1")  # nanoGPT's data have none
+    run("--max_iters=1")  # nanoGPT's data has none
 
 
-def test_a_resumed_run_refuses_data_that_changed_unless_a_flag_names_them(workplace, monkeypatch):
-    monkeypatch.setattr(data, "LOOKED_AT", (50, 20))  # of val.bin too only samples are read
+def test_a_resumed_run_refuses_changed_data_unless_dataset_is_given(workplace, monkeypatch):
+    monkeypatch.setattr(data, "SAMPLE", (50, 20))  # val.bin is sampled too
     run("--max_iters=4")
     path = Path("data/tiny/val.bin")
     before = path.read_bytes()
@@ -288,32 +301,31 @@ def test_a_meta_file_without_symbols_is_trained_on_and_says_what_sampling_lacks(
     path = Path("data/tiny/meta.pkl")
     chars = path.read_bytes()
     path.write_bytes(pickle.dumps({"vocab_size": 30}))
-    lack = "has vocab_size=30, and it names no symbols (itos, stoi)"
+    lack = "has vocab_size=30 and no symbols that are text (itos)"
     assert run("--eval_sample=5")["model_args"]["vocab_size"] == 30
     out = capsys.readouterr().out
     assert f"no samples: data/tiny/meta.pkl {lack}: the model can be trained, but sampling" in out
     flags = ["--device=cpu", "--num_samples=1", "--max_new_tokens=2", "--start=king"]
     code, _, err = command(sample.main, monkeypatch, capsys, *flags)
     assert code == 1 and lack in err
-    path.write_bytes(chars)  # the symbols turn up later
+    path.write_bytes(chars)  # the symbols are added later
     assert command(sample.main, monkeypatch, capsys, *flags)[1].startswith("king")
 
 
-def test_ids_in_a_meta_file_that_are_not_numbers_are_refused(tmp_path):
+def test_a_meta_file_without_a_size_of_the_vocabulary_is_refused(tmp_path):
     path = tmp_path / "meta.pkl"
-    for meta, value in (({"stoi": {"(": "0"}}, "'0'"), ({"vocab_size": 60.5}, "60.5")):
+    for meta in ({"itos": {0: "a"}}, {"vocab_size": 60.5}, {"vocab_size": -1}, {"vocab_size": 2**60}, [65]):
         path.write_bytes(pickle.dumps(meta))
-        with pytest.raises(ValueError, match=rf"the ids .* must be whole numbers, not {value}\)"):
+        with pytest.raises(ValueError, match=r"meta.pkl cannot be read as nanoGPT's meta.pkl; prepare"):
             describe_meta(path)
 
 
 def test_symbols_whose_ids_begin_at_1_are_read(workplace):
-    """nanoGPT needs the row of id 0 all the same."""
     path = Path("data/tiny/meta.pkl")
-    stoi = {symbol: i for i, symbol in enumerate(describe_meta(path)["symbols"], 1)}
-    path.write_bytes(pickle.dumps({"vocab_size": 21, "stoi": stoi}))
+    itos = dict(enumerate(describe_meta(path)["symbols"], 1))
+    path.write_bytes(pickle.dumps({"vocab_size": 22, "itos": itos}))
     tokenizer = from_dict(describe_dataset(path.parent))
-    assert tokenizer.encode("king") == [stoi[c] for c in "king"] and tokenizer.start_id == 1
+    assert [itos[i] for i in tokenizer.encode("king")] == list("king") and tokenizer.start_id == 1
     assert tokenizer.decode([0, *tokenizer.encode("king")]) == "\ufffdking"
     Path("data/tiny/meta.json").unlink()
     assert run("--max_iters=1")["model_args"]["vocab_size"] == 22

@@ -23,7 +23,7 @@ from train import shards
 from train.prepare.corpora import CORPORA
 
 U64 = NDArray[np.uint64]
-LOOKED_AT = (256, 1 << 17)  # pieces that are checked before training, and tokens in each: 34M tokens
+SAMPLE = (256, 1 << 17)  # pieces that are checked before training, and tokens in each: 34M tokens
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -74,9 +74,11 @@ class Split:
         Raises ValueError if a file was cut short after it was opened.
         """
         ids = np.empty((len(starts), length), np.int64)
-        first = np.searchsorted(self._ends, starts, "right").tolist()  # the shard of each start
-        # Reading a memory map beyond the end of its file kills the process.
-        for i in set(first):
+        # The shards in which each window begins and ends.
+        first = np.searchsorted(self._ends, starts, "right").tolist()
+        last = np.searchsorted(self._ends, starts + length - 1, "right").tolist()
+        for i in {i for pair in zip(first, last) for i in range(pair[0], pair[1] + 1)}:
+            # Reading a memory map beyond the end of its file kills the process.
             if self._paths[i].exists() and (now := self._paths[i].stat().st_size) < self._bytes[i]:
                 raise ValueError(
                     f"{self._paths[i]} was cut short while it was in use: {self._bytes[i]:,} bytes before, "
@@ -101,7 +103,7 @@ class Split:
 
     def pieces(self) -> Iterator[NDArray[np.int64]]:
         """All ids of a small file, or an evenly spread sample of 34M ids of a large one."""
-        number, length = LOOKED_AT
+        number, length = SAMPLE
         whole = len(self) <= number * length
         begins = range(0, len(self), length) if whole else np.linspace(0, len(self) - length, number)
         for begin in map(int, begins):
@@ -158,7 +160,7 @@ def preflight(files: Mapping[str, Split], saved: dict[str, dict[str, Any]]) -> d
 
     `saved` is what this function returned for the checkpoint, {} for a new run. Raises ValueError if
     meta.json has different counts, if the model's vocabulary is too small, or if the data changed. Of a large
-    file only a sample is checked, see Split.pieces; TokenFile.batch checks every id again.
+    file only a sample is checked, see Split.pieces. TokenFile.batch checks every id.
     """
     data: dict[str, dict[str, Any]] = {}
     for split, file in files.items():

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt import atomic, cli, pretrained
+from gpt import cli, pretrained
 from gpt.checkpoint import read
 from gpt.cli import UserPath
 from gpt.device import autocast, resolve_dtype
@@ -31,6 +31,7 @@ from train import distributed, fit
 from train.data import Split, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import to_json
+from train.prepare.documents import load
 from train.view import progress_bar
 
 
@@ -48,10 +49,7 @@ class EvaluateConfig:
     # what to evaluate
     data: UserPath = ""  # a token file, such as data/openwebtext/val.bin; the default is the run's val.bin
     stride: int = 0  # tokens from one window to the next; 0 is block_size, which is fastest
-    hellaswag: UserPath = (
-        ""  # a jsonl file with ctx, endings and label; or hub, Hugging Face's validation set
-    )
-    result: UserPath = ""  # a file to write the JSON to, besides printing it
+    hellaswag: UserPath = ""  # a jsonl file with ctx, endings and label, or hub for Hugging Face's copy
 
     # machine
     batch_size: int = 8  # windows, or examples of HellaSwag, at once on each rank
@@ -64,8 +62,10 @@ class EvaluateConfig:
 def main() -> None:
     config = cli.parse(EvaluateConfig, sys.argv[1:], prog="python -m train.evaluate", path_flag="init_from")
     cli.check_bounds(vars(config), {"batch_size": (1, 2**29), "stride": (0, 2**62)})
+    # To choose between ckpt.pt and best.pt a checkpoint is read. Do it once.
+    config.init_from = pretrained.checkpoint_in(pretrained.source_of(config.init_from, config.out_dir))
     if not config.data and not config.hellaswag:
-        config.data = _validation_data(pretrained.source_of(config.init_from, config.out_dir))
+        config.data = _validation_data(config.init_from)
     ranks = distributed.start(config.backend, config.device)
     try:
         result = evaluate(config, ranks)
@@ -74,33 +74,16 @@ def main() -> None:
             raise
         raise ValueError(f"out of memory: try a smaller batch_size than {config.batch_size}") from error
     if ranks.is_main:
-        # to_json writes null for a number that is not finite.
-        print(to_json(_rounded(result) if sys.stdout.isatty() else result, indent=1))
-        if config.result:
-            atomic.write(Path(config.result), to_json(result, indent=1) + "\n")
-        figures = (result.get("tokens", {}).get("loss", 0), result.get("hellaswag", {}).get("acc", 0))
-        if not all(map(math.isfinite, figures)):
-            raise ValueError(
-                f"the losses of {result['model']} are not finite: a weight is NaN, or a number is too large "
-                "for float16; try --dtype=float32, or an earlier checkpoint"
-            )
+        print(to_json(result, indent=1))  # null for a perplexity that no float holds
     distributed.stop(ranks)
 
 
 def _validation_data(source: str) -> str:
     """The val.bin of the data that a model was trained on. Raises ValueError if it is unknown."""
-    path = pretrained.checkpoint_in(source)
-    dataset = "" if pretrained.is_hugging_face(path) else read(Path(path)).config.get("dataset")
+    dataset = "" if pretrained.is_hugging_face(source) else read(Path(source)).config.get("dataset")
     if not dataset:
         raise ValueError("nothing to evaluate on: give --data=FILE.bin, --hellaswag=FILE.jsonl, or both")
     return str(Path("data", dataset, "val.bin"))
-
-
-def _rounded(value: Any) -> Any:
-    """Five digits of each number, for people. Programs get all digits."""
-    if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
-    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def evaluate(config: EvaluateConfig, ranks: Ranks) -> dict[str, Any]:
@@ -139,19 +122,17 @@ def on_tokens(
     if stride > block_size:
         raise ValueError(f"stride={stride} must be from 1 to block_size={block_size}")
     path = Path(config.data)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"there is no {path}; {cli.command('train.prepare')} lists the commands that prepare data"
-        )
-    # A folder without a tokenizer counts as GPT-2's, so that answer proves nothing.
+    file = Split(path, model.config.vocab_size or 0)
+    # Without a tokenizer file the folder counts as GPT-2's; then we cannot compare.
     data_tokenizer = describe_dataset(path.parent)
     if data_tokenizer["kind"] != "gpt2" and not fits(description, data_tokenizer):
         raise ValueError(f"{path} was prepared with another tokenizer or alphabet than the model's")
-    file = Split(path, model.config.vocab_size or 0)
     preflight({path.stem: file}, {})
     if len(file) < 2:
         raise ValueError(f"{path} has {len(file)} tokens, but a loss needs at least 2")
-    bytes_per_id = None if description["kind"] == "unknown" else _bytes_per_id(from_dict(description))
+    bytes_per_id = None
+    if description["kind"] != "unknown":
+        bytes_per_id = _bytes_per_id(from_dict(description), file.vocab_size)
     nats, n_tokens, n_bytes = 0.0, 0.0, 0.0
     # The last window is the first to reach the end of the file.
     starts = range(0, max(0, len(file) - 1 - block_size) + stride, stride)
@@ -182,14 +163,19 @@ def on_tokens(
     }
 
 
-def _bytes_per_id(tokenizer: Tokenizer) -> np.ndarray | None:
-    """The length of each id's text in UTF-8. The end of a document has no text. None if it is unknown."""
+def _bytes_per_id(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray | None:
+    """The length of each id's text in UTF-8: (vocab_size,). None if the tokenizer does not tell.
+
+    The end of a document has no text, and neither has an id that only pads the model's vocabulary.
+    """
     if isinstance(tokenizer, CharTokenizer):
-        return np.array([len(symbol.encode()) for symbol in tokenizer.symbols])
-    if isinstance(tokenizer, GPT2Tokenizer):
+        lengths = [len(symbol.encode()) for symbol in tokenizer.symbols]
+    elif isinstance(tokenizer, GPT2Tokenizer):
         texts = map(tokenizer.bpe.decode_single_token_bytes, range(tokenizer.vocab_size))
-        return np.array([0 if [id] == tokenizer.end else len(text) for id, text in enumerate(texts)])
-    return None
+        lengths = [0 if [id] == tokenizer.end else len(text) for id, text in enumerate(texts)]
+    else:
+        return None
+    return np.array((lengths + vocab_size * [0])[:vocab_size])
 
 
 # ---- HellaSwag
@@ -202,8 +188,6 @@ def on_hellaswag(model: GPT, tokenizer: Tokenizer, config: EvaluateConfig, ranks
     for batch in _batches(examples, "HellaSwag", config, ranks):
         rows = [row for ctx, endings, _ in batch for row in _endings(model, tokenizer, ctx, endings)]
         losses = _losses(model, rows, ranks.device).sum(1).cpu().double()
-        if losses.isnan().any():
-            n_right = n_right_norm = math.nan
         means = losses / torch.tensor([len(row.ids) - row.first for row in rows])
         n_endings = [len(endings) for _, endings, _ in batch]
         for (_, _, label), sums, norms in zip(batch, losses.split(n_endings), means.split(n_endings)):
@@ -232,17 +216,7 @@ def _hellaswag(source: str) -> Iterator[tuple[str, list[str], int]]:
     """(context, endings, index of the right ending) of each example. Raises ValueError, OSError."""
     examples: list[Any]
     if source == "hub":
-        try:
-            from datasets import load_dataset
-        except ImportError:
-            raise ValueError(f"--hellaswag=hub needs the package datasets: {cli.install('data')}") from None
-        try:
-            examples = list(load_dataset("Rowan/hellaswag", split="validation"))
-        except Exception as error:  # the hub and its readers raise errors of many types
-            raise OSError(
-                f"HellaSwag could not be downloaded ({str(error).strip().splitlines()[0][:160]}); "
-                "give its hellaswag_val.jsonl as --hellaswag=FILE"
-            ) from None
+        examples = list(load("--hellaswag=hub", "Rowan/hellaswag", split="validation"))
     elif Path(source).exists():
         examples = list(filter(None, read_text(Path(source)).split("\n")))
     else:
@@ -254,12 +228,13 @@ def _hellaswag(source: str) -> Iterator[tuple[str, list[str], int]]:
             if isinstance(example, str):
                 example = parse_json(example, source)
             context, endings, label = example["ctx"], list(example["endings"]), int(example["label"])
-            assert all(isinstance(text, str) for text in (context, *endings)) and 0 <= label < len(endings)
-        except (ValueError, KeyError, TypeError, OverflowError, AssertionError) as error:
-            raise ValueError(
-                f"{source}, line {number}, is not an example with ctx, endings and label "
-                f"({type(error).__name__})"
-            ) from None
+            if not all(isinstance(text, str) for text in (context, *endings)) or label not in range(
+                len(endings)
+            ):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            problem = f"{source}, line {number}, is not an example with ctx, endings and label"
+            raise ValueError(f"{problem} ({type(error).__name__})") from None
         yield context, endings, label
 
 
@@ -275,7 +250,10 @@ def _batches(items: Sequence[Any], label: str, config: EvaluateConfig, ranks: Ra
 
 
 def _losses(model: GPT, rows: Sequence[Row], device: str) -> Tensor:
-    """The loss in nats of every scored token, and 0 elsewhere: (len(rows), longest row - 1), fp32."""
+    """The loss in nats of every scored token, and 0 elsewhere: (len(rows), longest row - 1), fp32.
+
+    Raises ValueError for a loss that is not finite.
+    """
     idx = torch.zeros(len(rows), max(len(row.ids) for row in rows) - 1, dtype=torch.int64)
     targets = torch.full_like(idx, -1)
     # Rows are padded on the right, where causal attention does not see the padding.
@@ -285,6 +263,11 @@ def _losses(model: GPT, rows: Sequence[Row], device: str) -> Tensor:
         labels[row.first - 1 : len(ids) - 1] = ids[row.first :]
     idx, targets = to_device((idx, targets), device)
     _, losses = model(idx, targets, reduction="none")
+    if not losses.isfinite().all():
+        raise ValueError(
+            "the model's losses are not finite: a weight is NaN, or a number is too large for float16; try "
+            "--dtype=float32, or an earlier checkpoint"
+        )
     return losses
 
 

@@ -4,7 +4,6 @@ The picture shows loss, learning rate, gradient norm and throughput.
 """
 
 import itertools
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,21 +45,14 @@ class Run:
     evaluations: Records
 
     def progress(self, x: str, n: Column) -> Column:
-        """The steps, tokens, or seconds of steps that the run has made after `n` updates."""
-        if x == "step" or not self.steps:
+        """The steps, tokens, or seconds of steps that the run has made after `n` steps."""
+        if x == "step":
             return n
         iters, seconds = column(self.steps, "iter"), column(self.steps, "ms") / 1000
+        per_step = seconds if x == "time" else np.rint(column(self.steps, "tokens_per_s") * seconds)
         # Each record stands for the steps since the record before it.
-        n_steps = np.diff(iters, prepend=-1)
-        if x == "tokens":
-            per_step = np.rint(column(self.steps, "tokens_per_s") * seconds)
-        else:
-            per_step = seconds
-            n_steps[0] = 1  # if the records begin at a later step, the time before it is unknown
-        updates = np.concatenate([[iters[0] + 1 - n_steps[0]], iters + 1])
-        sums = np.concatenate([[0], np.nancumsum(n_steps * per_step)])
-        # After the last record, a step counts as much as the last one.
-        return np.interp(n, updates, sums) + np.maximum(0, n - updates[-1]) * np.nan_to_num(per_step[-1])
+        sums = np.nancumsum(np.diff(iters, prepend=-1) * per_step)
+        return np.interp(n, np.append(0, iters + 1), np.append(0, sums))
 
 
 def main() -> None:
@@ -87,8 +79,6 @@ def load_runs(folders: list[Path]) -> list[Run]:
         if not records:
             raise ValueError(f"{path} has no steps and no evaluations yet")
         label = name if names.count(name) == 1 else str(folder)
-        # In a locale that lacks a character of the name, Python keeps bytes, which matplotlib cannot draw.
-        label = os.fsencode(label).decode(errors="replace")
         steps = [r for r in records if "loss" in r]
         runs.append(Run(label, steps, [r for r in records if "val/loss" in r]))
     return runs

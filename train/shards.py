@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike, NDArray
 from gpt.reading import read_json, regular
 
 HEADER_INTS = 256
-FORMATS: dict[int, tuple[int, type]] = {20240520: (1, np.uint16), 20240801: (7, np.uint32)}  # by magic
+FORMATS: dict[int, DTypeLike] = {20240520: np.uint16, 20240801: np.uint32}  # by magic
 # The first bytes of files that are not token files.
 FOREIGN = {"a NumPy array (.npy)": b"\x93NUMPY", "compressed (gzip)": b"\x1f\x8b", "a zip archive": b"PK\3\4"}
 WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}  # in the names of shards
@@ -57,12 +57,7 @@ def open_tokens(path: Path) -> NDArray:
     start = np.fromfile(path, "<i4", count=4)
     if len(start) < 4 or int(start[0]) not in FORMATS:
         return _open_headerless(path, size, start.tobytes())
-    magic, version, n_tokens = int(start[0]), int(start[1]), int(start[2:].view("<i8")[0])
-    known, dtype = FORMATS[magic]
-    if version != known:
-        raise ValueError(
-            f"{path} is a shard of version {version}; of magic {magic} only version {known} is known"
-        )
+    dtype, n_tokens = FORMATS[int(start[0])], int(start[2:].view("<i8")[0])
     expected_size = 4 * HEADER_INTS + n_tokens * np.dtype(dtype).itemsize
     if n_tokens < 0 or size != expected_size:
         raise ValueError(
@@ -110,9 +105,8 @@ def header(dtype: DTypeLike, n_tokens: int) -> bytes:
     """The bytes before the ids: none for uint16, as in nanoGPT's files, and llm.c's header for uint32."""
     if dtype == np.uint16:
         return b""
-    magic = next(magic for magic, (_, known) in FORMATS.items() if known == dtype)
     words = np.zeros(HEADER_INTS, "<i4")
-    words[:2] = magic, FORMATS[magic][0]
+    words[:2] = 20240801, 7  # magic and version
     words[2:4].view("<i8")[:] = n_tokens
     return words.tobytes()
 

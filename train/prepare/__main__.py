@@ -11,7 +11,6 @@ inspect NAME        shows a data set
 text, tokenizer and each corpus take --help.
 """
 
-import difflib
 import os
 import sys
 from dataclasses import dataclass
@@ -43,9 +42,7 @@ class PrepareConfig:
 
     input: UserPath  # files, folders or globs of .txt, .jsonl or .parquet, separated by commas
     name: UserPath  # name of the data set, for --dataset
-    tokenizer: UserPath = (
-        "gpt2"  # gpt2, char (an id for each character), a tokenizer.json, or a model's folder
-    )
+    tokenizer: UserPath = "gpt2"  # gpt2, char (an id per character), a tokenizer.json, or a model's folder
     field: str = "text"  # the column of .jsonl and .parquet that holds the text
     val_fraction: float = 0.1  # share for validation, of the characters or of the documents
     endoftext: bool = False  # read <|endoftext|> in the text as the token that ends a document
@@ -88,10 +85,7 @@ def main() -> None:
     elif name in CORPORA:
         prepare_by_name(name, cli.parse(CorpusConfig, args, prog).workers or _cores())
     else:
-        close = difflib.get_close_matches(name, [*CORPORA, "text", "tokenizer", "inspect"], n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        known = f"{', '.join(CORPORA)}, and text --input=FILES --name=NAME takes your own"
-        raise ValueError(f"no corpus is called {name!r}{hint}; the corpora are {known}")
+        cli.choose(dict.fromkeys([*CORPORA, "text", "tokenizer", "inspect"]), name, "corpus")  # raises
 
 
 def prepare_by_name(name: str, workers: int) -> None:
@@ -104,11 +98,6 @@ def prepare_by_name(name: str, workers: int) -> None:
     if entry.nanogpt not in (None, (meta["train"]["tokens"], meta["val"]["tokens"])):
         train, val = entry.nanogpt
         print(f"nanoGPT counted {train:,} and {val:,} tokens: the corpus has changed since then")
-
-
-def write(folder: Path, text: str, kind: str) -> None:
-    """Prepares a text that is in memory."""
-    encode(folder, documents.text(text, "a text in memory"), kind, workers=1)
 
 
 def _cores() -> int:

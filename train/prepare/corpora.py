@@ -62,7 +62,7 @@ def stdlib() -> str:
 
 class Entry(NamedTuple):
     help: str
-    load: Callable[[int], Corpus]  # with this many processes; raises OSError and ValueError
+    load: Callable[[int], Corpus]  # takes the processes for the hub; raises OSError and ValueError
     tokenizer: str = "gpt2"
     nanogpt: tuple[int, int] | None = None  # nanoGPT's counts of tokens, train and val
 

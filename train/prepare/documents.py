@@ -4,8 +4,8 @@ A corpus is one running text or many documents. nanoGPT splits Shakespeare as a 
 validation, and OpenWebText as documents, some of which are drawn at random for validation.
 """
 
+import csv
 import glob
-import json
 import os
 import re
 import sys
@@ -13,43 +13,39 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpt import cli
-from gpt.reading import encoding_name, open_text, regular
+from gpt.reading import open_text, parse_json, regular
 
 PIECE = 1 << 20  # characters that are encoded at a time
+ROWS_AT_ONCE = 1000  # of a .parquet file, or of a data set on the hub
 SPLIT_SEED = 2357  # nanoGPT's
 KINDS = (".txt", ".jsonl", ".ndjson", ".parquet")  # the endings that are read from a folder
-# The readers of the package datasets.
-READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")  # files whose rows are documents
 # A text may be cut after a lone line end and before a lone space: GPT-2 encodes each word alone, and no word
-# goes across these places. So the ids of the pieces are those of the whole text.
+# goes across these places. So the ids of the pieces are those of the whole text. A tokenizer.json that puts a
+# space before each text it encodes (add_prefix_space, Metaspace) may get a different token at each seam.
 SEAM = re.compile(r"(?<=\S)(?:\n(?=\S)|(?= \S))")
 
 Pieces = Iterator[str | None]  # None ends a document
 
 
 @dataclass
-class Split:
-    """One split of a corpus. Each call of `pieces` reads it from the start."""
+class Part:
+    """The training or the validation part of a corpus. Each call of `pieces` reads it from the start."""
 
     pieces: Callable[[], Pieces]
     size: int  # in bytes of UTF-8, roughly
-    documents: int
-
-
-Splits = tuple[Split, Split]  # train and val
 
 
 @dataclass
 class Corpus:
-    train: Split
-    val: Split
+    train: Part
+    val: Part
     source: str  # where it came from, in words
 
 
@@ -70,28 +66,55 @@ def files(inputs: str, field: str = "text", val_fraction: float = 0.1) -> Corpus
     paths = find(inputs)
     number = "1 file" if len(paths) == 1 else f"{len(paths):,} files"
     source = f"{inputs}: {number}, {sum(p.stat().st_size for p in paths):,} bytes"
-    texts = [p for p in paths if _kind(p) not in READERS]
-    if len(paths) == len(texts) == 1:
+    if len(paths) == 1 and _kind(paths[0]) not in ROWS:
         return _running(partial(_read, paths[0]), val_fraction, source)
-    splits = [_text_files(texts, val_fraction, at_least=int(texts == paths))] if texts else []
-    for kind in READERS:
-        if same_kind := [p for p in paths if _kind(p) == kind]:
-            splits.append(_row_files(inputs, same_kind, kind, field, val_fraction))
-    train, val = map(_joined, zip(*splits))
-    return Corpus(train, val, source)
+    with cli.IfSlow(f"counting the documents of {inputs}"):
+        return _documents(paths, field, val_fraction, source)
 
 
 def hub(path: str, part: str | None, val_fraction: float, processes: int) -> Corpus:
     """The column `text` of a data set on the Hugging Face hub, or of its configuration `part`."""
-    table = _load(path, path, part, num_proc=processes)
+    table = load(path, path, part, split="train", num_proc=processes).select_columns(["text"])
     source = f"{path}{f' ({part})' if part else ''}, {len(table):,} documents"
-    return Corpus(*_rows(table, "text", val_fraction), source)
+    parts = table.train_test_split(test_size=val_fraction, seed=SPLIT_SEED, shuffle=True)
+
+    def part_of(rows: Any) -> Part:
+        def pieces() -> Pieces:
+            for batch in rows.iter(ROWS_AT_ONCE):
+                for document in batch["text"]:
+                    yield document
+                    yield None
+
+        return Part(pieces, round(table.data.nbytes * len(rows) / len(table)))
+
+    return Corpus(part_of(parts["train"]), part_of(parts["test"]), source)
+
+
+def load(source: str, path: str, part: str | None = None, **options: Any) -> Any:
+    """datasets.load_dataset. Any of its errors becomes an OSError about `source`.
+
+    Raises ValueError if the package is missing.
+    """
+    try:
+        # `import datasets` would also find an empty folder called datasets, so import a name from it.
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(f"{source} needs the package datasets: {cli.install('data')}") from None
+    try:
+        return load_dataset(path, part, **options)
+    except Exception as error:
+        reason = error.__cause__ or error
+        line = (str(reason).splitlines() or [""])[0]
+        raise OSError(f"{source} could not be loaded ({type(reason).__name__}: {line})") from None
 
 
 def find(inputs: str) -> list[Path]:
-    """The files that `inputs` names, each once. Raises OSError."""
+    """The files that `inputs` names, each once. Raises ValueError and OSError."""
     paths: dict[Path, None] = {}
-    for name in map(os.path.expanduser, inputs.split(",")):
+    names = [os.path.expanduser(name) for name in inputs.split(",") if name]
+    if not names:
+        raise ValueError(f"input={inputs!r} names no file: give files, folders or globs, separated by commas")
+    for name in names:
         matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
         named: list[Path] = []
         for path in map(Path, matches):
@@ -116,9 +139,9 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def cut(chunks: Iterable[str], look_back: int = 1 << 16) -> Iterator[str]:
-    """Cuts a text into pieces whose ids together are those of the whole text.
+    """Cuts a text into pieces whose ids together are those of the whole text, with the exception at SEAM.
 
-    A piece ends at a seam (see SEAM). A text without one in `look_back` characters is cut anywhere, and its
+    A piece ends at a seam. A text without one in `look_back` characters is cut anywhere, and its
     ids may differ there.
     """
     rest = ""
@@ -141,10 +164,10 @@ def _running(read: Callable[[], Iterator[str]], val_fraction: float, source: str
         raise ValueError(f"the text has {n_characters} characters: nothing to train on")
     n_train = max(1, min(n_characters - 1, int(n_characters * (1 - val_fraction))))
 
-    def split(start: int, stop: int) -> Split:
-        return Split(lambda: cut(_between(read(), start, stop)), stop - start, documents=1)
+    def part_of(start: int, stop: int) -> Part:
+        return Part(lambda: cut(_between(read(), start, stop)), stop - start)
 
-    return Corpus(split(0, n_train), split(n_train, n_characters), source)
+    return Corpus(part_of(0, n_train), part_of(n_train, n_characters), source)
 
 
 def _between(chunks: Iterator[str], start: int, stop: int) -> Iterator[str]:
@@ -156,67 +179,103 @@ def _between(chunks: Iterator[str], start: int, stop: int) -> Iterator[str]:
         position += len(chunk)
 
 
-def _text_files(paths: list[Path], val_fraction: float, at_least: int) -> Splits:
-    """Text files, each a document. At least `at_least` of them are for validation."""
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(paths))
-    in_val = {paths[i] for i in order[: max(at_least, round(len(paths) * val_fraction))]}
+def _documents(paths: list[Path], field: str, val_fraction: float, source: str) -> Corpus:
+    """Text files, each a document, and files of rows, each row a document. Raises ValueError and OSError.
 
-    def split(part: list[Path]) -> Split:
+    The rows are read once to count the documents, and once for each split. In memory are a few documents and
+    the size of each.
+    """
+
+    def documents() -> Iterator[tuple[int, Iterable[str]]]:
+        """(size in bytes, pieces) of each document. A text file is opened when its first piece is taken."""
+        for path in paths:
+            if _kind(path) in ROWS:
+                yield from ((len(text.encode()), [text]) for text in _texts(path, field))
+            else:
+                yield path.stat().st_size, cut(_read(path))
+
+    sizes = np.fromiter((size for size, _ in documents()), np.int64)
+    n_documents = len(sizes)
+    if n_documents < 2:
+        raise ValueError(f"{source}: training and validation need at least 2 documents, not {n_documents}")
+    n_val = min(n_documents - 1, max(1, round(n_documents * val_fraction)))
+    in_val = np.zeros(n_documents, bool)
+    in_val[np.random.default_rng(SPLIT_SEED).permutation(n_documents)[:n_val]] = True
+
+    def part_of(is_val: bool) -> Part:
         def pieces() -> Pieces:
-            for path in part:
-                yield from cut(_read(path))
-                yield None
+            for (_, document), document_is_val in zip(documents(), in_val):
+                if document_is_val == is_val:
+                    yield from document
+                    yield None
 
-        return Split(pieces, sum(p.stat().st_size for p in part), len(part))
+        return Part(pieces, int(sizes[in_val == is_val].sum()))
 
-    return split([p for p in paths if p not in in_val]), split([p for p in paths if p in in_val])
+    return Corpus(part_of(False), part_of(True), f"{source}, {n_documents:,} documents")
 
 
-def _row_files(inputs: str, paths: list[Path], kind: str, field: str, val_fraction: float) -> Splits:
-    """Files of rows, each row a document. Raises ValueError and OSError."""
+def _texts(path: Path, field: str) -> Iterator[str]:
+    """The texts in the column `field` of a file of rows. Leaves out rows without one.
+
+    Raises ValueError for another value in this column, and if there are rows but none has a text.
+    """
+    columns: Iterable[str] = ()
+    n_texts = 0
+    for number, row in enumerate(_rows(path, field), start=1):
+        text = row.get(field) if isinstance(row, dict) else row
+        if isinstance(text, str):
+            n_texts += 1
+            # Texts from Windows may each begin with a byte-order mark, and JSON may hold half of a surrogate
+            # pair, which cannot be encoded.
+            yield text.removeprefix("\ufeff").encode(errors="replace").decode()
+        elif text is not None:
+            raise ValueError(f"{path}, row {number:,}: {field!r} is {text!r:.40}, not text")
+        else:
+            columns = row or columns
+    if columns and not n_texts:
+        names = ", ".join(map(str, columns))
+        raise ValueError(f"{path} has no text in a column {field!r}; choose by --field among {names}")
+
+
+def _rows(path: Path, field: str) -> Iterator[Any]:
+    """The rows of a file, each a dict from columns to values, or a value alone. Raises ValueError, OSError.
+
+    A JSON file is one list of rows, which is read as a whole, or has a row on each line.
+    """
+    if _kind(path) == ".parquet":
+        yield from _parquet_rows(path, field)
+        return
+    with open_text(path) as f:
+        is_list = f.read(1000).lstrip().startswith("[")
+        f.seek(0)
+        if _kind(path) == ".csv":
+            csv.field_size_limit(sys.maxsize)  # a text may be long
+            for row in csv.DictReader(f):
+                yield {column: cell or None for column, cell in row.items()}
+        elif is_list:
+            yield from parse_json(f.read(), path)
+        else:
+            for number, line in enumerate(f, start=1):
+                yield parse_json(line, f"line {number:,} of {path}") if line.strip() else None
+
+
+def _parquet_rows(path: Path, field: str) -> Iterator[dict[str, Any]]:
+    """The column `field` of a .parquet file; if it has none, one row with the columns that it has."""
     try:
-        table = _load(inputs, READERS[kind], data_files=[str(p) for p in paths])
-        # Texts that were collected from Windows may each begin with a byte-order mark.
-        return _rows(table, field, val_fraction, prefix="\ufeff")
-    except (ValueError, OSError):
-        if kind in (".jsonl", ".ndjson"):
-            for path in paths:
-                _check_lines(path, field)
-        raise
-
-
-def _rows(table: Any, field: str, val_fraction: float, prefix: str = "") -> Splits:
-    """Rows of a datasets.Dataset, each a document without `prefix`. Raises ValueError."""
-    if field not in table.column_names:
-        columns = ", ".join(table.column_names)
-        raise ValueError(f"there is no column {field!r}; choose by --field among {columns}")
-    if getattr(table.features[field], "dtype", "") not in ("string", "large_string"):
-        raise ValueError(f"the column {field!r} is not text but {table.features[field]}")
-    if len(table) < 2:
-        raise ValueError(f"there are {len(table)} rows; training and validation need at least 2")
-    table = table.select_columns([field])
-    bytes_per_row = table.data.nbytes / len(table)
-    parts = table.train_test_split(test_size=val_fraction, seed=SPLIT_SEED, shuffle=True)
-
-    def split(part: Any) -> Split:
-        def pieces() -> Pieces:
-            for batch in part.iter(max(1, round(PIECE / bytes_per_row))):
-                for document in batch[field]:
-                    if document is not None:
-                        yield document.removeprefix(prefix)
-                        yield None
-
-        return Split(pieces, round(bytes_per_row * len(part)), len(part))
-
-    return split(parts["train"]), split(parts["test"])
-
-
-def _joined(splits: tuple[Split, ...]) -> Split:
-    return Split(
-        lambda: chain.from_iterable(split.pieces() for split in splits),
-        sum(split.size for split in splits),
-        sum(split.documents for split in splits),
-    )
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ValueError(f"{path} needs the package pyarrow: {cli.install('data')}") from None
+    try:
+        with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if field not in names:
+                yield dict.fromkeys(names)
+                return
+            for batch in file.iter_batches(ROWS_AT_ONCE, columns=[field]):
+                yield from batch.to_pylist()
+    except (ArrowException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as .parquet: {error}") from None
 
 
 def _kind(path: Path) -> str:
@@ -229,40 +288,3 @@ def _read(path: Path) -> Iterator[str]:
     with open_text(path) as f:
         while chunk := f.read(PIECE):
             yield chunk
-
-
-def _check_lines(path: Path, field: str) -> None:
-    """Raises ValueError for the first line of a .jsonl file that is not an object with a text in `field`."""
-    with open_text(path) as f:
-        if (encoding := encoding_name(f.encoding)) != "UTF-8":
-            raise ValueError(f"{path} is {encoding}; convert it: iconv -f {encoding} -t UTF-8")
-        for number, line in enumerate(f, start=1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except json.JSONDecodeError as error:
-                last = "" if line.endswith("\n") else ", the last one (the file may be cut short)"
-                raise ValueError(
-                    f"{path}, line {number:,}{last}: {error.msg} at column {error.colno}"
-                ) from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number:,} is not an object, such as {{{field!r}: ...}}")
-            if not isinstance(row.get(field), str | None):
-                raise ValueError(f"{path}, line {number:,}: {field!r} is {row[field]!r:.40}, not text")
-
-
-def _load(source: str, path: str, part: str | None = None, **options: Any) -> Any:
-    """datasets.load_dataset. Any of its errors becomes an OSError about `source`."""
-    try:
-        # `import datasets` would also find an empty folder called datasets, so import a name from it.
-        from datasets import load_dataset
-    except ImportError:
-        packages = f"the package datasets: {cli.install('data')}"
-        raise ValueError(f".jsonl, .parquet and the Hugging Face hub need {packages}") from None
-    try:
-        return load_dataset(path, part, split="train", **options)
-    except Exception as error:
-        reason = error.__cause__ or error
-        if isinstance(reason, StopIteration):
-            raise ValueError(f"{source} has no rows") from None
-        line = (str(reason).splitlines() or [""])[0]
-        raise OSError(f"{source} could not be loaded ({type(reason).__name__}: {line})") from None

@@ -1,13 +1,12 @@
 """Encode a corpus as token files. Several threads share the work; files appear when they are complete."""
 
-import hashlib
 import json
 import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,8 @@ def describe_tokenizer(kind: str, corpus: Corpus) -> dict[str, Any]:
         return {"kind": "gpt2"}
     if kind == "char":
         symbols: set[str] = set()
-        for split in (corpus.train, corpus.val):
-            for piece in split.pieces():
+        for part in (corpus.train, corpus.val):
+            for piece in part.pieces():
                 symbols.update("\n" if piece is None else piece)  # a new line ends a document
         return {"kind": "char", "symbols": sorted(symbols)}
     if Path(kind).is_dir():
@@ -69,7 +68,7 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
     """
     check_free(folder)
     description = describe_tokenizer(kind, corpus)
-    end_mark, is_token = tokenizer.mark_of_end(description)
+    end_mark, is_token = tokenizer.end_mark(description)
     if endoftext and not is_token:
         problem = "endoftext=True needs a tokenizer that has a token for the end of a document"
         raise ValueError(f"{problem}; {tokenizer.name(description)} has none")
@@ -83,23 +82,24 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
     }
     marks: Counter[str] = Counter()  # how often the text has each
 
-    def counting_marks(pieces: Pieces) -> Pieces:
+    def count_marks(pieces: Pieces) -> Pieces:
         for piece in pieces:
             for mark in (end_mark, BYTE_ORDER_MARK):
                 marks[mark] += (piece or "").count(mark)
             yield piece
 
-    with _making(folder), ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
-        for name, split in (("train", corpus.train), ("val", corpus.val)):
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack, ThreadPoolExecutor(workers) as pool:
+        for name, part in (("train", corpus.train), ("val", corpus.val)):
             # The stack renames the first file last: once train.bin is there, everything is.
             path = stack.enter_context(atomic.replacing(folder / f"{name}.bin"))
-            pieces = progress_bar(counting_marks(split.pieces()), str(folder / name), split.size, _size)
+            pieces = progress_bar(count_marks(part.pieces()), str(folder / name), part.size, _size)
             ids = _map_in_order(pool, encode_batch, _batches(pieces), ahead=2 * workers)
-            n_tokens, sha256 = _write(path, ids, dtype)
+            n_tokens = _write(path, ids, dtype)
             if n_tokens == 0:
                 problem = f"{corpus.source}: the split {name} would have no token"
                 raise ValueError(f"{problem}; add text, or choose another val_fraction")
-            meta[name] = {"tokens": n_tokens, "documents": split.documents, "sha256": sha256}
+            meta[name] = {"tokens": n_tokens}
         meta |= {"source": corpus.source, "date": datetime.now(UTC).isoformat(timespec="seconds")}
         _write_tokenizer(folder, description)
         atomic.write(folder / "meta.json", json.dumps(meta, indent=1) + "\n")
@@ -114,18 +114,6 @@ def encode(folder: Path, corpus: Corpus, kind: str, workers: int, endoftext: boo
     if n_marks := marks[BYTE_ORDER_MARK]:
         print(f"the text has a byte-order mark (U+FEFF) in {n_marks:,} places, as where files were joined")
     return meta
-
-
-@contextmanager
-def _making(folder: Path) -> Iterator[None]:
-    """Makes `folder`. After an error inside, removes it again if it is empty."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if not any(folder.iterdir()):
-            folder.rmdir()
-        raise
 
 
 def _encoder(description: dict[str, Any], endoftext: bool) -> Callable[[Batch], Ids]:
@@ -172,10 +160,10 @@ def _map_in_order(
         yield future.result()
 
 
-def _write(path: Path, arrays: Iterable[Ids], dtype: DTypeLike) -> tuple[int, str]:
-    """Writes a token file. Returns the number of tokens and the sha256 of the file."""
+def _write(path: Path, arrays: Iterable[Ids], dtype: DTypeLike) -> int:
+    """Writes a token file. Returns the number of tokens."""
     n_tokens = 0
-    with path.open("w+b") as f:
+    with path.open("wb") as f:
         f.write(shards.header(dtype, 0))
         for ids in arrays:
             f.write(ids.astype(dtype).data)
@@ -185,8 +173,7 @@ def _write(path: Path, arrays: Iterable[Ids], dtype: DTypeLike) -> tuple[int, st
         f.write(shards.header(dtype, n_tokens))
         f.flush()
         os.fsync(f.fileno())
-        f.seek(0)
-        return n_tokens, hashlib.file_digest(f, "sha256").hexdigest()
+    return n_tokens
 
 
 def _size(piece: str | None) -> int:

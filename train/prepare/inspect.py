@@ -1,6 +1,5 @@
 """Show a data set: counts, vocabulary, largest id, and the first tokens as text."""
 
-import hashlib
 from pathlib import Path
 
 from gpt import tokenizer
@@ -32,15 +31,8 @@ def inspect(folder: Path) -> None:
             )
         if meta and meta[split]["tokens"] != n_tokens:
             print(f"{split}: meta.json says {meta[split]['tokens']:,} tokens: cut short, or replaced")
-        elif meta and len(paths) == 1 and meta[split].get("sha256") not in (None, _sha256(paths[0])):
-            print(f"{split}: the sha256 is not the one in meta.json: the file has changed")
     first = shards.open_tokens(files["train"][0])[:N_FIRST].tolist()
     if description["kind"] == "unknown":
         print(f"the first {len(first)} ids: {first}; {description['why']}")
     else:
         print(f"the first {len(first)} tokens: {tokenizer.from_dict(description).decode(first)!r}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
