@@ -137,7 +137,7 @@ def _tokenizer_files(description: dict[str, Any]) -> tuple[dict[str, bytes], int
             "version": "1.0",
             "added_tokens": [],
             "pre_tokenizer": {
-                "type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False,
+                "type": "Split", "pattern": tokenizer.EACH_CHARACTER, "behavior": "Isolated", "invert": False,
             },
             "decoder": {"type": "Fuse"},
             "model": {"type": "WordLevel", "vocab": vocab, "unk_token": ""},

@@ -33,6 +33,7 @@ GPT2_REPLACEMENT = 4210  # U+FFFD
 GPT2_SHA256 = "4c9d30e24aa2b6a802cbe721e72c4ea9f4ac076781eafb0686f6ae4019f7f130"
 MAX_SYMBOLS = 2**24  # in nanoGPT's meta.pkl; Unicode has a million characters
 ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")  # what tokenizer.json files call it
+EACH_CHARACTER = {"Regex": "[\\s\\S]"}  # how our export of a CharTokenizer as a tokenizer.json splits a text
 TIKTOKEN_FILES = {  # tiktoken's cache names a file by the sha1 of its URL
     "vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
     "encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
@@ -286,7 +287,10 @@ def describe_folder(folder: Path, rows: int | None = None) -> dict[str, Any]:
         )
     size = _json_vocab_size(text, folder / "tokenizer.json")
     content = json.loads(text)
-    if _kinds(content) == ("WordLevel", "Split"):  # our own export of characters
+    split = content.get("pre_tokenizer") or {}
+    if (
+        content["model"].get("type") == "WordLevel" and split.get("pattern") == EACH_CHARACTER
+    ):  # our own export
         symbols = dict.fromkeys(range(size), "") | {i: s for s, i in content["model"]["vocab"].items()}
         return {"kind": "char", "symbols": list(symbols.values())}
     added = content.get("added_tokens", [])
@@ -305,16 +309,13 @@ def _json_vocab_size(text: str, source: str | Path) -> int:
     with _as_value_error(f"{source} is not a tokenizer.json of Hugging Face's tokenizers"):
         content = parse_json(text, source)
         ids = _token_ids(content)
-        _kinds(content)
+        if not isinstance(content.get("pre_tokenizer") or {}, dict):
+            raise TypeError("its pre_tokenizer is not an object")
         if not all(isinstance(token, str) for token in ids):
             raise TypeError("a token is not text")
         if not all(type(i) is int and 0 <= i < 2**31 for i in ids.values()):
             raise ValueError("an id is not a whole number from 0 to 2^31 - 1")
         return 1 + max(ids.values())
-
-
-def _kinds(content: dict[str, Any]) -> tuple[Any, Any]:
-    return content["model"].get("type"), (content.get("pre_tokenizer") or {}).get("type")
 
 
 def _json_of_bpe(folder: Path) -> str:

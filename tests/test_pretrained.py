@@ -11,7 +11,7 @@ import torch
 
 from gpt import checkpoint, convert, sample, tokenizer
 from gpt.model import GPT, GPTConfig
-from gpt.pretrained import load, save_checkpoint, save_hugging_face
+from gpt.pretrained import hugging_face_tokenizer, load, save_checkpoint, save_hugging_face
 from tests.runs import run
 from tests.test_command_line import command, complaint
 from tests.test_generate import stir
@@ -248,7 +248,10 @@ def test_gpt2s_encoding_is_recognized_by_its_ids_and_kept():
     Path("hf/added_tokens.json").write_text('{"<pad>": 50257}')
     more = tokenizer.describe_folder(Path("hf"), 50258)
     assert tokenizer.from_dict(more).encode("Hello<pad>") == [15496, 50257]
-    assert tokenizer.describe_folder(Path("hf"), 50257) == GPT2
+    # the folder of a model with 50257 rows: data prepared with its tokenizer fit the model
+    model = json.loads(Path("hf/config.json").read_text())
+    Path("hf/config.json").write_text(json.dumps(model | {"vocab_size": 50257}))
+    assert describe_tokenizer("hf", None) == hugging_face_tokenizer("hf") == GPT2
     assert tokenizer.fits(more, GPT2) and not tokenizer.fits(GPT2, more)
     normalized = more | {"json": json.dumps(json.loads(more["json"]) | {"normalizer": {"type": "NFC"}})}
     assert not tokenizer.fits(more, normalized) and not tokenizer.fits(normalized, GPT2)
@@ -261,6 +264,16 @@ def test_gpt2s_encoding_is_recognized_by_its_ids_and_kept():
     other["Hello"], other["Ġthe"] = other["Ġthe"], other["Hello"]
     Path("hf/vocab.json").write_text(json.dumps(other))
     assert tokenizer.describe_folder(Path("hf"), 50257)["kind"] == "json"
+
+
+def test_a_tokenizer_of_words_is_not_our_export_of_characters(tmp_path):
+    """Chlorine in a molecule is one token, "Cl", beside "C" for carbon."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    atoms = Tokenizer(models.WordLevel({"C": 0, "Cl": 1}, unk_token="C"))
+    atoms.pre_tokenizer = pre_tokenizers.Split(Regex("Cl|C"), "isolated")
+    atoms.save(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.from_dict(tokenizer.describe_folder(tmp_path)).encode("CCl") == [0, 1]
 
 
 # GPT-2's own number of rows says nothing about the tokenizer either.
