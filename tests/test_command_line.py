@@ -262,6 +262,7 @@ def test_an_environment_or_device_that_does_not_fit_is_a_sentence(monkeypatch, e
 def test_accumulation_that_the_ranks_do_not_divide_is_refused_with_one_that_they_do():
     with pytest.raises(ValueError, match=r"gradient_accumulation_steps=40 .*3; try 39"):
         resolve(TrainConfig(), distributed.Ranks(0, 3, "cpu", "gloo"))
+    assert resolve(TrainConfig(eval_only=True), distributed.Ranks(0, 3, "cpu", "gloo")), "it makes no steps"
 
 
 @pytest.mark.parametrize(("seed", "of_rank_1"), [(1337, 1338), (2**64 - 1, 0), (-1, 0)])

@@ -15,7 +15,7 @@ from train import distributed, metrics
 from train.checkpoint import Progress
 from train.config import parse
 from train.loop import train
-from train.view import Lines, open_view
+from train.view import Lines, open_view, progress_bar
 
 
 @pytest.fixture
@@ -100,6 +100,17 @@ def test_lines_where_no_view_can_be_had(terminal, monkeypatch, lacking):
         terminal(80)
     with open_view() as view:
         assert type(view) is Lines
+
+
+@pytest.mark.parametrize("has_rich", [True, False])
+def test_a_progress_bar_yields_the_items_even_without_rich(monkeypatch, has_rich):
+    stderr = io.StringIO()
+    stderr.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stderr)
+    if not has_rich:
+        monkeypatch.setitem(sys.modules, "rich", None)
+    assert list(progress_bar(iter("abc"), "letters", 3)) == ["a", "b", "c"]
+    assert ("letters" in stderr.getvalue()) == has_rich
 
 
 def test_the_time_left_is_that_of_the_steps_and_of_the_evaluations(workplace):

@@ -27,7 +27,7 @@ def main() -> None:
                 train(config, ranks, given, stop, view)
     except (RuntimeError, MemoryError) as error:
         if fit.out_of_memory(error):
-            raise ValueError(fit.explain(error, config)) from error
+            raise ValueError(fit.explain(error, config.out_dir)) from error
         if not distributed.lost_rank(error):
             raise
         raise OSError(

@@ -237,7 +237,7 @@ def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScale
             torch.set_rng_state(rng["cpu"])
             if ranks.device_type in rng.keys() - {"cpu"}:
                 torch.get_device_module(ranks.device).set_rng_state(rng[ranks.device_type])
-    except (RuntimeError, LookupError, TypeError) as error:
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"the checkpoint's optimizer, scaler or rng cannot be restored ({error}); resume from a "
             f"different checkpoint, or {way_out}"

@@ -157,7 +157,7 @@ def parse(args: Sequence[str]) -> tuple[TrainConfig, dict[str, list[str]]]:
 
 def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """Replaces "auto" by what this machine has. Raises ValueError for settings it does not support."""
-    if config.gradient_accumulation_steps % ranks.world_size:
+    if config.gradient_accumulation_steps % ranks.world_size and not config.eval_only:
         raise ValueError(
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} is the total over all ranks "
             f"and must be a multiple of their number, {ranks.world_size}; try {_multiple(config, ranks)}"
@@ -188,7 +188,8 @@ def config_file(config: TrainConfig, given: Mapping[str, Sequence[str]] | None =
     checkpoint will supply are left out then.
     """
     values = config.flat()
-    values.pop("print_config")
+    for name in ("print_config", "profile"):
+        del values[name]  # they concern one start, not the run
     if given is not None and config.init_from not in ("scratch", "auto"):
         for name in set(MODEL_FIELDS).difference(given):
             del values[name]

@@ -99,14 +99,13 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
 
 
-def explain(error: BaseException, config: TrainConfig) -> str:
+def explain(error: BaseException, out_dir: str) -> str:
     """A sentence for an `out_of_memory` error: what to lower, and whether the run can resume."""
     request = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
     amount = f" ({request[1]} more were needed)" if request else ""
-    latest = Path(config.out_dir, "ckpt.pt")
+    latest = Path(out_dir, "ckpt.pt")
     saved = f"--init_from=resume continues from {latest}" if latest.exists() else "nothing is saved yet"
     return (
-        f"out of memory{amount}: try a smaller batch_size than {config.batch_size}, with "
-        f"gradient_accumulation_steps={config.gradient_accumulation_steps} raised as much for the same step, "
-        f"--batch_size=auto on a GPU, {SMALLER}; {saved}"
+        f"out of memory{amount}: halve batch_size and double gradient_accumulation_steps, which makes the "
+        f"same step, or try --batch_size=auto on a GPU, {SMALLER}; {saved}"
     )

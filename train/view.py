@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from gpt import cli
@@ -212,8 +213,8 @@ def open_view() -> Iterator[Lines]:
 def progress_bar(
     items: Iterable[Item], label: str, total: int, size: Callable[[Item], int] = lambda item: 1
 ) -> Iterator[Item]:
-    """Yields the items, and shows a progress bar on stderr if it is a terminal."""
-    if not sys.stderr.isatty():
+    """Yields the items, and shows a progress bar on stderr if it is a terminal and rich is installed."""
+    if find_spec("rich") is None or not sys.stderr.isatty():
         yield from items
         return
     from rich import progress
