@@ -248,7 +248,7 @@ def test_damaged_tokenizers(workplace, dice):
         attempt(use)
 
 
-def test_damaged_metrics(workplace, dice, capsys):
+def test_damaged_metrics(workplace, dice):
     run(*SMALL, "--max_iters=3", "--eval_interval=1")
     path = Path("out/metrics.jsonl")
     whole = path.read_bytes()
@@ -270,10 +270,12 @@ def test_damaged_metrics(workplace, dice, capsys):
     for changed in with_other_types(lines, dice):
         path.write_text("".join(json.dumps(line) + "\n" for line in changed))
         attempt(use)
-    capsys.readouterr()
-    path.write_bytes(whole + b'null\n5\n[]\n{"loss": 1}\n' + b"[" * 100_000 + b"\n")
+    for line in (b"null", b"5", b"[]", b'{"loss": 1}', b'{"event": "start"}', b"[" * 100_000, b"\xff"):
+        path.write_bytes(whole + line + b"\n")
+        with pytest.raises(ValueError, match=rf"^out/metrics.jsonl, line {len(lines) + 1}, is not a step"):
+            use()
+    path.write_bytes(whole + whole[:30])
     assert use() == right
-    assert "out/metrics.jsonl: 5 lines are not records" in capsys.readouterr().err
 
 
 def test_damaged_folders_of_hugging_face(tmp_path, dice):

@@ -20,6 +20,8 @@ evaluation that is already done.
 """
 
 import json
+import math
+import operator
 import os
 import resource
 import sys
@@ -251,69 +253,53 @@ def _event(name: str, step: int, **fields: Any) -> dict[str, Any]:
     return {"event": name, "iter": step, "time": now} | fields
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The steps and evaluations in a metrics.jsonl, each once.
+# Numbers or null in a line about a step, and in one about an evaluation.
+STEP = ("loss", "lr", "grad_norm", "tokens_per_s", "ms")
+EVALUATION = ("train/loss", "val/loss")
 
-    Skips a half-written last line. Notes on stderr how many other lines are not records. Raises OSError, and
-    ValueError for a file that is not ours.
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The steps and evaluations in a metrics.jsonl, each once. A half-written last line is skipped.
+
+    Raises OSError, and ValueError for a line that a run did not write.
     """
-    _check_own(path)
     records: list[dict[str, Any]] = []
-    left_out = 0
-    for line in path.read_bytes().splitlines(keepends=True):
+    for number, line in enumerate(regular(path).read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not _is_record(record):
-            left_out += line.endswith(b"\n")
-        elif "event" not in record:
-            records.append(record)
-        elif record["event"] == "start":
-            first = record["iter"]
-            of_evaluation = {first} if record["evaluated"] else set()
-            records = [
-                r for r in records if r["iter"] < first or ("val/loss" in r and r["iter"] in of_evaluation)
-            ]
-    if left_out:
-        print(f"{path}: {left_out:,} lines are not records of a run and are skipped", file=sys.stderr)
+            if "event" not in record:
+                names = EVALUATION if "val/loss" in record else STEP
+                # These raise TypeError for what is not a whole number, and for what is not a number.
+                operator.index(record["iter"])
+                math.fsum(record[name] for name in names if record[name] is not None)
+                records.append(record)
+            elif record["event"] == "start":
+                first, evaluated = record["iter"], record["evaluated"]
+                records = [
+                    r for r in records
+                    if r["iter"] < first or (evaluated and r["iter"] == first and "val/loss" in r)
+                ]  # fmt: skip
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"{path}, line {number}, is not a step, an evaluation or an event "
+                f"({type(error).__name__}: {error}); repair the line or remove it"
+            ) from None
     return records
 
 
-def _is_record(record: Any) -> bool:
-    """Whether a value is a step, an evaluation or an event."""
-    if not isinstance(record, dict) or type(record.get("iter")) is not int or not 0 <= record["iter"] < 2**62:
-        return False
-    if "event" in record:
-        return record["event"] != "start" or isinstance(record.get("evaluated"), bool)
-    evaluation = ("train/loss", "val/loss")
-    figures = evaluation if "val/loss" in record else ("loss", "lr", "grad_norm", "tokens_per_s", "ms")
-    return all(name in record and _is_figure(record[name]) for name in figures)
-
-
-def _is_figure(value: Any) -> bool:
-    """Whether a value is a number that can be plotted, or null."""
-    return value is None or (type(value) in (int, float) and abs(value) < 1e100)
-
-
-def _check_own(path: Path) -> None:
-    """Raises ValueError for a file that is not ours, so that we never append to another program's file."""
-    with regular(path).open("rb") as file:
-        first = file.readline()
-    if first.endswith(b"\n") and not first.startswith((b'{"event": ', b'{"iter": ')):
-        raise ValueError(
-            f"{path} was not written by a training run of this project (it begins with {first[:60]!r}), and "
-            "is left unchanged: move it elsewhere, or choose a different --out_dir"
-        )
-
-
 def _open(path: Path) -> TextIO:
-    """Opens for appending, after removing a half-written last line. Raises ValueError like `_check_own`."""
+    """Opens for appending, after removing a half-written last line. Raises ValueError for a file not ours."""
     if path.exists():
-        _check_own(path)
+        regular(path)
     file = path.open("a+b")
     file.seek(0)
-    file.truncate(file.read().rfind(b"\n") + 1)
+    content = file.read()
+    if b"\n" in content and not content.startswith((b'{"event": ', b'{"iter": ')):
+        raise ValueError(
+            f"{path} was not written by a training run of this project (it begins with {content[:60]!r}), "
+            "and is left unchanged: move it elsewhere, or choose a different --out_dir"
+        )
+    file.truncate(content.rfind(b"\n") + 1)
     return TextIOWrapper(file, "utf-8")
 
 
