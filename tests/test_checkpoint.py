@@ -73,8 +73,8 @@ def of_nanogpt(state):
 def of_an_earlier_version(state):
     """With the keys that commit 9111c6c wrote, before there was gpt_config."""
     keys = "model optimizer model_args config scaler rng iter_num position evaluated tokenizer data skipped"
-    earlier = {name: state[name] for name in [*keys.split(), "best_val_loss", "began"]}
-    return earlier | {"activation": state["gpt_config"]["activation"], "kernels": "torch"}
+    earlier = {name: state[name] for name in [*keys.split(), "best_val_loss"]}
+    return earlier | {"activation": state["gpt_config"]["activation"], "kernels": "torch", "began": "scratch"}
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,6 @@ class Progress:
     best_val_loss: float = math.inf
     skipped: int = 0  # steps whose gradient was not finite
     evaluated: bool = False  # whether the evaluation at iter_num is done
-    began: str = "scratch"  # init_from of the process that began the run, for config.py
 
     @classmethod
     def after(cls, saved: Checkpoint, config: TrainConfig) -> "Progress":
@@ -52,9 +51,7 @@ class Progress:
         progress = cls(**{key.name: getattr(saved, key.name) for key in fields(cls)})
         if saved.position is None:
             # nanoGPT reads windows at random. Continue where a run of ours would be after that many steps.
-            progress.position = saved.iter_num * config.sequences
-        if saved.began is None:
-            progress.began = saved.config.get("init_from", config.init_from)
+            progress.position = saved.iter_num * config.sequences_per_step
         return progress
 
 

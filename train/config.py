@@ -136,7 +136,7 @@ class TrainConfig:
         return range(int(start), int(stop)) if self.profile else range(0)
 
     @property
-    def sequences(self) -> int:
+    def sequences_per_step(self) -> int:
         """Sequences per step, over all ranks."""
         return self.micro_batch * self.gradient_accumulation_steps
 

@@ -33,7 +33,7 @@ def micro_batch(
         raise ValueError(
             "batch_size=auto tries sizes on each rank alone, which strategy=fsdp cannot: give a number"
         )
-    sequences, accumulation = config.sequences, config.gradient_accumulation_steps
+    sequences, accumulation = config.sequences_per_step, config.gradient_accumulation_steps
     per_rank = size = sequences // ranks.world_size
     model.cpu()
     release(ranks.device)

@@ -83,7 +83,9 @@ def train(
     with cli.IfSlow("making the model", ranks.is_main):
         # In a new run, `saved` has only defaults.
         model, saved = checkpoint.initial_model(config, given, tokenizer, ranks, start)
-    config = replace(config, model=model.config)
+    # The checkpoint and config.py of a resumed run say where the run began.
+    began_from = saved.config.get("init_from", config.init_from)
+    config = replace(config, model=model.config, init_from=began_from)
     tokenizer = tokenizer_to_save(tokenizer, saved.tokenizer or tokenizer, model, data_dir)
     if ranks.differ(saved.iter_num):
         raise ValueError(
@@ -121,10 +123,10 @@ def train(
     accumulation = config.gradient_accumulation_steps // ranks.world_size
 
     # Logging. Compile before the first step, so that step times do not include it.
-    metrics = Metrics(config, ranks, model, view or Lines(), progress, saved.config)
+    metrics = Metrics(config, ranks, model, view or Lines(), progress)
+    metrics.start(progress, len(train_file), len(eval_files["val"]), saved.config)
     resume_message = f"resumed {start.latest} at step {progress.iter_num:,}" if resumes else ""
     del saved, start  # free the memory maps of the checkpoint file
-    metrics.start(len(train_file), len(eval_files["val"]))
     for line in filter(None, (resume_message, fit_message)):
         metrics.print(line)
     if not config.eval_only:
@@ -135,7 +137,7 @@ def train(
         if config.compile:
             metrics.print(f"compiled in {seconds:.1f} s, including a first pass")
         if ranks.is_main:
-            save_config(replace(config, init_from=progress.began), out_dir)
+            save_config(config, out_dir)
     profile = Profile(config, progress.iter_num, ranks, metrics)
     saver = checkpoint.Saver(model, optimizer, scaler, config, ranks, tokenizer, data)
     sample_tokenizer = tokenizer_for_samples(tokenizer, model, config, ranks, metrics)
@@ -182,7 +184,7 @@ def train(
         metrics.step(progress.iter_num, loss, grad_norm, lr, skips.total)
         profile.after(progress.iter_num)
         progress.iter_num += 1
-        progress.position += config.sequences
+        progress.position += config.sequences_per_step
         progress.evaluated = False
         saver.check()
 

@@ -51,27 +51,15 @@ SETTLING = 5  # steps left out of the estimates: the first ones are slower
 class Metrics:
     """Only rank 0 writes, but all ranks must call `step`, which averages the loss over them."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        ranks: Ranks,
-        model: GPT,
-        view: Lines,
-        progress: Progress,
-        saved_flags: dict[str, Any],
-    ):
-        """`progress` is where the run starts. `saved_flags` are those of a resumed checkpoint, or {}."""
+    def __init__(self, config: TrainConfig, ranks: Ranks, model: GPT, view: Lines, progress: Progress):
+        """`progress` is where the run starts."""
         self.config, self.ranks, self.model, self.view = config, ranks, model, view
         self.first_step = self.last_logged = progress.iter_num
-        self.evaluated = progress.evaluated
-        self.best_val_loss = progress.best_val_loss
         self.skipped = progress.skipped
-        self.saved_flags = saved_flags
         self.mfu: float | None = None
         self.seconds: float | None = None  # of a step, smoothed
         self.pauses: dict[str, list[float]] = {}  # seconds of each evaluation, compilation, ...
         self.wandb = self.file = None
-        self.start_event: dict[str, Any] | None = None  # written with the first record
         if ranks.is_main:
             if config.wandb_log:
                 self.wandb = _start_wandb(config, self.print)
@@ -83,20 +71,26 @@ class Metrics:
         if self.ranks.is_main:
             self.view.print(text)
 
-    def start(self, train_tokens: int, val_tokens: int) -> None:
-        """Prints what will be trained, on which data, and which settings differ from the checkpoint's."""
+    def start(
+        self, progress: Progress, train_tokens: int, val_tokens: int, saved_flags: dict[str, Any]
+    ) -> None:
+        """Prints what will be trained, on which data, and which settings differ from the checkpoint's.
+
+        `saved_flags` are those of a resumed checkpoint, or {}.
+        """
         if not self.ranks.is_main:
             return
         config, c = self.config, self.config.model
-        step = config.sequences * c.block_size
-        tokens = step * config.max_iters
+        tokens_per_step = config.sequences_per_step * c.block_size
+        tokens, epoch = tokens_per_step * config.max_iters, train_tokens / tokens_per_step
         parameters, flops = self.model.get_num_params(), self.model.flops_per_token()
         gpu = torch.cuda.get_device_name(config.device) if self.ranks.device_type == "cuda" else None
-        self.start_event = _event(
-            "start", self.first_step, evaluated=self.evaluated, config=config.flat(), parameters=parameters,
-            flops_per_token=flops, tokens_per_step=step, train_tokens=train_tokens, val_tokens=val_tokens,
-            ranks=self.ranks.world_size, gpu=gpu, torch=torch.__version__,
-        )  # fmt: skip
+        self._write(_event(
+            "start", progress.iter_num, evaluated=progress.evaluated, config=config.flat(),
+            parameters=parameters, flops_per_token=flops, tokens_per_step=tokens_per_step,
+            train_tokens=train_tokens, val_tokens=val_tokens, ranks=self.ranks.world_size, gpu=gpu,
+            torch=torch.__version__,
+        ))  # fmt: skip
         shape = f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, block {c.block_size}"
         settings = f"dtype {config.dtype}, compile {config.compile}, kernels {c.kernels}"
         if c.residual_dtype != "float32":
@@ -105,7 +99,7 @@ class Metrics:
         backend = f", backend {config.backend}, strategy {config.strategy}" if self.ranks.backend else ""
         summary = {
             "parameters": f"{parameters / 1e6:.2f}M ({shape}, {c.vocab_size} symbols)",
-            "tokens per step": f"{step:,} ({train_tokens / step:,.0f} steps = one epoch)",
+            "tokens per step": f"{tokens_per_step:,} ({epoch:,.0f} steps = one epoch)",
             "data": f"{config.dataset}: {train_tokens:,} tokens to train on, {val_tokens:,} to validate",
             "run": f"{config.max_iters:,} steps, {tokens:,} tokens: {tokens / train_tokens:.2f} epochs, "
             f"{tokens / parameters:.1f} tokens per parameter (Chinchilla-optimal: 20)",
@@ -114,7 +108,7 @@ class Metrics:
         }
         if config.eval_only:
             del summary["run"], summary["cost"]
-        saved, now = self.saved_flags, config.flat()
+        saved, now = saved_flags, config.flat()
         if saved:  # an older checkpoint may have no residual_dtype
             saved.setdefault("residual_dtype", "float32")
         compared = saved.keys() & now.keys() - {"init_from", "out_dir", "device", "backend", "profile"}
@@ -124,7 +118,7 @@ class Metrics:
             if saved[name] != now[name]
         ]
         steps = 0 if config.eval_only else config.max_iters
-        self.view.start(summary, min(self.first_step, steps), steps, self.best_val_loss)
+        self.view.start(summary, min(progress.iter_num, steps), steps, progress.best_val_loss)
         for line in changed:
             self.print(line)
 
@@ -142,7 +136,7 @@ class Metrics:
         if not self.ranks.is_main:
             return
         seconds = (time.perf_counter() - self.started) / (step + 1 - self.last_logged)
-        sequences = config.sequences
+        sequences = config.sequences_per_step
         if step - self.first_step >= SETTLING:
             mfu = self.model.estimate_mfu(sequences // self.ranks.world_size, seconds, config.dtype)
             self.mfu = mfu if self.mfu is None or mfu is None else 0.9 * self.mfu + 0.1 * mfu
@@ -232,10 +226,8 @@ class Metrics:
         return (last - done) * self.seconds + to_come * (times[-1] if times else 0.0)
 
     def _write(self, record: dict[str, Any]) -> None:
-        start, self.start_event = self.start_event, None
         if self.file is not None:
-            for each in (start, record) if start else (record,):
-                self.file.write(to_json(each) + "\n")
+            self.file.write(to_json(record) + "\n")
             self.file.flush()
 
     def _synchronize(self) -> None:
