@@ -77,7 +77,7 @@ def test_a_checkpoint_past_max_iters_is_not_a_finished_run(workplace, capsys):
 
 
 def test_a_long_evaluation_prints_its_progress(workplace, monkeypatch, capsys):
-    monkeypatch.setattr("train.view.PATIENCE", -1)
+    monkeypatch.setattr("train.view.MAX_SILENCE", -1)
     _, out, _ = command(training.main, monkeypatch, capsys, *TINY, "--eval_only", "--eval_iters=3")
     lines = [line for line in out.splitlines() if line.startswith("evaluating")]
     assert lines == [f"evaluating: {done} of 6 batches" for done in range(6)]

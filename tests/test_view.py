@@ -20,7 +20,7 @@ from train.view import Lines, open_view, progress_bar
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Makes stdout a terminal of so many columns; returns what reads its text, without escape sequences."""
+    """A function that makes stdout a terminal of so many columns. It returns a function for its lines."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -51,12 +51,12 @@ def test_a_run_leaves_its_evaluations_above_the_view(workplace, terminal):
     evaluations = [line.split(":")[0] for line in above if re.match(r"step \d: train loss", line)]
     assert evaluations == ["step 0", "step 4", "step 8"]
     last = [r for r in records() if "loss" in r][-1]
-    assert "8/8" in end and f"loss {last['loss']:.4f}" in end and "elapsed " in end
+    assert re.search(r"8/8 0:00:\d\d", end) and f"loss {last['loss']:.4f}" in end
     assert "left" not in end and "MFU" not in end and "skipped" not in end
 
 
 @pytest.mark.parametrize("columns", [40, 120])
-def test_a_frame_shows_what_goes_on_and_when_it_will_end_within_the_screen(terminal, columns):
+def test_the_live_view_fits_the_screen_and_shows_the_run_the_evaluation_and_the_last_step(terminal, columns):
     screen = terminal(columns)
     record = dict(
         iter=5, loss=2.5, lr=1e-3, grad_norm=0.5, skipped=3, ms=1234.5, tokens_per_s=9e6, mfu=41.23,
@@ -72,26 +72,29 @@ def test_a_frame_shows_what_goes_on_and_when_it_will_end_within_the_screen(termi
             "a process that is killed cannot give the cursor back"
         )
         view.advance(6)
-        view.step(record, 3725.0)
         with view.busy("evaluating"):
             view.evaluation({"iter": 6, "train/loss": 2.0, "val/loss": float("nan")})
+            view.step(record, 3725.0)
             view.print("[bold]as it is[/bold] :smile:")
+            view.part(3, 40)
+            view.stopping("SIGINT")
             during = frame(view)
-        assert "training" in frame(view)
-        raise KeyError("an error ends the view too")
+            raise KeyError("an error ends the view too")
     assert max(map(len, during.splitlines())) <= columns - 2
     for figure in (
-        "evaluating", "6/1,000", "left about 1h 2m", "loss 2.5000", "best val 2.2500", "lr 1.00e-03",
-        "grad norm 0.500", "skipped 3", "tokens/s 9,000,000", "ms/step 1,234.5", "MFU 41.2%", "7.0 GB",
+        "training", "6/1,000", "evaluating", "3/40", "SIGINT: stopping after this", "left about 1h 2m",
+        "loss 2.5000", "best val 2.2500", "lr 1.00e-03", "grad norm 0.500", "skipped 3", "tokens/s 9,000,000",
+        "ms/step 1,234.5", "MFU 41.2%", "7.0 GB",
     ):  # fmt: skip
         assert figure in during, figure
     assert "[bold]as it is[/bold] :smile:" in screen()
-    end = screen()[-4:]
-    assert "left" not in " ".join(end) and any(line.startswith("stopped") for line in screen())
+    end = "".join(screen()[-6:])
+    assert "stopped" in end and "6/1,000" in end
+    assert not any(word in end for word in ("left", "evaluating", "SIGINT"))
 
 
 @pytest.mark.parametrize("lacking", ["rich", "terminal", "interaction"])
-def test_lines_where_no_view_can_be_had(terminal, monkeypatch, lacking):
+def test_without_rich_or_a_terminal_a_run_prints_plain_lines(terminal, monkeypatch, lacking):
     if lacking == "rich":
         monkeypatch.setitem(sys.modules, "rich.console", None)
     if lacking == "interaction":
