@@ -133,7 +133,7 @@ def test_out_of_memory_in_train_evaluate_is_a_sentence(monkeypatch, capsys):
     assert code == 1 and err.startswith("error: out of memory") and "batch_size than 8" in err
 
 
-def test_a_profile_is_a_trace_of_its_steps_with_a_list_of_what_costs_most(workplace, capsys):
+def test_a_profile_is_a_trace_of_its_steps_and_a_table_of_the_most_expensive_operations(workplace, capsys):
     run("--profile=1:4", "--eval_interval=5", out_dir="profiled")
     run("--eval_interval=5", out_dir="plain")
     assert_same_run("plain", "profiled")
@@ -142,22 +142,18 @@ def test_a_profile_is_a_trace_of_its_steps_with_a_list_of_what_costs_most(workpl
     assert count == 3 * 2, "a call for each of two groups in each of three steps"
     out = capsys.readouterr().out
     assert out.index("iter 3:") < out.index("profiled/trace-1-3.json") < out.index("iter 4:")
-    listed = re.findall(r"^ +([\d.]+)% +([\d.]+) ms +([\d,]+) times  (.+)$", out, re.MULTILINE)
-    shares = [float(share) for share, *_ in listed]
-    assert len(listed) == 12 and shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100.5
-    [whole] = map(float, re.findall(r"^([\d.]+) ms a step in operations on cpu", out, re.MULTILINE))
-    assert float(listed[0][1]) == pytest.approx(whole * shares[0] / 100, rel=0.02, abs=0.01)
+    self_cpu = [float(share) for share in re.findall(r"^ *\S.*?  ([\d.]+)%", out, re.MULTILINE)]
+    assert len(self_cpu) == 12 and self_cpu == sorted(self_cpu, reverse=True)
 
 
-def test_a_profile_ends_before_an_evaluation_and_where_the_run_stops_and_begins_once(workplace, capsys):
-    run("--profile=2:7", "--eval_interval=4", out_dir="evaluated")
-    run("--profile=2:7", "--max_iters=4", "--eval_interval=100", out_dir="ended")
-    for folder in ("evaluated", "ended"):
-        assert [path.name for path in Path(folder).glob("trace-*")] == ["trace-2-3.json"]
+def test_a_profile_can_begin_at_step_0_and_ends_with_the_run_at_the_latest(workplace, capsys):
+    with pytest.warns(UserWarning, match="won't be using warmup"):
+        run("--profile=0:7", "--max_iters=4")
+    assert [path.name for path in Path("out").glob("trace-*")] == ["trace-0-3.json"]
     capsys.readouterr()
-    run("--profile=1:3", "--init_from=resume", out_dir="ended")
+    run("--profile=1:3", "--init_from=resume")
     assert "profile=1:3: those steps were made before" in capsys.readouterr().out
-    assert "profile" not in Path("ended/config.py").read_text(), "a repeated run is not profiled"
+    assert "profile" not in Path("out/config.py").read_text(), "a repeated run is not profiled"
 
 
 @pytest.mark.parametrize(("steps", "words"), [("5:5", "START:STOP"), ("8:9", "steps 0 to 7")])

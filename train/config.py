@@ -55,7 +55,7 @@ class TrainConfig:
     seed: int = 1337  # for weights, dropout and data order
     log_interval: int = 1  # steps between printed lines
     print_config: bool = False  # print every setting as a config file, with "auto" replaced, and stop
-    profile: str = ""  # START:STOP: trace these steps into out_dir and list the most expensive operations
+    profile: str = ""  # START:STOP: trace these steps into out_dir and print the most expensive operations
     wandb_log: bool = False  # log to Weights & Biases as well (extra [wandb])
     wandb_project: str = "owt"  # project in Weights & Biases
     wandb_run_name: str = "gpt2"  # run in Weights & Biases

@@ -38,7 +38,7 @@ from train.optim import (
     optimizer_for,
     step_if_finite,
 )
-from train.profiler import Profile
+from train.profiler import start_profiler
 from train.signals import StopRequest
 from train.view import Lines
 
@@ -138,7 +138,7 @@ def train(
             metrics.print(f"compiled in {seconds:.1f} s, including a first pass")
         if ranks.is_main:
             save_config(config, out_dir)
-    profile = Profile(config, progress.iter_num, ranks, metrics)
+    profiler = start_profiler(config, progress.iter_num, ranks, metrics)
     saver = checkpoint.Saver(model, optimizer, scaler, config, ranks, tokenizer, data)
     sample_tokenizer = tokenizer_for_samples(tokenizer, model, config, ranks, metrics)
     skips = SkippedSteps(progress.skipped, ranks.device)
@@ -151,7 +151,6 @@ def train(
         # Evaluate at intervals and at the end, then save. A run resumed from there skips the evaluation.
         due = progress.iter_num % config.eval_interval == 0 and not progress.evaluated
         if due or last:
-            profile.finish(progress.iter_num)
             with metrics.paused("evaluating"):
                 losses = estimate_loss(model, eval_files, config, ranks, precision, metrics.part)
                 progress.evaluated = True
@@ -168,7 +167,6 @@ def train(
             if last or asked_to_stop(stop, ranks):
                 break
 
-        profile.before(progress.iter_num)
         for group in optimizer.param_groups:
             group["lr"] = lr
         share = islice(micro_batches, accumulation)
@@ -182,7 +180,8 @@ def train(
         if progress.iter_num % config.log_interval == 0 and skips.in_a_row >= HOPELESS:
             raise ValueError(not_finite_message(progress, skips, config))
         metrics.step(progress.iter_num, loss, grad_norm, lr, skips.total)
-        profile.after(progress.iter_num)
+        if profiler:
+            profiler.step()
         progress.iter_num += 1
         progress.position += config.sequences_per_step
         progress.evaluated = False
@@ -198,7 +197,8 @@ def train(
 
     with metrics.paused("saving"):
         saver.wait()
-    profile.finish(progress.iter_num)
+    if profiler:
+        profiler.stop()
     if not last:
         metrics.stop(progress.iter_num, stop.received if stop else None)
     elif not config.eval_only:
