@@ -1,4 +1,4 @@
-"""--profile=START:STOP: profiles those steps with torch.profiler, and prints the most expensive operations."""
+"""--profile=START:STOP profiles those steps by torch.profiler, and prints the most expensive operations."""
 
 from pathlib import Path
 
