@@ -32,7 +32,6 @@ from gpt.checkpoint import Checkpoint, missing, model_args, read, write
 from gpt.model import GPT, RUN_OPTIONS
 from train.config import MODEL_FIELDS, TrainConfig
 from train.distributed import Ranks
-from train.optim import Optimizer
 
 
 @dataclass
@@ -197,33 +196,30 @@ def initial_model(
     return model, saved if resumes else empty
 
 
-def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScaler, ranks: Ranks) -> None:
+def restore(
+    saved: Checkpoint,
+    config: TrainConfig,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    ranks: Ranks,
+) -> None:
     """Restores the optimizer's moments and step counts, the loss scale and this rank's random numbers.
 
     Learning rate, weight decay and betas are those of this run. Raises ValueError if the optimizer differs or
     does not fit.
     """
     way_out = "load only the weights with --init_from=PATH/ckpt.pt"
-    moments = saved.optimizer["state"] if saved.optimizer else {}
     trained_with = saved.config.get("optimizer", "adamw")  # nanoGPT has no other
-    if saved.optimizer and trained_with != optimizer.name:
+    if saved.optimizer and trained_with != config.optimizer:
         raise ValueError(
-            f"the checkpoint was trained with {trained_with}, whose state {optimizer.name} cannot use: "
+            f"the checkpoint was trained with {trained_with}, whose state {config.optimizer} cannot use: "
             f"give --optimizer={trained_with}, or {way_out}"
         )
-    params = [(p, optimizer.moments(group)) for group in optimizer.param_groups for p in group["params"]]
-    # Before the first step there are no moments.
-    for i, (p, names) in enumerate(params if moments else ()):
-        for name in names:
-            moment = moments.get(i, {}).get(name)
-            if not isinstance(moment, Tensor) or moment.shape != p.shape:
-                shape = tuple(moment.shape) if isinstance(moment, Tensor) else moment or "missing"
-                raise ValueError(
-                    f"the checkpoint's optimizer: {name} of tensor {i} is {shape}, not {tuple(p.shape)}"
-                )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = saved.optimizer["state"] if saved.optimizer else {}
     try:
         state = {
-            i: {name: _shard_like(value, params[i][0]) for name, value in values.items()}
+            i: {name: _shard_like(value, parameters[i]) for name, value in values.items()}
             for i, values in moments.items()
         }
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -30,14 +30,7 @@ from train.config import TrainConfig, resolve, resume_command, save_config, twic
 from train.data import TokenFile, describe, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import Metrics
-from train.optim import (
-    Optimizer,
-    SkippedSteps,
-    clip_gradient,
-    learning_rate,
-    optimizer_for,
-    step_if_finite,
-)
+from train.optim import SkippedSteps, clip_gradient, learning_rate, optimizer_for, step_if_finite
 from train.profiler import start_profiler
 from train.signals import StopRequest
 from train.view import Lines
@@ -106,7 +99,7 @@ def train(
     wrapped, optimizer, scaler = set_up(model, config, ranks)
     progress = Progress.after(saved, config)
     if resumes:
-        checkpoint.restore(saved, optimizer, scaler, ranks)
+        checkpoint.restore(saved, config, optimizer, scaler, ranks)
 
     # The data. Evaluation uses a different seed, so it does not score the windows that training reads next.
     train_file = TokenFile(data_dir / "train.bin", config.model, config.seed)
@@ -208,7 +201,7 @@ def train(
 
 def set_up(
     model: GPT, config: TrainConfig, ranks: Ranks
-) -> tuple[nn.Module, Optimizer, torch.amp.GradScaler]:
+) -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
     """Returns the compiled and wrapped model, its optimizer and its loss scaler."""
     wrapped = distributed.parallel(model, config.strategy, config.compile, config.dtype, ranks)
     optimizer = optimizer_for(model, config, ranks.device_type)
