@@ -1,4 +1,4 @@
-"""Muon against its definition; weight decay; skipped steps; no resuming from the state of another optimizer."""
+"""Muon against its definition; weight decay; skipped steps; resuming with another optimizer."""
 
 import math
 

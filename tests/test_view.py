@@ -6,6 +6,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -200,52 +201,33 @@ def test_a_start_records_what_was_resolved_and_a_stop_why(workplace):
 # ---- wandb
 
 
-class StandIn(types.ModuleType):
-    """As much of wandb as is used: without a key it refuses to start except offline."""
-
-    class Error(Exception):
-        pass
-
-    def __init__(self, refusal=None):
-        super().__init__("wandb")
-        self.refusal, self.started, self.logged, self.finished = refusal, [], [], False
-
-    def init(self, **options):
-        if self.refusal and options.get("mode") != "offline":
-            raise self.Error(self.refusal)
-        self.started.append(options)
-        return types.SimpleNamespace(dir="/runs/wandb/offline-run-1/files")
-
-    def log(self, values):
-        self.logged.append(values)
-
-    def finish(self):
-        self.finished = True
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package."""
+    module = mock.Mock(Error=type("Error", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
 
 
-def test_wandb_gets_nanogpts_keys_at_evaluations_offline_where_no_key_is_known(
-    workplace, monkeypatch, capsys
-):
+def test_wandb_gets_nanogpts_keys_at_evaluations(workplace, monkeypatch, wandb):
     monkeypatch.setattr(GPT, "estimate_mfu", lambda *a: 0.25)
-    for refusal, mode in ((None, None), ("No API key configured. Use `wandb login`.", "offline")):
-        monkeypatch.setitem(sys.modules, "wandb", wandb := StandIn(refusal))
-        run("--wandb_log=True", "--wandb_project=p", "--wandb_run_name=r", out_dir=f"out-{mode}")
-        [started] = wandb.started
-        assert (started["project"], started["name"], started["config"]["n_embd"]) == ("p", "r", 32)
-        assert started.get("mode") == mode and wandb.finished
-        keys = {"iter", "train/loss", "val/loss", "lr"}
-        assert [values.keys() for values in wandb.logged] == [keys, keys, keys | {"mfu"}]
-        assert wandb.logged[2].pop("mfu") == pytest.approx(25.0)
-        assert wandb.logged == [r for r in records(f"out-{mode}") if "val/loss" in r]
-    assert "wandb sync /runs/wandb/offline-run-1" in capsys.readouterr().out
+    run("--wandb_log=True", "--wandb_project=p", "--wandb_run_name=r")
+    options = wandb.init.call_args.kwargs
+    assert (options["project"], options["name"], options["config"]["n_embd"]) == ("p", "r", 32)
+    wandb_run = wandb.init.return_value
+    logged = [call.args[0] for call in wandb_run.log.call_args_list]
+    keys = {"iter", "train/loss", "val/loss", "lr"}
+    assert [values.keys() for values in logged] == [keys, keys, keys | {"mfu"}]
+    assert logged[2].pop("mfu") == pytest.approx(25.0)
+    assert logged == [r for r in records() if "val/loss" in r]
+    wandb_run.finish.assert_called_once()
 
 
-def test_wandb_that_cannot_start_is_one_sentence(workplace, monkeypatch):
+def test_wandb_that_cannot_start_is_one_sentence(workplace, monkeypatch, wandb):
+    wandb.init.side_effect = wandb.Error("No API key configured")
+    with pytest.raises(ValueError, match=r"No API key configured.*WANDB_MODE=offline.*--wandb_log=False"):
+        run("--wandb_log=True")
     # The folder wandb of offline runs imports too, as an empty package.
-    for module, words in (
-        (StandIn("project 'p/q' holds a slash"), "project 'p/q' holds a slash.*WANDB_MODE=offline"),
-        (types.ModuleType("wandb"), "needs the package wandb: .*pip install"),
-    ):
-        monkeypatch.setitem(sys.modules, "wandb", module)
-        with pytest.raises(ValueError, match=words):
-            run("--wandb_log=True")
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    with pytest.raises(ValueError, match=r"needs the package wandb: .*pip install"):
+        run("--wandb_log=True")

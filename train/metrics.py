@@ -26,10 +26,9 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
-from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
@@ -62,7 +61,7 @@ class Metrics:
         self.wandb = self.file = None
         if ranks.is_main:
             if config.wandb_log:
-                self.wandb = _start_wandb(config, self.print)
+                self.wandb = _start_wandb(config)
             if not config.eval_only:
                 self.file = _open(Path(config.out_dir, "metrics.jsonl"))
         self.started = time.perf_counter()
@@ -303,8 +302,8 @@ def _memory(device: str) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _start_wandb(config: TrainConfig, say: Callable[[str], None]) -> Any:
-    """Starts wandb; offline if there is no API key and no terminal to ask for one."""
+def _start_wandb(config: TrainConfig) -> Any:
+    """Starts a run of wandb. Raises ValueError if wandb is not installed or does not start."""
     try:
         import wandb
 
@@ -314,15 +313,10 @@ def _start_wandb(config: TrainConfig, say: Callable[[str], None]) -> Any:
         raise ValueError(
             f"wandb_log=True needs the package wandb: {cli.install('wandb')}, or give --wandb_log=False"
         ) from None
-    start = partial(init, project=config.wandb_project, name=config.wandb_run_name, config=config.flat())
     try:
-        start()
+        return init(project=config.wandb_project, name=config.wandb_run_name, config=config.flat())
     except wandb.Error as error:
-        if "configured" not in str(error):  # not "No API key configured"
-            raise ValueError(
-                f"wandb did not start ({error}); "
-                "set WANDB_MODE=offline to log to the disk, or --wandb_log=False to turn it off"
-            ) from error
-        run = start(mode="offline")
-        say(f"wandb has no API key and logs to the disk; to upload later: wandb sync {Path(run.dir).parent}")
-    return wandb
+        raise ValueError(
+            f"wandb did not start ({error}); "
+            "set WANDB_MODE=offline to log to the disk, or --wandb_log=False to turn it off"
+        ) from error
