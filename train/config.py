@@ -8,13 +8,13 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import kernels
-from gpt import atomic, cli
+from gpt import cli
 from gpt.cli import UserPath
 from gpt.device import DTYPES, resolve_compile, resolve_dtype
 from gpt.model import RUN_OPTIONS, GPTConfig
@@ -54,7 +54,6 @@ class TrainConfig:
     )
     seed: int = 1337  # for weights, dropout and data order
     log_interval: int = 1  # steps between printed lines
-    print_config: bool = False  # print every setting as a config file, with "auto" replaced, and stop
     profile: str = ""  # START:STOP: trace these steps into out_dir and print the most expensive operations
     wandb_log: bool = False  # log to Weights & Biases as well (extra [wandb])
     wandb_project: str = "owt"  # project in Weights & Biases
@@ -100,7 +99,7 @@ class TrainConfig:
     dtype: str = "auto"  # auto, float32, bfloat16, float16 (with loss scaling)
     compile: bool | Literal["auto"] = "auto"  # torch.compile the model; auto: on CUDA
     strategy: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights, gradients and optimizer over the ranks
-    backend: str = "auto"  # torch.distributed: auto, nccl, gloo
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # torch.distributed: auto, nccl, gloo
     timeout: int = 600  # seconds that a rank waits for the others before the run fails
 
     def flat(self) -> dict[str, Any]:
@@ -113,8 +112,6 @@ class TrainConfig:
         cli.check_bounds(self.flat(), BOUNDS)
         if not 0 <= self.model.dropout < 1:
             raise ValueError(f"dropout={self.model.dropout} must be at least 0 and below 1")
-        if self.backend not in ("auto", "nccl", "gloo"):
-            raise ValueError(f"backend={self.backend!r} must be auto, nccl or gloo")
         steps = self.profiled
         if steps and steps[0] >= self.max_iters:
             raise ValueError(f"profile={self.profile}: this run has only the steps 0 to {self.max_iters - 1}")
@@ -160,7 +157,7 @@ def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     if config.gradient_accumulation_steps % ranks.world_size and not config.eval_only:
         raise ValueError(
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} is the total over all ranks "
-            f"and must be a multiple of their number, {ranks.world_size}; try {_multiple(config, ranks)}"
+            f"and must be a multiple of their number, {ranks.world_size}"
         )
     if config.strategy == "fsdp" and not ranks.backend:
         raise ValueError("strategy='fsdp' shards over ranks: start it with torchrun, one process per GPU")
@@ -174,29 +171,17 @@ def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     return replace(
         config,
         device=ranks.device,
-        backend=ranks.backend or "none",
         dtype=dtype,
         compile=resolve_compile(config.compile, ranks.device),
         model=model,
     )
 
 
-def config_file(config: TrainConfig, given: Mapping[str, Sequence[str]] | None = None) -> str:
-    """Returns the text of a config file that repeats a resolved configuration on the same kind of machine.
-
-    `given` (the flags that were set) is for --print_config, before a model is loaded. Settings that the
-    checkpoint will supply are left out then.
-    """
+def config_file(config: TrainConfig) -> str:
+    """Returns the text of a config file that repeats a resolved configuration on the same kind of machine."""
     values = config.flat()
-    for name in ("print_config", "profile"):
-        del values[name]  # they concern one start, not the run
-    if given is not None and config.init_from not in ("scratch", "auto"):
-        for name in set(MODEL_FIELDS).difference(given):
-            del values[name]
-    if given is not None and config.init_from in ("resume", "auto") and "dataset" not in given:
-        del values["dataset"]
+    del values["profile"]  # it concerns one start, not the run
     values["device"] = config.device.removesuffix(":0")  # the rank decides which GPU
-    values["backend"] = "auto" if config.backend == "none" else config.backend
     heading = "# Every setting of a run; python -m train FILE.py repeats it.\n\n"
     return heading + cli.config_text(TrainConfig, values)
 
@@ -219,13 +204,3 @@ def twice_as_long(config: TrainConfig) -> dict[str, int]:
     if config.decay_lr and config.lr_decay_iters <= config.max_iters:
         longer["lr_decay_iters"] = longer["max_iters"]
     return longer
-
-
-def save_config(config: TrainConfig, folder: Path) -> None:
-    """Writes `config_file` as config.py. Raises OSError if `folder` cannot be written to."""
-    atomic.write(folder / "config.py", config_file(config))
-
-
-def _multiple(config: TrainConfig, ranks: Ranks) -> int:
-    """The multiple of the number of ranks that is nearest to gradient_accumulation_steps."""
-    return ranks.world_size * max(1, round(config.gradient_accumulation_steps / ranks.world_size))

@@ -51,10 +51,6 @@ class Ranks:
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self.hosts)
         return bool(number)
 
-    def differ(self, value: Any) -> bool:
-        """Whether the ranks have different values."""
-        return self.any(value != self.broadcast(value))
-
     def broadcast(self, value: Any) -> Any:
         """Returns rank 0's value to all ranks. It can be any Python object."""
         values = [value]

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from gpt import cli
+from gpt import atomic, cli
 from gpt.checkpoint import Checkpoint
 from gpt.device import autocast
 from gpt.model import GPT
@@ -26,11 +27,11 @@ from gpt.sample import SampleConfig, generate
 from gpt.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, from_dict, unknown
 from train import checkpoint, distributed, fit
 from train.checkpoint import Progress
-from train.config import TrainConfig, resolve, resume_command, save_config, twice_as_long
+from train.config import TrainConfig, config_file, resolve, resume_command, twice_as_long
 from train.data import TokenFile, describe, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import Metrics
-from train.optim import SkippedSteps, clip_gradient, learning_rate, optimizer_for, step_if_finite
+from train.optim import SkippedSteps, learning_rate, optimizer_for, step_if_finite
 from train.profiler import start_profiler
 from train.signals import StopRequest
 from train.view import Lines
@@ -38,7 +39,7 @@ from train.view import Lines
 Batch = tuple[Tensor, Tensor]
 Precision = Callable[[], AbstractContextManager]
 
-HOPELESS = 20  # skipped steps in a row that end a run; float16 skips a few to find its loss scale
+MAX_SKIPPED_IN_A_ROW = 20  # more end the run; float16 skips a few steps to find its loss scale
 
 
 def train(
@@ -80,7 +81,7 @@ def train(
     began_from = saved.config.get("init_from", config.init_from)
     config = replace(config, model=model.config, init_from=began_from)
     tokenizer = tokenizer_to_save(tokenizer, saved.tokenizer or tokenizer, model, data_dir)
-    if ranks.differ(saved.iter_num):
+    if ranks.any(saved.iter_num != ranks.broadcast(saved.iter_num)):
         raise ValueError(
             f"the ranks found different checkpoints: all machines must share out_dir={config.out_dir!r}"
         )
@@ -130,7 +131,7 @@ def train(
         if config.compile:
             metrics.print(f"compiled in {seconds:.1f} s, including a first pass")
         if ranks.is_main:
-            save_config(config, out_dir)
+            atomic.write(out_dir / "config.py", config_file(config))
     profiler = start_profiler(config, progress.iter_num, ranks, metrics)
     saver = checkpoint.Saver(model, optimizer, scaler, config, ranks, tokenizer, data)
     sample_tokenizer = tokenizer_for_samples(tokenizer, model, config, ranks, metrics)
@@ -170,8 +171,16 @@ def train(
         stopping = asked_to_stop(stop, ranks)
         skips.count(grad_norm)
         # Only logged steps wait for the GPU.
-        if progress.iter_num % config.log_interval == 0 and skips.in_a_row >= HOPELESS:
-            raise ValueError(not_finite_message(progress, skips, config))
+        if progress.iter_num % config.log_interval == 0 and skips.in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            latest = out_dir / "ckpt.pt"
+            good = (
+                f"the last good checkpoint is {latest}" if latest.exists() else "there is no checkpoint yet"
+            )
+            raise ValueError(
+                f"the gradient has not been finite for the last {skips.in_a_row} steps, up to step "
+                f"{progress.iter_num}: try a lower learning_rate than {config.learning_rate}, or a different "
+                f"seed; {good}"
+            )
         metrics.step(progress.iter_num, loss, grad_norm, lr, skips.total)
         if profiler:
             profiler.step()
@@ -234,7 +243,9 @@ def train_step(
             scaler.scale(loss).backward()
         losses.append(loss.detach())
     scaler.unscale_(optimizer)
-    grad_norm = clip_gradient(model.parameters(), grad_clip)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
     step_if_finite(optimizer, scaler, grad_norm)
     # None instead of zeros frees the memory until the next backward pass.
     optimizer.zero_grad(set_to_none=True)
@@ -315,17 +326,6 @@ def finished_message(latest: Path, saved: Checkpoint, config: TrainConfig, ranks
         f"the run in {latest} is finished, after {saved.iter_num:,} steps. To train longer:\n"
         f"  {resume_command(config, ranks, **longer)}\n"
         f"To start over, delete {latest.parent}/*.pt, or give another --out_dir."
-    )
-
-
-def not_finite_message(progress: Progress, skips: SkippedSteps, config: TrainConfig) -> str:
-    """The error after too many steps in a row without a finite gradient, with what to try."""
-    latest = Path(config.out_dir, "ckpt.pt")
-    good = f"the last good checkpoint is {latest}" if latest.exists() else "there is no checkpoint yet"
-    return (
-        f"the gradient has not been finite for the last {skips.in_a_row} steps, up to step "
-        f"{progress.iter_num}: try a lower learning_rate than {config.learning_rate}, or a different "
-        f"seed; {good}"
     )
 
 

@@ -95,7 +95,7 @@ class Metrics:
         if c.residual_dtype != "float32":
             settings += f", residual_dtype {c.residual_dtype}"
         named = f" ({gpu})" if gpu else ""
-        backend = f", backend {config.backend}, strategy {config.strategy}" if self.ranks.backend else ""
+        backend = f", backend {self.ranks.backend}, strategy {config.strategy}" if self.ranks.backend else ""
         summary = {
             "parameters": f"{parameters / 1e6:.2f}M ({shape}, {c.vocab_size} symbols)",
             "tokens per step": f"{tokens_per_step:,} ({epoch:,.0f} steps = one epoch)",

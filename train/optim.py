@@ -1,7 +1,6 @@
-"""The optimizers, the learning-rate schedule, gradient clipping and skipped steps."""
+"""The optimizers, the learning-rate schedule and skipped steps."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -143,16 +142,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         descent = min(config.wsd_decay_iters or end // 5, end - config.warmup_iters)
         share = min(1.0, (end - step) / descent) if descent else 1.0
     return config.min_lr + share * (peak - config.min_lr)
-
-
-def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scales the gradient down to `max_norm`, unless that is 0. Returns the norm before, on the device."""
-    parameters = list(parameters)
-    if max_norm:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    else:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_norm: Tensor) -> None:
