@@ -143,7 +143,9 @@ def test_what_is_not_a_checkpoint_is_refused_and_the_key_is_named(workplace):
     assert not Path("executed").exists()
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint tuned/ckpt\.pt"):
         run("--init_from=resume", out_dir="tuned")
-    with pytest.raises(ValueError, match="init_from='scrath' must be scratch, resume"):
+    with pytest.raises(
+        ValueError, match=r"'scrath' must be scratch, resume, auto, .*; the runs here are out"
+    ):
         run("--init_from=scrath", out_dir="tuned")
 
 
@@ -359,12 +361,12 @@ def test_a_new_run_does_not_replace_the_checkpoints_of_another_not_even_unreadab
     run("--max_iters=4")
     today = datetime.now().date().isoformat()
     for source in ("scratch", "out"):
-        refused(source, rf"^out/ckpt.pt is the checkpoint of another run \(step 4, saved {today} .*resume")
+        refused(source, rf"^out/ckpt.pt is the checkpoint of another run \(saved {today} .*resume")
     for path in Path("out").glob("*.pt"):
         path.unlink()
     Path("out/ckpt-4.pt").write_bytes(b"damaged")
-    refused("scratch", r"^out/ckpt-4.pt is the checkpoint of another run \(unreadable, saved")
-    refused("auto", "^out/ckpt-4.pt .* is truncated .*; there is no intact checkpoint beside it")
+    refused("scratch", r"^out/ckpt-4.pt is the checkpoint of another run")
+    refused("auto", "^out/ckpt-4.pt .* is truncated")
 
 
 def test_a_folder_in_which_a_run_stopped_before_its_first_checkpoint_is_free(workplace):

@@ -162,7 +162,7 @@ def test_a_finished_run_and_eval_only_train_nothing_and_save_nothing(workplace, 
     run()
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     run("--init_from=auto")
-    assert "the run in out/ckpt.pt is finished, after 8 steps" in capsys.readouterr().out
+    assert "out/ckpt.pt has made 8 steps, and max_iters=8 leaves no more" in capsys.readouterr().out
     for source in ("resume", "scratch"):
         run(f"--init_from={source}", "--eval_only=True")
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gpt import pretrained, tokenizer
 from gpt.atomic import flush, replacing
-from gpt.checkpoint import Checkpoint, missing, model_args, read, write
+from gpt.checkpoint import Checkpoint, missing, model_args, read, runs_here, write
 from gpt.model import GPT, RUN_OPTIONS
 from train.config import MODEL_FIELDS, TrainConfig
 from train.distributed import Ranks
@@ -90,45 +90,33 @@ def find_start(config: TrainConfig, given: Container[str], ranks: Ranks) -> Star
 
 def _refuse_to_replace(latest: Path) -> None:
     """Raises ValueError if there are checkpoints, which a new run would replace."""
-    if not (candidates := _candidates(latest)):
-        return
-    newest = candidates[0]
-    try:
-        step = f"step {read(newest).iter_num}"
-    except (ValueError, OSError):
-        step = "unreadable"
-    time = datetime.fromtimestamp(newest.stat().st_mtime).isoformat(" ", "minutes")
-    raise ValueError(
-        f"{newest} is the checkpoint of another run ({step}, saved {time}), and a new run would replace it: "
-        "--init_from=resume continues it, --out_dir=FOLDER starts in a different folder; to start again in "
-        f"{latest.parent}, delete its checkpoints first"
-    )
+    if candidates := _candidates(latest):
+        newest = candidates[0]
+        time = datetime.fromtimestamp(newest.stat().st_mtime).isoformat(" ", "minutes")
+        raise ValueError(
+            f"{newest} is the checkpoint of another run (saved {time}), and a new run would replace it: "
+            "--init_from=resume continues it, --out_dir=FOLDER starts in a different folder; to start again "
+            f"in {latest.parent}, delete its checkpoints first"
+        )
 
 
 def newest_intact(latest: Path) -> tuple[Path, Checkpoint]:
     """The path and content of `latest`, or of the newest undamaged checkpoint beside it.
 
-    Prints a line for each damaged one. Raises FileNotFoundError if there is no checkpoint, and ValueError if
-    all are damaged.
+    Prints a line for each that it skips. Raises FileNotFoundError if there is no checkpoint, ValueError if
+    all are damaged, and OSError for one that cannot be read.
     """
-    problems: list[Exception] = []
+    problem: Exception = missing(latest)
     candidates = _candidates(latest)
     if candidates and not latest.exists():
         print(f"{latest} is missing: trying the previous checkpoint", flush=True)
     for path in candidates:
         try:
             return path, read(path)
-        except PermissionError:
-            raise
-        except (ValueError, OSError) as error:
-            problems.append(error)
+        except ValueError as error:
+            problem = error
             print(f"{path} is damaged ({error}): trying the previous checkpoint", flush=True)
-    if not problems:
-        raise missing(latest)
-    raise ValueError(
-        f"{problems[0]}; there is no intact checkpoint beside it: restore one from a backup, or start a new "
-        "run with a different --out_dir"
-    )
+    raise problem
 
 
 def _candidates(latest: Path) -> list[Path]:
@@ -166,11 +154,10 @@ def initial_model(
         model = GPT.from_pretrained(source, overrides, device, config.dtype)
         model_tokenizer = pretrained.hugging_face_tokenizer(source)
     else:
-        if not Path(source).suffix and not Path(source).exists():
-            known = ", ".join(("scratch", "resume", "auto", *pretrained.GPT2_NAMES))
+        if not Path(source).exists():
             raise ValueError(
-                f"init_from={source!r} must be {known}, the path of a ckpt.pt, or the folder of a run or "
-                "of a Hugging Face model"
+                f"init_from={source!r} must be scratch, resume, auto, gpt2* or a path that exists; "
+                f"{runs_here()}"
             )
         path, dtype = Path(source), config.dtype
         model, saved = pretrained.from_checkpoint(path, device, dtype, start.saved, **overrides)

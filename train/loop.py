@@ -39,7 +39,7 @@ from train.view import Lines
 Batch = tuple[Tensor, Tensor]
 Precision = Callable[[], AbstractContextManager]
 
-MAX_SKIPPED_IN_A_ROW = 20  # more end the run; float16 skips a few steps to find its loss scale
+MAX_SKIPPED_IN_A_ROW = 20  # this many end the run; float16 skips a few to find its loss scale
 
 
 def train(
@@ -315,16 +315,13 @@ def asked_to_stop(stop: StopRequest | None, ranks: Ranks) -> bool:
 
 def finished_message(latest: Path, saved: Checkpoint, config: TrainConfig, ranks: Ranks) -> str:
     """The message for a resumed run that has no steps left: why, and the command that trains longer."""
-    planned = saved.config.get("max_iters", config.max_iters)
-    if saved.iter_num < planned:
-        return (
-            f"{latest} is at step {saved.iter_num:,} of {planned:,}, and max_iters={config.max_iters} leaves "
-            f"no steps. To continue:\n  {resume_command(config, ranks, max_iters=planned)}"
-        )
     longer = twice_as_long(replace(config, max_iters=saved.iter_num))
+    # A run that did not get to its own end needs no new one.
+    if saved.iter_num < saved.config.get("max_iters", 0):
+        longer = {"max_iters": saved.config["max_iters"]}
     return (
-        f"the run in {latest} is finished, after {saved.iter_num:,} steps. To train longer:\n"
-        f"  {resume_command(config, ranks, **longer)}\n"
+        f"the run in {latest} has made {saved.iter_num:,} steps, and max_iters={config.max_iters} leaves no "
+        f"more. To train longer:\n  {resume_command(config, ranks, **longer)}\n"
         f"To start over, delete {latest.parent}/*.pt, or give another --out_dir."
     )
 
