@@ -118,6 +118,16 @@ def records(out_dir: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in machine} for line in lines]
 
 
+def series(out_dir: str, name: str, of: str = "") -> list[Any]:
+    """The values of one quantity, in the records that have `of`, or else that quantity itself."""
+    return [record[name] for record in records(out_dir) if (of or name) in record]
+
+
+def assert_close_weights(first: dict[str, Any], second: dict[str, Any], rtol: float = 1e-4) -> None:
+    for name, weight in first["model"].items():
+        torch.testing.assert_close(second["model"][name], weight, rtol=rtol, atol=rtol / 10, msg=name)
+
+
 def assert_same_weights(first: dict[str, Any], second: dict[str, Any]) -> None:
     """Bit for bit, of two checkpoints."""
     for name, weight in first["model"].items():

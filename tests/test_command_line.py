@@ -504,4 +504,4 @@ def test_sampling_from_nanogpts_checkpoint_needs_its_meta_file(workplace, monkey
     assert command(sample.main, monkeypatch, capsys, *flags)[1].startswith("king")
     Path("data/tiny/meta.pkl").unlink()
     err = complaint(sample.main, monkeypatch, capsys, *flags)
-    assert "21 symbols" in err and "data/tiny/meta.pkl" in err
+    assert "vocab_size=21" in err and "data/tiny has no tokenizer.json or meta.pkl" in err

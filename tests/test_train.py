@@ -6,25 +6,24 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.runs import TINY, assert_same_run, assert_same_weights, load, records, run
+from tests.runs import (
+    TINY,
+    assert_close_weights,
+    assert_same_run,
+    assert_same_weights,
+    load,
+    run,
+    series,
+)
 from train import distributed, loop
 from train.config import PRESETS, TrainConfig, parse
 from train.loop import train
 from train.optim import learning_rate
-
-
-def series(out_dir, name):
-    """The values of one quantity, by step or by evaluation."""
-    return [record[name] for record in records(out_dir) if name in record]
-
-
-def assert_close_weights(first, second, rtol=1e-4):
-    for name, weight in first["model"].items():
-        torch.testing.assert_close(second["model"][name], weight, rtol=rtol, atol=rtol / 10, msg=name)
 
 
 @pytest.mark.parametrize("preset", sorted(p.stem for p in PRESETS.glob("*.py")))
@@ -88,8 +87,8 @@ def test_training_learns_and_half_precision_follows(workplace):
 def test_exactly_max_iters_updates_then_an_evaluation_and_a_checkpoint(workplace):
     checkpoint = run("--max_iters=5", "--eval_interval=100")
     assert {moments["step"].item() for moments in checkpoint["optimizer"]["state"].values()} == {5}
-    assert [r["iter"] for r in records("out") if "loss" in r] == [0, 1, 2, 3, 4]
-    assert [r["iter"] for r in records("out") if "val/loss" in r] == [0, 5]
+    assert series("out", "iter", of="loss") == [0, 1, 2, 3, 4]
+    assert series("out", "iter", of="val/loss") == [0, 5]
     assert checkpoint["iter_num"] == 5
 
 
@@ -182,24 +181,19 @@ def test_best_checkpoint_is_that_of_the_lowest_validation_loss(workplace, monkey
     assert [r["val/loss"] for r in strict if "val/loss" in r] == [3.0, 1.0, None, 1.5, 1.2]
 
 
-def test_what_is_printed_is_nanogpts(workplace, monkeypatch, capsys):
-    """With the MFU where the device's peak is known, from the sixth step on."""
-    known = lambda self, sequences, seconds, dtype: 0.25 * sequences / 8  # noqa: E731
-    monkeypatch.setattr("gpt.model.GPT.estimate_mfu", known)
-    run("--log_interval=2")
-    lines = capsys.readouterr().out.splitlines()
-    steps = [line for line in lines if line.startswith("iter ")]
-    assert all(re.match(r"iter \d+: loss \d\.\d{4}, time \d+\.\d\dms", line) for line in steps)
-    assert [line.partition("ms")[2] for line in steps] == ["", "", "", ", mfu 25.00%"]
-    evaluations = [line for line in lines if line.startswith("step ")]
-    assert [line.split(":")[0] for line in evaluations] == ["step 0", "step 4", "step 8"]
-    assert all(re.fullmatch(r"step \d: train loss \d\.\d{4}, val loss \d\.\d{4}", e) for e in evaluations)
-    assert any("tokens per iteration will be: 128 " in line for line in lines)
-
-
 def test_a_sample_that_cannot_be_drawn_does_not_end_the_training(workplace, monkeypatch, capsys):
     import gpt.generate
 
     monkeypatch.setattr(gpt.generate, "choose", lambda logits, *_: torch.full_like(logits[:, 0], -1).long())
     assert run("--eval_sample=5")["iter_num"] == 8
     assert capsys.readouterr().out.count("no sample: the logits of the model are not finite") == 3
+
+
+def test_no_rank_samples_if_one_has_no_tokenizer_and_rank_0_prints_why(monkeypatch, capsys):
+    monkeypatch.setattr(distributed.Ranks, "gather", lambda self, reason: [reason, "no network"])
+    config, ranks = TrainConfig(eval_sample=5, strategy="fsdp"), distributed.Ranks(0, 2, "cpu", None)
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=2))
+    description = {"kind": "char", "symbols": ["a", "b"]}
+    log = SimpleNamespace(print=print)
+    assert loop.tokenizer_for_samples(description, model, config, ranks, log) is None
+    assert capsys.readouterr().out == "no samples: no network\n"

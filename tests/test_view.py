@@ -132,7 +132,8 @@ def test_the_time_left_is_that_of_the_steps_and_of_the_evaluations(workplace):
     log.close()
 
 
-def test_every_line_in_a_pipe(workplace, capsys):
+def test_every_line_in_a_pipe(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(GPT, "estimate_mfu", lambda self, sequences, *_: 0.25 * sequences / 8)
     run()
     step, number = r"iter {}: loss \d\.\d{{4}}, time \d+\.\d\dms", r"[\d,]+"
     evaluation = r"step {}: train loss \d\.\d{{4}}, val loss \d\.\d{{4}}"
@@ -146,9 +147,10 @@ def test_every_line_in_a_pipe(workplace, capsys):
         evaluation.format(0),
         *(step.format(i) for i in range(4)),
         evaluation.format(4),
-        *(step.format(i) for i in (4, 5)),
+        step.format(4),
+        step.format(5) + r", mfu 25\.00%",
         r"time left: about \ds",
-        *(step.format(i) for i in (6, 7)),
+        *(step.format(i) + r", mfu 25\.00%" for i in (6, 7)),
         evaluation.format(8),
         r"finished after 8 steps: out/ckpt.pt, lowest validation loss \d\.\d{4}",
         r"  sample from it  \S*python -m gpt\.sample out",

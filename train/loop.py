@@ -24,7 +24,7 @@ from gpt.checkpoint import Checkpoint
 from gpt.device import autocast
 from gpt.model import GPT
 from gpt.sample import SampleConfig, generate
-from gpt.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, from_dict, unknown
+from gpt.tokenizer import Tokenizer, from_dict, if_large_enough
 from train import checkpoint, distributed, fit
 from train.checkpoint import Progress
 from train.config import TrainConfig, config_file, resolve, resume_command, twice_as_long
@@ -329,40 +329,37 @@ def finished_message(latest: Path, saved: Checkpoint, config: TrainConfig, ranks
 def tokenizer_to_save(
     data: dict[str, Any], saved: dict[str, Any], model: GPT, data_dir: Path
 ) -> dict[str, Any]:
-    """The description of the data's tokenizer. If that is unknown, the checkpoint's, unless it is GPT-2's.
-
-    Data without a tokenizer file count as GPT-2's if the model's vocabulary is large enough, else as unknown.
-    """
-    vocab_size = model.config.vocab_size or 0
-    if data["kind"] == "gpt2" and vocab_size < GPT2_VOCAB_SIZE:
-        data = unknown(
-            vocab_size,
-            f"vocab_size={vocab_size} is too small for GPT-2's encoding, and {data_dir} has no "
-            "tokenizer.json or meta.pkl that names a different one",
-        )
+    """The description of the data's tokenizer. If that is unknown, the checkpoint's, unless it is GPT-2's."""
+    data = if_large_enough(data, model.config.vocab_size or 0, data_dir)
     return saved if data["kind"] == "unknown" and saved["kind"] not in ("unknown", "gpt2") else data
 
 
 def tokenizer_for_samples(
-    described: dict[str, Any], model: GPT, config: TrainConfig, ranks: Ranks, metrics: Metrics
+    description: dict[str, Any], model: GPT, config: TrainConfig, ranks: Ranks, metrics: Metrics
 ) -> Tokenizer | None:
     """The tokenizer for eval_sample, or None if that is 0 or this rank does not sample.
 
-    If samples are impossible, it prints why and returns None.
+    If samples are impossible on any rank, it prints why and returns None.
     """
+    if not config.eval_sample:
+        return None
     tokenizer, reason = None, ""
     # With FSDP all ranks compute a sample together.
-    if config.eval_sample > 0 and (ranks.is_main or config.strategy == "fsdp"):
+    if ranks.is_main or config.strategy == "fsdp":
         try:
-            tokenizer = from_dict(described)
+            tokenizer = from_dict(description)
+            if tokenizer.start_id >= (model.config.vocab_size or 0):
+                raise ValueError(
+                    f"the start token {tokenizer.start_id} is outside vocab_size={model.config.vocab_size}"
+                )
         except (ValueError, OSError) as error:
             reason = str(error)
-    vocab_size = model.config.vocab_size or 0
-    if tokenizer is not None and tokenizer.start_id >= vocab_size:
-        reason = f"the start token {tokenizer.start_id} is outside vocab_size={vocab_size}"
-    if described["kind"] == "unknown" or reason:
-        metrics.print(f"no samples: {reason or described['why']}")
-    return None if ranks.any(bool(reason)) else tokenizer
+    reasons = filter(None, ranks.gather(reason))
+    reason = ranks.broadcast(next(reasons, ""))
+    if reason:
+        metrics.print(f"no samples: {reason}")
+        return None
+    return tokenizer
 
 
 def sample_text(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> str:
