@@ -1,4 +1,4 @@
-"""--batch_size=auto finds what fits and changes nothing else; out of memory is a sentence; profiles."""
+"""--batch_size=auto, out-of-memory messages, profiles."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def small_model(**more):
     return GPT(replace(TrainConfig().model, n_layer=1, n_head=1, n_embd=8, vocab_size=16, **more))
 
 
-def test_what_was_set_before_auto_says_how_many_sequences_a_step_has(tmp_path):
+def test_the_batch_size_before_auto_fixes_the_sequences_per_step(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("batch_size = 'auto'\n")
     for args, number in (
@@ -54,7 +54,7 @@ def limit_to(monkeypatch):
     return limit
 
 
-def test_auto_equals_the_micro_batch_it_finds_written_out_bit_for_bit(workplace, limit_to, capsys):
+def test_auto_gives_the_same_bits_as_the_batch_size_that_it_finds(workplace, limit_to, capsys):
     flags = ["--dropout=0.2", "--batch_size=6", "--gradient_accumulation_steps=4"]
     run(*flags, out_dir="written")
     sizes = limit_to(11)
@@ -113,13 +113,13 @@ def test_auto_that_is_not_supported_or_finds_no_size_is_a_sentence(workplace, li
         (ValueError("a book on what to do when one runs out of memory"), False),
     ],
 )
-def test_what_counts_as_out_of_memory(error, is_memory):
+def test_out_of_memory_errors_are_recognized(error, is_memory):
     assert fit.out_of_memory(error) == is_memory
 
 
 @pytest.mark.parametrize("when", ["creation", "training"])
-def test_out_of_memory_at_any_time_is_a_sentence(workplace, monkeypatch, capsys, when):
-    """Each time the real failure of the allocator."""
+def test_running_out_of_memory_is_one_sentence(workplace, monkeypatch, capsys, when):
+    """With real errors of the allocator."""
     flags, saved = [f"--block_size={2**29}", f"--n_embd={2**20}"], "nothing is saved yet"
     if when == "training":
         flags, saved = [], "--init_from=resume continues from out/ckpt.pt"
@@ -132,7 +132,7 @@ def test_out_of_memory_at_any_time_is_a_sentence(workplace, monkeypatch, capsys,
             return train_step(*args)
 
         monkeypatch.setattr(loop, "train_step", failing)
-        begin = checkpoint.Saver.save  # in the background: here it is over when the memory ends
+        begin = checkpoint.Saver.save  # saves in the background; here the run waits for it
         monkeypatch.setattr(checkpoint.Saver, "save", lambda self, *args: (begin(self, *args), self.wait()))
     code, _, err = command(main, monkeypatch, capsys, *TINY, *flags)
     assert code == 1 and re.match(r"error: out of memory \(\d+ bytes ", err) and err.count("\n") == 1
@@ -140,7 +140,7 @@ def test_out_of_memory_at_any_time_is_a_sentence(workplace, monkeypatch, capsys,
     assert err.endswith(f"; {saved}\n")
 
 
-def test_out_of_memory_in_train_evaluate_is_a_sentence(monkeypatch, capsys):
+def test_running_out_of_memory_in_train_evaluate_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: torch.empty(1 << 50, dtype=torch.int8))
     code, _, err = command(evaluate.main, monkeypatch, capsys, "--data=x", "--device=cpu")
     assert code == 1 and err.startswith("error: out of memory") and "batch_size than 8" in err
@@ -170,12 +170,12 @@ def test_a_profile_can_begin_at_step_0_and_ends_with_the_run_at_the_latest(workp
 
 
 @pytest.mark.parametrize(("steps", "words"), [("5:5", "START:STOP"), ("8:9", "steps 0 to 7")])
-def test_a_profile_of_steps_that_are_not_made_is_refused(steps, words):
+def test_a_profile_of_steps_outside_the_run_is_refused(steps, words):
     with pytest.raises(ValueError, match=words):
         parse([*TINY, f"--profile={steps}"])
 
 
-def test_the_first_pass_leaves_no_gradient_and_draws_nothing():
+def test_the_first_pass_leaves_no_gradient_and_the_same_random_state():
     model, before = small_model(dropout=0.5), torch.get_rng_state()
     assert distributed.first_pass(model, 2, 4, Ranks(0, 1, "cpu", None), nullcontext()) > 0
     assert torch.equal(torch.get_rng_state(), before)

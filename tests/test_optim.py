@@ -14,7 +14,7 @@ SETTINGS = dict(learning_rate=0.02, weight_decay=0.3, beta1=0.8, beta2=0.9)
 
 
 def small(optimizer="muon"):
-    """(model, its optimizer), the same weights every time."""
+    """A model and its optimizer, with the same weights every time."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=21, kernels="torch"))
     return model, optimizer_for(model, TrainConfig(optimizer=optimizer, **SETTINGS), "cpu")
@@ -25,7 +25,7 @@ def is_muons(name):
 
 
 def by_definition(matrix):
-    """Jordan's quintic, five times, on the singular values; in double precision."""
+    """Jordan's quintic polynomial, applied five times to the singular values in double precision."""
     u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / matrix.double().norm().clamp(min=1e-7)
     for _ in range(5):
@@ -33,7 +33,7 @@ def by_definition(matrix):
     return u * s @ vt
 
 
-def test_orthogonal_is_jordans_iteration():
+def test_orthogonal_computes_jordans_iteration():
     """Each matrix separately, at any scale. Zeros stay zeros."""
     matrices = torch.randn(4, 40, 10, generator=torch.Generator().manual_seed(1))
     matrices *= torch.logspace(-2, 0, 10) * torch.tensor([0, 1e-3, 1.0, 1e3])[:, None, None]
@@ -41,7 +41,7 @@ def test_orthogonal_is_jordans_iteration():
         torch.testing.assert_close(direction.double(), by_definition(matrix), rtol=0, atol=1e-4)
 
 
-def test_muon_steps_as_defined_and_the_rest_as_adamw_does():
+def test_muon_follows_its_definition_and_other_parameters_follow_adamw():
     """Four steps with a changing learning rate. Queries, keys and values are separate matrices."""
     model, optimizer = small()
     twin, adamw = small("adamw")
@@ -75,7 +75,7 @@ def test_muon_steps_as_defined_and_the_rest_as_adamw_does():
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_matrices_and_embeddings_decay_norms_and_biases_do_not(name):
+def test_matrices_and_embeddings_are_decayed_norms_and_biases_are_not(name):
     model, optimizer = small(name)
     names = {p: name for name, p in model.named_parameters()}
     decay = [(names[p], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]

@@ -1,4 +1,4 @@
-"""What a run shows and records: a view on a terminal, lines in a pipe, metrics.jsonl, wandb."""
+"""Logging: the live view, lines in a pipe, metrics.jsonl, wandb."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def records(out_dir="out"):
     return metrics.read(Path(out_dir, "metrics.jsonl"))
 
 
-def test_a_run_leaves_its_evaluations_above_the_view(workplace, terminal):
+def test_evaluations_scroll_above_the_live_view(workplace, terminal):
     screen, stdout = terminal(120), sys.stdout
     config, given = parse(TINY)
     with open_view() as view:
@@ -117,22 +117,22 @@ def test_a_progress_bar_yields_the_items_even_without_rich(monkeypatch, has_rich
     assert ("letters" in stderr.getvalue()) == has_rich
 
 
-def test_the_time_left_is_that_of_the_steps_and_of_the_evaluations(workplace):
+def test_the_time_left_counts_steps_and_evaluations(workplace):
     Path("out").mkdir()
     config = parse([*TINY, "--max_iters=100", "--eval_interval=30", "--compile=False"])[0]
     ranks, model = distributed.Ranks(0, 1, "cpu", None), GPT(GPTConfig(16, 21, 1, 1, 4))
     log = metrics.Metrics(config, ranks, model, Lines(), Progress())
-    assert log._seconds_left(40) is None, "nothing is measured yet"
+    assert log._seconds_left(40) is None, "no step has been timed yet"
     log.seconds, log.pauses = 2.0, {"evaluating": [10.0], "profiling": [77.0]}
     for done in (1, 30, 31, 90, 91, 99):
         evaluations = sum(step % 30 == 0 for step in range(done, 100)) + 1
         assert log._seconds_left(done) == (100 - done) * 2.0 + evaluations * 10.0, done
-    log.config.compile = True  # the first evaluation was spent on compiling
+    log.config.compile = True  # the first evaluation includes compiling
     assert log._seconds_left(40) == 60 * 2.0
     log.close()
 
 
-def test_every_line_in_a_pipe(workplace, monkeypatch, capsys):
+def test_the_lines_in_a_pipe_are_nanogpts_with_a_summary(workplace, monkeypatch, capsys):
     monkeypatch.setattr(GPT, "estimate_mfu", lambda self, sequences, *_: 0.25 * sequences / 8)
     run()
     step, number = r"iter {}: loss \d\.\d{{4}}, time \d+\.\d\dms", r"[\d,]+"
@@ -163,11 +163,11 @@ def test_every_line_in_a_pipe(workplace, monkeypatch, capsys):
 # ---- metrics.jsonl
 
 
-def test_metrics_only_grow_and_what_was_replaced_is_not_read(workplace):
+def test_metrics_jsonl_only_grows_and_repeated_steps_are_read_once(workplace):
     run("--max_iters=4")
     path = Path("out/metrics.jsonl")
     step = [r for r in records() if "loss" in r][-1]
-    with path.open("a") as f:  # a step that a crash has taken from the checkpoint
+    with path.open("a") as f:  # a step after the last checkpoint, before a crash
         f.write(json.dumps(step | {"iter": 4, "loss": 1.0}) + "\n")
     before = path.read_bytes()
     with path.open("a") as f:
@@ -179,7 +179,7 @@ def test_metrics_only_grow_and_what_was_replaced_is_not_read(workplace):
     assert [r["iter"] for r in records() if "val/loss" in r] == [0, 4, 8]
 
 
-def test_a_start_records_what_was_resolved_and_a_stop_why(workplace):
+def test_a_start_event_has_the_resolved_settings_and_a_stop_event_the_reason(workplace):
     stop, view = types.SimpleNamespace(received=None), Lines()
     view.step = lambda record, left: record["iter"] == 1 and vars(stop).update(received="SIGTERM")
     config, given = parse([*TINY, "--grad_clip=inf"])
@@ -192,12 +192,12 @@ def test_a_start_records_what_was_resolved_and_a_stop_why(workplace):
     config = start["config"]
     assert (config["device"], config["dtype"], config["compile"]) == ("cpu", "float32", False)
     assert (config["kernels"], config["vocab_size"], config["n_embd"]) == ("torch", 21, 32)
-    assert config["grad_clip"] is None, "JSON has no name for it"
-    matrices = 2 * 12 * 32 * 32 + 21 * 32  # two blocks, the embedding; then their norms and the last
+    assert config["grad_clip"] is None, "JSON cannot write inf"
+    matrices = 2 * 12 * 32 * 32 + 21 * 32  # two blocks and the embedding; below: five norms
     assert start["parameters"] == matrices + 5 * 32
     assert start["flops_per_token"] == 6 * start["parameters"] + 12 * 2 * 32 * 16
     assert (start["tokens_per_step"], start["train_tokens"], start["ranks"]) == (128, 49801, 1)
-    assert 0.05 < last_step["memory_gb"] < 100  # PyTorch alone takes the first
+    assert 0.05 < last_step["memory_gb"] < 100  # PyTorch alone takes more than the first
 
 
 # ---- wandb

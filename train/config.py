@@ -23,7 +23,7 @@ from train.distributed import Ranks
 PRESETS = Path(__file__).parent / "configs"
 # The fields of GPTConfig that a loaded model brings with it.
 MODEL_FIELDS = tuple(option.name for option in fields(GPTConfig) if option.name not in RUN_OPTIONS)
-BELOW_1 = math.nextafter(1, 0)
+LARGEST_BELOW_1 = math.nextafter(1, 0)
 # Bounds of the numeric flags. SIZE is small enough that the bytes of a SIZE x SIZE tensor fit into 64 bits.
 SIZE, COUNT, REAL = 2**29, 2**62, sys.float_info.max
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -32,7 +32,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "gradient_accumulation_steps": (1, SIZE), "batch_size": (1, SIZE),
     "n_layer": (1, SIZE), "n_head": (1, SIZE), "n_embd": (1, SIZE), "block_size": (1, SIZE),
     "vocab_size": (1, SIZE),
-    "weight_decay": (0, REAL), "beta1": (0, BELOW_1), "beta2": (0, BELOW_1), "grad_clip": (0, math.inf),
+    "weight_decay": (0, REAL), "grad_clip": (0, math.inf),
+    "beta1": (0, LARGEST_BELOW_1), "beta2": (0, LARGEST_BELOW_1),
     "max_iters": (0, COUNT), "warmup_iters": (0, COUNT), "lr_decay_iters": (0, COUNT),
     "wsd_decay_iters": (0, COUNT), "learning_rate": (0, REAL), "min_lr": (0, REAL),
 }  # fmt: skip

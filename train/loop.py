@@ -140,11 +140,11 @@ def train(
     while True:
         # The learning rate depends on the step alone, so a checkpoint need not store it.
         lr = learning_rate(progress.iter_num, config)
-        last = progress.iter_num >= config.max_iters or config.eval_only
+        no_steps_left = progress.iter_num >= config.max_iters or config.eval_only
 
         # Evaluate at intervals and at the end, then save. A run resumed from there skips the evaluation.
-        due = progress.iter_num % config.eval_interval == 0 and not progress.evaluated
-        if due or last:
+        evaluation_due = progress.iter_num % config.eval_interval == 0 and not progress.evaluated
+        if evaluation_due or no_steps_left:
             with metrics.paused("evaluating"):
                 losses = estimate_loss(model, eval_files, config, ranks, precision, metrics.part)
                 progress.evaluated = True
@@ -158,28 +158,27 @@ def train(
                     progress.skipped = int(skips.total)
                     metrics.flush()
                     saver.save(progress, is_best)
-            if last or asked_to_stop(stop, ranks):
+            if no_steps_left or asked_to_stop(stop, ranks):
                 break
 
         for group in optimizer.param_groups:
             group["lr"] = lr
-        share = islice(micro_batches, accumulation)
+        batches = islice(micro_batches, accumulation)
         loss, grad_norm = train_step(
-            wrapped, optimizer, scaler, share, accumulation, config.grad_clip, precision
+            wrapped, optimizer, scaler, batches, accumulation, config.grad_clip, precision
         )
         # Ask before waiting for the GPU: a dead rank shows up here as an error, not as a hang.
         stopping = asked_to_stop(stop, ranks)
         skips.count(grad_norm)
         # Only logged steps wait for the GPU.
         if progress.iter_num % config.log_interval == 0 and skips.in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            latest = out_dir / "ckpt.pt"
-            good = (
-                f"the last good checkpoint is {latest}" if latest.exists() else "there is no checkpoint yet"
-            )
+            saved_at = "there is no checkpoint yet"
+            if (latest := out_dir / "ckpt.pt").exists():
+                saved_at = f"the last good checkpoint is {latest}"
             raise ValueError(
                 f"the gradient has not been finite for the last {skips.in_a_row} steps, up to step "
                 f"{progress.iter_num}: try a lower learning_rate than {config.learning_rate}, or a different "
-                f"seed; {good}"
+                f"seed; {saved_at}"
             )
         metrics.step(progress.iter_num, loss, grad_norm, lr, skips.total)
         if profiler:
@@ -201,7 +200,7 @@ def train(
         saver.wait()
     if profiler:
         profiler.stop()
-    if not last:
+    if not no_steps_left:
         metrics.stop(progress.iter_num, stop.received if stop else None)
     elif not config.eval_only:
         metrics.done(progress.iter_num, progress.best_val_loss)

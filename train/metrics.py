@@ -44,7 +44,7 @@ from train.config import TrainConfig, resume_command, twice_as_long
 from train.distributed import Ranks
 from train.view import Lines
 
-SETTLING = 5  # steps left out of the estimates: the first ones are slower
+WARMUP_STEPS = 5  # steps left out of the estimates: the first ones are slower
 
 
 class Metrics:
@@ -53,7 +53,7 @@ class Metrics:
     def __init__(self, config: TrainConfig, ranks: Ranks, model: GPT, view: Lines, progress: Progress):
         """`progress` is where the run starts."""
         self.config, self.ranks, self.model, self.view = config, ranks, model, view
-        self.first_step = self.last_logged = progress.iter_num
+        self.first_step = self.last_log_step = progress.iter_num
         self.skipped = progress.skipped
         self.mfu: float | None = None
         self.seconds: float | None = None  # of a step, smoothed
@@ -64,7 +64,7 @@ class Metrics:
                 self.wandb = _start_wandb(config)
             if not config.eval_only:
                 self.file = _open(Path(config.out_dir, "metrics.jsonl"))
-        self.started = time.perf_counter()
+        self.last_log_time = time.perf_counter()
 
     def print(self, text: str) -> None:
         if self.ranks.is_main:
@@ -134,9 +134,9 @@ class Metrics:
         mean_loss = (self.ranks.sum(loss.clone()) / self.ranks.world_size).item()
         if not self.ranks.is_main:
             return
-        seconds = (time.perf_counter() - self.started) / (step + 1 - self.last_logged)
+        seconds = (time.perf_counter() - self.last_log_time) / (step + 1 - self.last_log_step)
         sequences = config.sequences_per_step
-        if step - self.first_step >= SETTLING:
+        if step - self.first_step >= WARMUP_STEPS:
             mfu = self.model.estimate_mfu(sequences // self.ranks.world_size, seconds, config.dtype)
             self.mfu = mfu if self.mfu is None or mfu is None else 0.9 * self.mfu + 0.1 * mfu
             self.seconds = seconds if self.seconds is None else 0.9 * self.seconds + 0.1 * seconds
@@ -151,7 +151,7 @@ class Metrics:
         }  # fmt: skip
         self._write(record)
         self.view.step(record, self._seconds_left(step + 1))
-        self.last_logged, self.started = step + 1, time.perf_counter()
+        self.last_log_step, self.last_log_time = step + 1, time.perf_counter()
 
     def evaluation(self, step: int, losses: dict[str, float], lr: float) -> None:
         if not self.ranks.is_main:
@@ -195,7 +195,7 @@ class Metrics:
         self._synchronize()
         seconds = time.perf_counter() - paused
         self.pauses.setdefault(doing, []).append(seconds)
-        self.started += seconds
+        self.last_log_time += seconds
 
     def part(self, done: int, total: int) -> None:
         """Reports the progress of the code inside `paused`."""
