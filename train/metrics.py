@@ -29,7 +29,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -107,19 +106,15 @@ class Metrics:
         }
         if config.eval_only:
             del summary["run"], summary["cost"]
+        steps = 0 if config.eval_only else config.max_iters
+        self.view.start(summary, min(progress.iter_num, steps), steps, progress.best_val_loss)
         saved, now = saved_flags, config.flat()
         if saved:  # an older checkpoint may have no residual_dtype
             saved.setdefault("residual_dtype", "float32")
         compared = saved.keys() & now.keys() - {"init_from", "out_dir", "device", "backend", "profile"}
-        changed = [
-            f"changed since the checkpoint: {name} {saved[name]!r} -> {now[name]!r}"
-            for name in sorted(compared)
-            if saved[name] != now[name]
-        ]
-        steps = 0 if config.eval_only else config.max_iters
-        self.view.start(summary, min(progress.iter_num, steps), steps, progress.best_val_loss)
-        for line in changed:
-            self.print(line)
+        for name in sorted(compared):
+            if saved[name] != now[name]:
+                self.print(f"changed since the checkpoint: {name} {saved[name]!r} -> {now[name]!r}")
 
     def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, skipped: Tensor | int = 0) -> None:
         """Called after each step. Only a step that is logged waits for the GPU.
@@ -280,18 +275,15 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _open(path: Path) -> TextIO:
     """Opens for appending, after removing a half-written last line. Raises ValueError for a file not ours."""
-    if path.exists():
-        regular(path)
-    file = path.open("a+b")
-    file.seek(0)
-    content = file.read()
+    content = regular(path).read_bytes() if path.exists() else b""
     if b"\n" in content and not content.startswith((b'{"event": ', b'{"iter": ')):
         raise ValueError(
             f"{path} was not written by a training run of this project (it begins with {content[:60]!r}), "
             "and is left unchanged: move it elsewhere, or choose a different --out_dir"
         )
+    file = path.open("a", encoding="utf-8")
     file.truncate(content.rfind(b"\n") + 1)
-    return TextIOWrapper(file, "utf-8")
+    return file
 
 
 def _memory(device: str) -> int:

@@ -99,6 +99,7 @@ class LiveView(Lines):
             TimeElapsedColumn(), console=self.console, expand=True,
         )  # fmt: skip
         self.figures: dict[str, str] = {}
+        self.best = math.inf
         self.answer = ""
         self.live = Live(get_renderable=self._frame, console=self.console, vertical_overflow="crop")
 
@@ -146,7 +147,6 @@ class LiveView(Lines):
     def step(self, record: dict[str, Any], left: float | None) -> None:
         figures = {
             "loss": f"{record['loss']:.4f}",
-            "best val": f"{self.best:.4f}" if self.best < math.inf else "none yet",
             "lr": f"{record['lr']:.2e}",
             "grad norm": f"{record['grad_norm']:.3f}",
             "tokens/s": f"{record['tokens_per_s']:,.0f}",
@@ -168,7 +168,7 @@ class LiveView(Lines):
     def close(self) -> None:
         if self.live.is_started:
             self.bars.update(self.run, description="done" if self.bars.tasks[0].finished else "stopped")
-            self.figures.pop("left", None)
+            self.figures = {label: value for label, value in self.figures.items() if label != "left"}
             self.answer = ""
             self.live.stop()
 
@@ -178,7 +178,8 @@ class LiveView(Lines):
         from rich.constrain import Constrain
         from rich.text import Text
 
-        cells = [Text.assemble((f"{label} ", "dim"), value) for label, value in self.figures.items()]
+        best = {"best val": f"{self.best:.4f}"} if self.best < math.inf else {}
+        cells = [Text.assemble((f"{label} ", "dim"), value) for label, value in (best | self.figures).items()]
         answer = [Text(self.answer, "yellow")] if self.answer else []
         frame = Group("", *self.bars.get_renderables(), *answer, Columns(cells, width=18))
         return Constrain(frame, self.console.width - 2)  # a terminal prints ^C behind the last line
