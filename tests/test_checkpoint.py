@@ -221,6 +221,16 @@ def test_a_run_resumes_from_the_newest_intact_checkpoint(workplace, capsys, sour
     assert_same_run("straight", "out")
 
 
+def test_a_checkpoint_without_read_permission_ends_the_resume(workplace, monkeypatch):
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    run("--max_iters=4")
+    monkeypatch.setattr(checkpoint, "read", denied)
+    with pytest.raises(PermissionError, match=r"out/ckpt\.pt"):
+        run("--init_from=resume")
+
+
 def test_fine_tuning_gpt2_uses_its_weights_and_the_tokenizer_of_the_data(workplace, capsys):
     """`init_from=gpt2*` goes through transformers, here with a folder that has no tokenizer."""
     from transformers import GPT2Config, GPT2LMHeadModel
