@@ -68,7 +68,6 @@ class Checkpoint:
     position: int | None = None
     skipped: int = 0
     evaluated: bool = False
-    began: str | None = None
 
 
 def model_args(config: GPTConfig) -> dict[str, Any]:

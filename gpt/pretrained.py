@@ -115,11 +115,8 @@ def load(
     # nanoGPT's checkpoints have no tokenizer, so we look for the data set, as its sample.py does. A meta.pkl
     # may also have got its symbols only after the training.
     size, folder = model.config.vocab_size or 0, Path("data", dataset)
-    description = tokenizer.describe_dataset(folder)
-    if description["kind"] == "gpt2" and size < tokenizer.GPT2_VOCAB_SIZE:
-        reason = f"{source} does not name its {size} symbols, and there is no {folder / 'meta.pkl'} with them"
-        description = recorded or tokenizer.unknown(size, reason)
-    return model, description
+    description = tokenizer.if_large_enough(tokenizer.describe_dataset(folder), size, folder)
+    return model, (recorded or description) if description["kind"] == "unknown" else description
 
 
 def hugging_face_tokenizer(name: str) -> dict[str, Any]:

@@ -166,6 +166,20 @@ def unknown(vocab_size: int, why: str) -> dict[str, Any]:
     return {"kind": "unknown", "vocab_size": vocab_size, "why": why}
 
 
+def if_large_enough(description: dict[str, Any], vocab_size: int, folder: Path) -> dict[str, Any]:
+    """The description of the data in `folder`, for a model of `vocab_size`.
+
+    Data without a tokenizer file count as GPT-2's. If the model is too small for that, they are unknown.
+    """
+    if description["kind"] != "gpt2" or vocab_size >= GPT2_VOCAB_SIZE:
+        return description
+    return unknown(
+        vocab_size,
+        f"vocab_size={vocab_size} is too small for GPT-2's encoding, and {folder} has no tokenizer.json or "
+        "meta.pkl that names a different one",
+    )
+
+
 def check(description: dict[str, Any], source: str | Path) -> None:
     """Raises ValueError for a bad description, which is from `source`."""
     with _as_value_error(f"{source} has a tokenizer that this project does not know"):

@@ -1,4 +1,4 @@
-"""The device of the tests: a GPU of sm_80 or newer if there is one, else a CPU and the interpreter."""
+"""Fixtures. Tests run on a GPU of sm_80 or newer, or else on a CPU with Triton's interpreter."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def as_new() -> Iterator[None]:
-    """A training run in this process allows TF32 and handles signals. The next test starts without both."""
+    """Undoes what a training run in this process sets: signal handlers and TF32."""
     handlers = {
         number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     }
@@ -31,7 +31,7 @@ def as_new() -> Iterator[None]:
         signal.signal(number, handler)
     torch.backends.cuda.matmul.allow_tf32 = False
     if GPU:
-        torch.cuda.empty_cache()  # workers that test side by side share its memory
+        torch.cuda.empty_cache()  # parallel test workers share its memory
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def device() -> str:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Every tensor that is allocated and not written holds NaN: what a kernel forgets to write shows."""
+    """New tensors hold NaN, so that the test sees what a kernel forgets to write."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -51,7 +51,7 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def text() -> str:
-    """About 60,000 characters that a small model can learn something from."""
+    """About 60,000 characters with simple statistics, which a small model can learn."""
     words = "the king and queen of hearts went down to sea in a boat of ice".split()
     generator = np.random.default_rng(0)
     return "\n".join(" ".join(generator.choice(words, 8)) + "." for _ in range(1600))

@@ -1,4 +1,4 @@
-"""Training runs small enough for a test: in this process, or in forked ones that need not import torch."""
+"""Small training runs for tests, in this process or in forked processes that have imported torch already."""
 
 import importlib
 import multiprocessing
@@ -29,23 +29,20 @@ FORKS.set_forkserver_preload(["tests.runs", "train.__main__", "train.evaluate", 
 
 
 def surroundings(**more: str) -> dict[str, str]:
-    """The environment in which a program of the project starts in any folder.
-
-    What PYTHONPATH names already stays in it.
-    """
+    """The environment for a program of this project in any working directory."""
     path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"} | more
 
 
 def run(*flags: str, out_dir: str = "out") -> dict[str, Any]:
-    """Trains in this process with TINY's settings and `flags`; returns the checkpoint."""
+    """Trains in this process with the flags TINY and `flags`. Returns the checkpoint."""
     config, given = parse([*TINY, f"--out_dir={out_dir}", *flags])
     train(config, distributed.start("auto", config.device), given)
     return load(out_dir)
 
 
 def run_ranks(*flags: str, ranks: int = 2, module: str = "train.__main__") -> str:
-    """Runs `start` to its end. Returns what was printed; every process must have exited with code 0."""
+    """Like `start`, but waits for exit code 0 of every process. Returns what they printed."""
     launch = start(*flags, ranks=ranks, module=module)
     codes = launch.wait()
     assert codes == [0] * len(codes), launch.printed()
@@ -53,11 +50,11 @@ def run_ranks(*flags: str, ranks: int = 2, module: str = "train.__main__") -> st
 
 
 def start(*flags: str, ranks: int = 0, module: str = "train.__main__") -> "Launch":
-    """Starts a command, on `ranks` processes with the environment of torchrun, or on a plain one.
+    """Starts a command in `ranks` processes with torchrun's environment, or in one process without it.
 
-    `module` has the command's `main`; `train` gets TINY's settings before `flags`. The processes work in this
-    one's folder, on CPUs. They are forked from a server that has imported torch and the project once, so a
-    rank starts in milliseconds where torchrun needs seconds.
+    `module` has the command's `main`. `train` gets the flags TINY before `flags`. The processes are forked
+    from a server that has imported torch and the project, so they start in milliseconds; torchrun's need
+    seconds.
     """
     Path("printed.txt").write_text("")
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if ranks else None
@@ -80,10 +77,10 @@ def start(*flags: str, ranks: int = 0, module: str = "train.__main__") -> "Launc
 @dataclass
 class Launch:
     processes: list[BaseProcess]  # by rank
-    store: dist.Store | None  # where the ranks meet
+    store: dist.Store | None  # through which the ranks find each other
 
     def wait(self) -> list[int | None]:
-        """Exit codes, by rank; a process that has not ended within two minutes is killed, which is -9."""
+        """Exit codes by rank. A process that runs longer than two minutes is killed; its code is -9."""
         for process in self.processes:
             process.join(120)
             process.kill()
@@ -92,7 +89,7 @@ class Launch:
 
     @staticmethod
     def printed() -> str:
-        """What all processes wrote to stdout and stderr."""
+        """The stdout and stderr of all processes."""
         return Path("printed.txt").read_text()
 
 
@@ -112,20 +109,30 @@ def load(out_dir: str, name: str = "ckpt.pt") -> dict[str, Any]:
 
 
 def records(out_dir: str) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the machine."""
+    """metrics.jsonl without the fields that depend on the machine."""
     machine = {"ms", "tokens_per_s", "mfu", "memory_gb"}
     lines = metrics.read(Path(out_dir, "metrics.jsonl"))
     return [{key: value for key, value in line.items() if key not in machine} for line in lines]
 
 
+def series(out_dir: str, name: str, of: str = "") -> list[Any]:
+    """The values of the field `name`, in the records that have the field `of` (by default, `name`)."""
+    return [record[name] for record in records(out_dir) if (of or name) in record]
+
+
+def assert_close_weights(first: dict[str, Any], second: dict[str, Any], rtol: float = 1e-4) -> None:
+    for name, weight in first["model"].items():
+        torch.testing.assert_close(second["model"][name], weight, rtol=rtol, atol=rtol / 10, msg=name)
+
+
 def assert_same_weights(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """Bit for bit, of two checkpoints."""
+    """Compares the weights of two checkpoints bit for bit."""
     for name, weight in first["model"].items():
         assert torch.equal(weight, second["model"][name]), name
 
 
 def assert_same_state(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """Everything that decides how a run goes on, bit for bit, of two checkpoints."""
+    """Compares, bit for bit, everything in two checkpoints that decides how a run continues."""
     assert_same_weights(first, second)
     for i, moments in first["optimizer"]["state"].items():
         for name, value in moments.items():
@@ -136,7 +143,7 @@ def assert_same_state(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 
 def assert_same_run(first: str, second: str) -> None:
-    """The latest checkpoint and the best of two folders bit for bit, and all of the metrics."""
+    """Compares ckpt.pt, best.pt and the metrics of two runs bit for bit."""
     for name in ("ckpt.pt", "best.pt"):
         assert_same_state(load(first, name), load(second, name))
     assert records(first) == records(second)

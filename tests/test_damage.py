@@ -112,7 +112,7 @@ def test_a_checkpoint_of_odd_values_is_refused_or_can_be_resumed(workplace, dice
         def go_on() -> None:
             model, saved = pretrained.from_checkpoint(path)
             optimizer = optimizer_for(model, config, "cpu")
-            restore(saved, optimizer, torch.amp.GradScaler("cpu", enabled=False), ranks)
+            restore(saved, config, optimizer, torch.amp.GradScaler("cpu", enabled=False), ranks)
             Progress.after(saved, config)
             tokenizer.fits(saved.tokenizer or {"kind": "gpt2"}, {"kind": "char", "symbols": ["a"]})
             assert isinstance(model, GPT)

@@ -19,7 +19,7 @@ from gpt.model import GPTConfig
 from gpt.tokenizer import describe_dataset, describe_meta, from_dict
 from tests.runs import run
 from tests.test_command_line import command
-from train import data, metrics, shards
+from train import data, shards
 from train.data import Split, TokenFile, describe
 from train.distributed import Ranks
 from train.loop import read_ahead
@@ -286,9 +286,8 @@ def test_a_metrics_file_of_another_program_is_left_alone(workplace):
     path.parent.mkdir()
     for line in ('{"step": 1, "loss": 2.5}\n', '{"step": 1}\n{"ste'):
         path.write_text(line)
-        for read in (run, lambda: metrics.read(path)):
-            with pytest.raises(ValueError, match=r"metrics.jsonl was not written by a training run"):
-                read()
+        with pytest.raises(ValueError, match=r"metrics.jsonl was not written by a training run"):
+            run()
         assert path.read_text() == line and not Path("out/ckpt.pt").exists()
 
 

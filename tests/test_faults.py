@@ -1,6 +1,6 @@
-"""What weeks on a cluster bring: signals, kills, dead and hung ranks, bad gradients; strategies.
+"""Faults of long runs: signals, kills, dead and hung ranks, bad gradients. Also DDP and FSDP.
 
-KILLS=100 (make soak) kills more often than a test can.
+`make soak` sets KILLS=100, to kill a run more often.
 """
 
 import itertools
@@ -18,8 +18,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import TINY, assert_same_run, load, records, run, run_ranks, start, surroundings
-from train import checkpoint, distributed, loop, metrics
+from tests.runs import (
+    TINY,
+    assert_close_weights,
+    assert_same_run,
+    load,
+    records,
+    run,
+    run_ranks,
+    series,
+    start,
+    surroundings,
+)
+from train import checkpoint, distributed, loop
 from train.config import parse
 from train.signals import StopRequest
 
@@ -36,8 +47,8 @@ def no_process_is_left_behind():
 
 
 def steps(out_dir):
-    path = Path(out_dir, "metrics.jsonl")
-    return [r["iter"] for r in metrics.read(path) if "loss" in r] if path.exists() else []
+    """The steps that a run has logged so far."""
+    return series(out_dir, "iter", of="loss") if Path(out_dir, "metrics.jsonl").exists() else []
 
 
 def wait_for(condition, what, seconds=60):
@@ -54,19 +65,6 @@ def wait_for_a_step(out_dir, after=3):
 # ---- signals
 
 
-def test_a_signal_ends_the_run_with_a_checkpoint_and_resuming_equals_never_having_stopped(workplace):
-    run("--dropout=0.2", *LONG, out_dir="straight")
-    launch = start("--dropout=0.2", *LONG, "--out_dir=stopped")
-    wait_for_a_step("stopped")
-    launch.processes[0].terminate()
-    assert launch.wait() == [0], launch.printed()
-    stopped = load("stopped")["iter_num"]
-    message = f"stopped by SIGTERM after {stopped} steps: to resume from stopped/ckpt.pt:"
-    assert message in launch.printed() and 0 < stopped < 300
-    run("--dropout=0.2", *LONG, "--init_from=resume", out_dir="stopped")
-    assert_same_run("straight", "stopped")
-
-
 def test_a_second_ctrl_c_interrupts_a_plain_run_but_not_a_rank(monkeypatch):
     """torchrun sends a rank another signal for each Ctrl-C that the rank has received itself."""
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -79,8 +77,8 @@ def test_a_second_ctrl_c_interrupts_a_plain_run_but_not_a_rank(monkeypatch):
     assert request.received == "SIGINT"
 
 
-def test_a_stop_where_an_evaluation_is_due_leaves_it_to_the_resumed_run(workplace, monkeypatch):
-    """Its first try dies between the evaluation and the checkpoint: the metrics have it once all the same."""
+def test_a_stop_before_an_evaluation_leaves_it_to_the_resumed_run(workplace, monkeypatch):
+    """Its first try dies after the evaluation and before the checkpoint. The metrics still have it once."""
 
     class AfterFourSteps:
         answers = itertools.chain([None] * 4, itertools.repeat("SIGTERM"))
@@ -101,7 +99,7 @@ def test_a_stop_where_an_evaluation_is_due_leaves_it_to_the_resumed_run(workplac
     assert_same_run("straight", "stopped")
 
 
-def test_ranks_stop_at_the_same_step_whichever_got_the_signal(workplace):
+def test_all_ranks_stop_after_the_same_step_even_if_one_gets_the_signal(workplace):
     run_ranks(*LONG, "--out_dir=straight")
     launch = start(*LONG, "--out_dir=stopped", ranks=2)
     wait_for_a_step("stopped")
@@ -125,8 +123,8 @@ def test_ranks_stop_at_the_same_step_whichever_got_the_signal(workplace):
 
 
 @pytest.mark.parametrize("ranks", [0] if KILLS < 50 else [0, 2])
-def test_killed_at_random_moments_the_run_resumes_every_time_and_ends_as_if_never_killed(workplace, ranks):
-    """A checkpoint follows every second step of some 20 ms: kills fall into saves too."""
+def test_a_run_that_is_killed_at_random_moments_ends_like_one_that_is_not(workplace, ranks):
+    """It saves after every second step, and a step takes about 20 ms. So some kills interrupt a save."""
     flags = ["--dropout=0.2", f"--max_iters={60 + 40 * KILLS}", "--eval_interval=2", "--eval_iters=1"]
     run_ranks(*flags, "--out_dir=straight", ranks=ranks)
     moment = random.Random(0)
@@ -135,7 +133,7 @@ def test_killed_at_random_moments_the_run_resumes_every_time_and_ends_as_if_neve
         launch = start(*flags, "--out_dir=killed", "--init_from=auto", ranks=ranks)
         wait_for(lambda n=before: len(steps("killed")) > n, "step")
         time.sleep(moment.uniform(0, 0.3))
-        assert launch.processes[0].is_alive(), "the run was over before it could be killed: raise max_iters"
+        assert launch.processes[0].is_alive(), "the run ended before it could be killed: raise max_iters"
         for process in launch.processes:
             process.kill()
         launch.wait()
@@ -144,8 +142,8 @@ def test_killed_at_random_moments_the_run_resumes_every_time_and_ends_as_if_neve
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds a rank in Linux's /proc")
-def test_under_torchrun_two_machines_go_on_from_the_last_checkpoint_when_a_rank_of_one_dies(workplace):
-    """Their agents start both ranks again, with another port of one and the same store."""
+def test_torchrun_restarts_the_ranks_of_two_machines_from_the_last_checkpoint_if_one_dies(workplace):
+    """The agents share one store over restarts."""
     flags = ["--max_iters=60", "--eval_interval=5", "--eval_iters=1", "--lr_decay_iters=60", "--timeout=60"]
     run_ranks(*flags, "--out_dir=straight")
     with socket.socket() as free:
@@ -170,7 +168,7 @@ def test_under_torchrun_two_machines_go_on_from_the_last_checkpoint_when_a_rank_
             machine.terminate()  # an agent ends its ranks
             machine.wait()
     assert [machine.returncode for machine in machines] == [0, 0], printed
-    assert printed.count("iter 0:") == 1 and printed.count("number of parameters") == 2, "one of both speaks"
+    assert printed.count("iter 0:") == 1 and printed.count("number of parameters") == 2, "only rank 0 prints"
     assert_same_run("straight", "died")
 
 
@@ -186,7 +184,7 @@ def test_a_hung_rank_ends_the_run_with_a_sentence(workplace):
     assert "--init_from=resume continues from the last checkpoint" in launch.printed()
 
 
-def test_data_cut_short_while_training_ends_the_run_with_a_sentence_and_the_last_checkpoint_whole(workplace):
+def test_data_cut_short_during_training_end_the_run_with_a_sentence_and_an_intact_checkpoint(workplace):
     launch = start("--max_iters=100000", "--eval_interval=5", "--eval_iters=1")
     wait_for(lambda: list(Path("out").glob("ckpt-*.pt")), "checkpoint")
     os.truncate("data/tiny/train.bin", 5000)
@@ -199,7 +197,7 @@ def test_data_cut_short_while_training_ends_the_run_with_a_sentence_and_the_last
 # ---- gradients that are not finite
 
 
-def test_a_step_whose_gradient_is_not_finite_changes_no_weight_and_is_counted(workplace, monkeypatch):
+def test_a_step_with_a_non_finite_gradient_is_skipped_and_counted(workplace, monkeypatch):
     train_step, unchanged = loop.train_step, []
 
     def poisoned(model, *rest):
@@ -220,7 +218,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_no_weight_and_is_counted(wo
     assert load("out")["skipped"] == 2
 
 
-def test_a_run_that_no_longer_learns_stops_and_names_a_checkpoint_that_is_good(workplace, capsys):
+def test_a_run_whose_gradient_stays_non_finite_stops_and_names_the_last_good_checkpoint(workplace, capsys):
     flags = ["--decay_lr=False", "--warmup_iters=0", "--eval_interval=4", "--max_iters=100"]
     with pytest.raises(ValueError, match=r"last 20 steps, up to step 20: .*; there is no checkpoint yet"):
         run(*flags, "--learning_rate=1e30", out_dir="never")
@@ -240,7 +238,7 @@ def test_a_run_that_no_longer_learns_stops_and_names_a_checkpoint_that_is_good(w
 @pytest.mark.parametrize(
     ("strategy", "other", "ranks", "optimizer"), [("fsdp", "ddp", 2, "adamw"), ("ddp", "fsdp", 4, "muon")]
 )
-def test_a_strategy_equals_a_single_process_and_opens_the_others_checkpoint(
+def test_ddp_and_fsdp_equal_a_single_process_and_resume_each_others_checkpoints(
     workplace, strategy, other, ranks, optimizer
 ):
     flags = ["--gradient_accumulation_steps=4", "--eval_iters=3", "--eval_sample=3"]
@@ -251,19 +249,18 @@ def test_a_strategy_equals_a_single_process_and_opens_the_others_checkpoint(
     assert len(set(generators)) == ranks, "each rank draws its own dropout"
     run_ranks(*flags, f"--strategy={other}", "--init_from=resume", ranks=6 - ranks)
     alone, together = load("alone"), load("out")
-    for name, weight in alone["model"].items():
-        torch.testing.assert_close(together["model"][name], weight, rtol=1e-4, atol=1e-5, msg=name)
+    assert_close_weights(alone, together)
     for i, moments in alone["optimizer"]["state"].items():
         for name, value in moments.items():
             other_value = together["optimizer"]["state"][i][name]
             torch.testing.assert_close(other_value, value, rtol=1e-2, atol=1e-5, msg=f"{name} of {i}")
     for one, all_ranks in zip(records("alone"), records("out"), strict=True):
         assert one == pytest.approx(all_ranks, rel=1e-4), "losses and norms are of the whole global batch"
-    # alone again, from what both have written
+    # A single process resumes what both strategies have written.
     assert run(*flags, "--max_iters=9", "--init_from=resume")["iter_num"] == 9
 
 
-def test_shards_in_mixed_precision_resume_bit_for_bit(workplace):
+def test_fsdp_in_mixed_precision_resumes_bit_for_bit(workplace):
     flags = ["--dtype=bfloat16", "--strategy=fsdp", "--activation_checkpointing=True", "--dropout=0.2"]
     run_ranks(*flags, "--out_dir=straight")
     run_ranks(*flags, "--out_dir=stopped", "--max_iters=4")
@@ -272,7 +269,7 @@ def test_shards_in_mixed_precision_resume_bit_for_bit(workplace):
     assert all(weight.dtype == torch.float32 for weight in load("straight")["model"].values())
 
 
-def test_shards_on_our_kernels_give_the_loss_and_gradient_of_one_process_on_pytorchs(workplace):
+def test_fsdp_with_triton_kernels_equals_one_process_with_pytorchs_operations(workplace):
     """In mixed precision: one process has float32 parameters under autocast."""
     flags = ["--dtype=bfloat16", "--max_iters=1", "--eval_iters=1", "--grad_clip=0", "--n_layer=1"]
     flags += ["--batch_size=1", "--n_embd=16", "--n_head=1", "--block_size=8"]
@@ -284,8 +281,8 @@ def test_shards_on_our_kernels_give_the_loss_and_gradient_of_one_process_on_pyto
     assert whole[0]["val/loss"] == pytest.approx(shards[0]["val/loss"], rel=1e-3)
 
 
-def test_ranks_of_three_resume_bit_for_bit_and_one_goes_on_from_their_checkpoint(workplace):
-    """Of three, because the sum of two has but one order."""
+def test_three_ranks_resume_bit_for_bit_and_one_process_resumes_their_checkpoint(workplace):
+    """With three ranks the order of a sum matters; with two it does not."""
     flags = ["--dropout=0.2", "--gradient_accumulation_steps=3", "--eval_interval=2"]
     run_ranks(*flags, "--max_iters=4", "--out_dir=straight", ranks=3)
     run_ranks(*flags, "--max_iters=2", "--out_dir=stopped", ranks=3)
@@ -295,12 +292,12 @@ def test_ranks_of_three_resume_bit_for_bit_and_one_goes_on_from_their_checkpoint
     assert alone["position"] == 5 * 4 * 3
 
 
-def test_activation_checkpointing_changes_no_bit(workplace):
+def test_activation_checkpointing_changes_no_bits(workplace):
     run("--dropout=0.2", "--max_iters=4", out_dir="stored")
     run("--dropout=0.2", "--max_iters=4", "--activation_checkpointing=True", out_dir="computed")
     assert_same_run("stored", "computed")
 
 
-def test_sharding_needs_ranks(workplace):
+def test_fsdp_needs_ranks(workplace):
     with pytest.raises(ValueError, match="strategy='fsdp' shards over ranks: start it with torchrun"):
         run("--strategy=fsdp")

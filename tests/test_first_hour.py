@@ -58,13 +58,13 @@ def test_the_command_after_a_stop_resumes_and_the_one_at_the_end_doubles_the_run
     longer = printed_command(out)
     assert longer[1:] == ["--init_from=resume", "--max_iters=16", "--lr_decay_iters=16"]
     code, out, _ = command(training.main, monkeypatch, capsys, *longer[:2])
-    assert code == 0 and "the run in out/ckpt.pt is finished, after 8 steps" in out
+    assert code == 0 and "the run in out/ckpt.pt has made 8 steps, and max_iters=8 leaves no more" in out
     assert printed_command(out) == longer
     _, out, _ = command(training.main, monkeypatch, capsys, *longer, "--eval_interval=5")
     assert "resumed out/ckpt.pt at step 8\n" in out and "finished after 16 steps: out/ckpt.pt" in out
 
 
-def test_a_checkpoint_past_max_iters_is_not_a_finished_run(workplace, capsys):
+def test_the_command_for_an_unfinished_run_that_max_iters_ends_is_that_of_its_own_length(workplace, capsys):
     run("--max_iters=4")
     state = torch.load("out/ckpt.pt", weights_only=True)
     state["config"]["max_iters"] = 100
@@ -72,12 +72,12 @@ def test_a_checkpoint_past_max_iters_is_not_a_finished_run(workplace, capsys):
     capsys.readouterr()
     run("--init_from=resume", "--max_iters=2")
     out = capsys.readouterr().out
-    assert "out/ckpt.pt is at step 4 of 100, and max_iters=2 leaves no steps. To continue:" in out
+    assert "the run in out/ckpt.pt has made 4 steps, and max_iters=2 leaves no more" in out
     assert printed_command(out)[1:] == ["--init_from=resume", "--max_iters=100"]
 
 
 def test_a_long_evaluation_prints_its_progress(workplace, monkeypatch, capsys):
-    monkeypatch.setattr("train.view.PATIENCE", -1)
+    monkeypatch.setattr("train.view.MAX_SILENCE", -1)
     _, out, _ = command(training.main, monkeypatch, capsys, *TINY, "--eval_only", "--eval_iters=3")
     lines = [line for line in out.splitlines() if line.startswith("evaluating")]
     assert lines == [f"evaluating: {done} of 6 batches" for done in range(6)]

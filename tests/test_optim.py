@@ -1,4 +1,4 @@
-"""Muon against its definition and torch.optim.Muon; which tensors it takes; what it cannot continue from."""
+"""Muon against its definition; weight decay; skipped steps; resuming with another optimizer."""
 
 import math
 
@@ -14,7 +14,7 @@ SETTINGS = dict(learning_rate=0.02, weight_decay=0.3, beta1=0.8, beta2=0.9)
 
 
 def small(optimizer="muon"):
-    """(model, its optimizer), the same weights every time."""
+    """A model and its optimizer, with the same weights every time."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=21, kernels="torch"))
     return model, optimizer_for(model, TrainConfig(optimizer=optimizer, **SETTINGS), "cpu")
@@ -25,7 +25,7 @@ def is_muons(name):
 
 
 def by_definition(matrix):
-    """Jordan's quintic, five times, on the singular values; in double precision."""
+    """Jordan's quintic polynomial, applied five times to the singular values in double precision."""
     u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / matrix.double().norm().clamp(min=1e-7)
     for _ in range(5):
@@ -33,32 +33,24 @@ def by_definition(matrix):
     return u * s @ vt
 
 
-def test_orthogonal_is_jordans_iteration():
-    """Each matrix by itself, whatever its size; of zeros it makes zeros."""
+def test_orthogonal_computes_jordans_iteration():
+    """Each matrix separately, at any scale. Zeros stay zeros."""
     matrices = torch.randn(4, 40, 10, generator=torch.Generator().manual_seed(1))
     matrices *= torch.logspace(-2, 0, 10) * torch.tensor([0, 1e-3, 1.0, 1e3])[:, None, None]
     for matrix, direction in zip(matrices, orthogonal(matrices), strict=True):
         torch.testing.assert_close(direction.double(), by_definition(matrix), rtol=0, atol=1e-4)
 
 
-def test_muon_steps_as_defined_and_the_rest_as_adamw_does():
-    """Four steps under a changing learning rate; queries, keys and values apart; torch.optim.Muon agrees."""
+def test_muon_follows_its_definition_and_other_parameters_follow_adamw():
+    """Four steps with a changing learning rate. Queries, keys and values are separate matrices."""
     model, optimizer = small()
     twin, adamw = small("adamw")
     twins = dict(twin.named_parameters())
     parts = {name: 3 if "c_attn" in name else 1 for name in twins if is_muons(name)}
     expected = {name: list(twins[name].detach().double().chunk(n)) for name, n in parts.items()}
     means = {name: [torch.zeros_like(w) for w in weights] for name, weights in expected.items()}
-    pytorchs = {
-        name: [torch.nn.Parameter(w.clone()) for w in twins[name].detach().chunk(n)]
-        for name, n in parts.items()
-    }
-    reference = torch.optim.Muon(
-        [p for weights in pytorchs.values() for p in weights],
-        weight_decay=SETTINGS["weight_decay"], adjust_lr_fn="match_rms_adamw",
-    )  # fmt: skip
     for lr in (0.01, 0.02, 0.02, 0.005):
-        for group in (*optimizer.param_groups, *adamw.param_groups, *reference.param_groups):
+        for group in (*optimizer.param_groups, *adamw.param_groups):
             group["lr"] = lr
         for name, p in model.named_parameters():
             p.grad, twins[name].grad = torch.randn_like(p), None
@@ -66,34 +58,24 @@ def test_muon_steps_as_defined_and_the_rest_as_adamw_does():
                 twins[name].grad = p.grad.clone()
                 continue
             for i, grad in enumerate(p.grad.chunk(parts[name])):
-                pytorchs[name][i].grad = grad.clone()
                 means[name][i] = 0.95 * means[name][i] + 0.05 * grad
                 direction = by_definition(0.95 * means[name][i] + 0.05 * grad)
                 scale = 0.2 * math.sqrt(max(grad.shape))
                 expected[name][i] = (1 - 0.3 * lr) * expected[name][i] - lr * scale * direction
-        for each in (optimizer, adamw, reference):
+        for each in (optimizer, adamw):
             each.step()
-    initial = dict(small()[0].named_parameters())
     for name, p in model.named_parameters():
         if name not in parts:
             assert torch.equal(p, twins[name]), name
             continue
-        torch.testing.assert_close(
-            p.detach().double(), torch.cat(expected[name]), rtol=0, atol=1e-5, msg=name
-        )
-        error, moved = p - torch.cat(pytorchs[name]), p - initial[name]
-        assert error.norm() < 0.03 * moved.norm(), (
-            f"{name}: it computes in bfloat16, but not that differently"
-        )
+        weight = p.detach().double()
+        torch.testing.assert_close(weight, torch.cat(expected[name]), rtol=0, atol=1e-5, msg=name)
         mean = optimizer.state[p]["momentum_buffer"]
         torch.testing.assert_close(mean.double(), torch.cat(means[name]), rtol=1e-5, atol=1e-6)
-    for group in optimizer.param_groups:
-        names = {*optimizer.moments(group)}
-        assert all(optimizer.state[p].keys() - {"step"} == names for p in group["params"])
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_matrices_and_embeddings_decay_norms_and_biases_do_not(name):
+def test_matrices_and_embeddings_are_decayed_norms_and_biases_are_not(name):
     model, optimizer = small(name)
     names = {p: name for name, p in model.named_parameters()}
     decay = [(names[p], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
@@ -103,7 +85,7 @@ def test_matrices_and_embeddings_decay_norms_and_biases_do_not(name):
 
 @pytest.mark.parametrize("enabled", [False, True], ids=["plain", "scaled"])
 def test_a_skipped_step_leaves_weights_and_moments_alone(enabled):
-    """With loss scaling and without; the steps around it are those of a run that never saw it."""
+    """With and without loss scaling. The other steps are those of a run without the skipped step."""
     ends = []
     for gradients in ((1.0, torch.nan, 2.0), (1.0, 2.0)):
         model, optimizer = small()
@@ -113,7 +95,7 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(enabled):
             for p in model.parameters():
                 p.grad = torch.randn(p.shape, generator=draws)
             first = model.transformer.wpe.weight.grad
-            first *= factor  # AdamW's, and Muon is to know of it
+            first *= factor  # a parameter of AdamW's; Muon must skip the step too
             scale = scaler.scale(torch.ones(()))
             for p in model.parameters():
                 p.grad *= scale
@@ -128,23 +110,10 @@ def test_a_skipped_step_leaves_weights_and_moments_alone(enabled):
             torch.testing.assert_close(first.state[p][name], moment, rtol=1e-6, atol=1e-7)
 
 
-def test_one_optimizer_does_not_go_on_from_the_other_but_takes_its_weights(workplace):
-    first = run("--optimizer=adamw", "--max_iters=4")
+def test_an_optimizer_does_not_resume_from_the_state_of_another(workplace):
+    run("--optimizer=adamw", "--max_iters=4")
     with pytest.raises(
         ValueError,
         match=r"trained with adamw, whose state muon cannot use: .* --optimizer=adamw, or .* --init_from=",
-    ):
-        run("--optimizer=muon", "--init_from=resume")
-    still = ["--max_iters=1", "--learning_rate=0", "--min_lr=0"]
-    tuned = run("--optimizer=muon", "--init_from=out/ckpt.pt", *still, out_dir="tuned")
-    assert all(torch.equal(weight, tuned["model"][name]) for name, weight in first["model"].items())
-
-
-def test_muon_without_its_moments_is_refused(workplace):
-    state = run("--optimizer=muon", "--max_iters=2")
-    state["optimizer"]["state"][0] = {}
-    torch.save(state, "out/ckpt.pt")
-    with pytest.raises(
-        ValueError, match=r"optimizer: momentum_buffer of tensor 0 is missing, not \(96, 32\)"
     ):
         run("--optimizer=muon", "--init_from=resume")

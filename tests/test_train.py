@@ -1,4 +1,4 @@
-"""Whole runs: what they compute, exactness of resuming, what a run prints and leaves behind."""
+"""Whole runs: results, exact resuming, evaluation, and what a run prints."""
 
 import json
 import math
@@ -6,30 +6,29 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.runs import TINY, assert_same_run, assert_same_weights, load, records, run
+from tests.runs import (
+    TINY,
+    assert_close_weights,
+    assert_same_run,
+    assert_same_weights,
+    load,
+    run,
+    series,
+)
 from train import distributed, loop
 from train.config import PRESETS, TrainConfig, parse
 from train.loop import train
 from train.optim import learning_rate
 
 
-def series(out_dir, name):
-    """The values of one quantity, by step or by evaluation."""
-    return [record[name] for record in records(out_dir) if name in record]
-
-
-def assert_close_weights(first, second, rtol=1e-4):
-    for name, weight in first["model"].items():
-        torch.testing.assert_close(second["model"][name], weight, rtol=rtol, atol=rtol / 10, msg=name)
-
-
 @pytest.mark.parametrize("preset", sorted(p.stem for p in PRESETS.glob("*.py")))
-def test_every_preset_starts_with_nothing_optional_installed(workplace, monkeypatch, capsys, preset):
-    """Its flags as they are, but for the data, the weights to begin with, the size and the length."""
+def test_every_preset_trains_without_optional_packages(workplace, monkeypatch, capsys, preset):
+    """With the preset's flags, except for data, size, length and initial weights."""
     for package in ("wandb", "transformers", "safetensors", "datasets", "tokenizers", "flash_attn"):
         monkeypatch.setitem(sys.modules, package, None)
     sizes = [flag for flag in TINY if not flag.startswith(("--learning_rate", "--warmup", "--eval_interval"))]
@@ -45,7 +44,7 @@ def test_every_preset_starts_with_nothing_optional_installed(workplace, monkeypa
 
 
 @pytest.mark.parametrize(("dtype", "optimizer"), [("float32", "muon"), ("float16", "adamw")])
-def test_resuming_equals_never_having_stopped_bit_for_bit(workplace, dtype, optimizer):
+def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(workplace, dtype, optimizer):
     flags = ["--dropout=0.2", f"--dtype={dtype}", f"--optimizer={optimizer}", "--eval_sample=5"]
     run(*flags, out_dir="straight")
     run(*flags, "--max_iters=4", out_dir="stopped")
@@ -58,7 +57,7 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(workplace, dtype, opti
     assert bool(resumed["scaler"]) == (dtype == "float16")
 
 
-def test_fine_tuning_takes_weights_and_nothing_else(workplace):
+def test_fine_tuning_loads_only_the_weights(workplace):
     trained = run()
     still = ["--init_from=out/ckpt.pt", "--max_iters=1", "--learning_rate=0", "--min_lr=0"]
     tuned = run(*still, out_dir="tuned")
@@ -72,7 +71,7 @@ def test_fine_tuning_takes_weights_and_nothing_else(workplace):
 # ---- steps
 
 
-def test_training_learns_and_half_precision_follows(workplace):
+def test_training_lowers_the_loss_also_in_half_precision(workplace):
     flags = ["--max_iters=60", "--lr_decay_iters=60", "--eval_interval=60", "--eval_iters=8"]
     first_norm, last_loss = {}, {}
     for dtype in ("float32", "bfloat16", "float16"):
@@ -85,30 +84,30 @@ def test_training_learns_and_half_precision_follows(workplace):
         assert last_loss[dtype] == pytest.approx(last_loss["float32"], abs=0.05)
 
 
-def test_exactly_max_iters_updates_then_an_evaluation_and_a_checkpoint(workplace):
+def test_a_run_makes_max_iters_steps_then_evaluates_and_saves(workplace):
     checkpoint = run("--max_iters=5", "--eval_interval=100")
     assert {moments["step"].item() for moments in checkpoint["optimizer"]["state"].values()} == {5}
-    assert [r["iter"] for r in records("out") if "loss" in r] == [0, 1, 2, 3, 4]
-    assert [r["iter"] for r in records("out") if "val/loss" in r] == [0, 5]
+    assert series("out", "iter", of="loss") == [0, 1, 2, 3, 4]
+    assert series("out", "iter", of="val/loss") == [0, 5]
     assert checkpoint["iter_num"] == 5
 
 
-def test_accumulation_changes_the_memory_not_the_step(workplace):
+def test_gradient_accumulation_does_not_change_the_step(workplace):
     whole = run("--batch_size=8", "--gradient_accumulation_steps=1", out_dir="whole")
     parts = run("--batch_size=2", "--gradient_accumulation_steps=4", out_dir="parts")
     assert_close_weights(whole, parts)
 
 
-def test_gradient_is_clipped_and_its_norm_logged(workplace):
+def test_the_gradient_is_clipped_and_its_norm_before_clipping_is_logged(workplace):
     run("--max_iters=2", out_dir="clipped")
     run("--max_iters=2", "--grad_clip=0", out_dir="free")
     norms = [series(d, "grad_norm")[0] for d in ("clipped", "free")]
-    assert norms[0] == pytest.approx(norms[1]) and norms[0] > 1.0, "it is that before clipping"
+    assert norms[0] == pytest.approx(norms[1]) and norms[0] > 1.0, "the norm before clipping"
     clipped, free = series("clipped", "loss"), series("free", "loss")
     assert clipped[0] == free[0] and clipped[1] != free[1]
 
 
-def test_compiled_once_without_a_graph_break_and_saved_bare(workplace, monkeypatch, capsys):
+def test_a_compiled_model_has_no_graph_break_and_is_saved_without_wrappers(workplace, monkeypatch, capsys):
     """Without code generation, which takes half a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.utils.counters.clear()
@@ -139,7 +138,7 @@ def test_the_cosine_schedule_is_nanogpts():
 
 
 @pytest.mark.parametrize("wsd_decay_iters", [20, 0])
-def test_wsd_warms_up_stays_and_comes_down_over_a_fifth_by_default(wsd_decay_iters):
+def test_wsd_warms_up_stays_constant_and_decays_over_the_last_fifth_by_default(wsd_decay_iters):
     sizes = dict(warmup_iters=10, lr_decay_iters=100, learning_rate=1.0, min_lr=0.1)
     config = TrainConfig(schedule="wsd", wsd_decay_iters=wsd_decay_iters, **sizes)
     rates = [learning_rate(it, config) for it in range(120)]
@@ -152,17 +151,17 @@ def test_wsd_warms_up_stays_and_comes_down_over_a_fifth_by_default(wsd_decay_ite
 # ---- evaluation and what is printed
 
 
-def test_evaluating_more_often_changes_nothing_else(workplace):
+def test_the_number_of_evaluations_does_not_change_the_weights(workplace):
     often = run("--dropout=0.2", "--eval_interval=1", "--eval_sample=5", out_dir="often")
     seldom = run("--dropout=0.2", "--eval_interval=8", "--eval_iters=1", out_dir="seldom")
     assert_same_weights(often, seldom)
 
 
-def test_a_finished_run_and_eval_only_train_nothing_and_save_nothing(workplace, capsys):
+def test_a_finished_run_and_eval_only_write_nothing(workplace, capsys):
     run()
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     run("--init_from=auto")
-    assert "the run in out/ckpt.pt is finished, after 8 steps" in capsys.readouterr().out
+    assert "out/ckpt.pt has made 8 steps, and max_iters=8 leaves no more" in capsys.readouterr().out
     for source in ("resume", "scratch"):
         run(f"--init_from={source}", "--eval_only=True")
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
@@ -171,7 +170,7 @@ def test_a_finished_run_and_eval_only_train_nothing_and_save_nothing(workplace, 
     assert not Path("elsewhere").exists()
 
 
-def test_best_checkpoint_is_that_of_the_lowest_validation_loss(workplace, monkeypatch):
+def test_best_pt_has_the_lowest_validation_loss(workplace, monkeypatch):
     losses = iter([3.0, 1.0, math.nan, 1.5, 1.2])
     monkeypatch.setattr(loop, "estimate_loss", lambda *a: dict.fromkeys(("train", "val"), next(losses)))
     latest, best = run("--eval_interval=2"), load("out", "best.pt")
@@ -182,24 +181,19 @@ def test_best_checkpoint_is_that_of_the_lowest_validation_loss(workplace, monkey
     assert [r["val/loss"] for r in strict if "val/loss" in r] == [3.0, 1.0, None, 1.5, 1.2]
 
 
-def test_what_is_printed_is_nanogpts(workplace, monkeypatch, capsys):
-    """With the MFU where the device's peak is known, from the sixth step on."""
-    known = lambda self, sequences, seconds, dtype: 0.25 * sequences / 8  # noqa: E731
-    monkeypatch.setattr("gpt.model.GPT.estimate_mfu", known)
-    run("--log_interval=2")
-    lines = capsys.readouterr().out.splitlines()
-    steps = [line for line in lines if line.startswith("iter ")]
-    assert all(re.match(r"iter \d+: loss \d\.\d{4}, time \d+\.\d\dms", line) for line in steps)
-    assert [line.partition("ms")[2] for line in steps] == ["", "", "", ", mfu 25.00%"]
-    evaluations = [line for line in lines if line.startswith("step ")]
-    assert [line.split(":")[0] for line in evaluations] == ["step 0", "step 4", "step 8"]
-    assert all(re.fullmatch(r"step \d: train loss \d\.\d{4}, val loss \d\.\d{4}", e) for e in evaluations)
-    assert any("tokens per iteration will be: 128 " in line for line in lines)
-
-
-def test_a_sample_that_cannot_be_drawn_does_not_end_the_training(workplace, monkeypatch, capsys):
+def test_a_failed_sample_does_not_end_the_training(workplace, monkeypatch, capsys):
     import gpt.generate
 
     monkeypatch.setattr(gpt.generate, "draw_ids", lambda logits, *_: torch.full_like(logits[:, 0], -1).long())
     assert run("--eval_sample=5")["iter_num"] == 8
     assert capsys.readouterr().out.count("no sample: the logits of the model are not finite") == 3
+
+
+def test_no_rank_samples_if_one_has_no_tokenizer_and_rank_0_prints_why(monkeypatch, capsys):
+    monkeypatch.setattr(distributed.Ranks, "gather", lambda self, reason: [reason, "no network"])
+    config, ranks = TrainConfig(eval_sample=5, strategy="fsdp"), distributed.Ranks(0, 2, "cpu", None)
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=2))
+    description = {"kind": "char", "symbols": ["a", "b"]}
+    log = SimpleNamespace(print=print)
+    assert loop.tokenizer_for_samples(description, model, config, ranks, log) is None
+    assert capsys.readouterr().out == "no samples: no network\n"

@@ -1,4 +1,4 @@
-"""What a run shows and records: a view on a terminal, lines in a pipe, metrics.jsonl, wandb."""
+"""Logging: the live view, lines in a pipe, metrics.jsonl, wandb."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import re
 import sys
 import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -15,12 +16,12 @@ from train import distributed, metrics
 from train.checkpoint import Progress
 from train.config import parse
 from train.loop import train
-from train.view import Lines, open_view
+from train.view import Lines, open_view, progress_bar
 
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Makes stdout a terminal of so many columns; returns what reads its text, without escape sequences."""
+    """A function that makes stdout a terminal of so many columns. It returns a function for its lines."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -40,7 +41,7 @@ def records(out_dir="out"):
     return metrics.read(Path(out_dir, "metrics.jsonl"))
 
 
-def test_a_run_leaves_its_evaluations_above_the_view(workplace, terminal):
+def test_evaluations_scroll_above_the_live_view(workplace, terminal):
     screen, stdout = terminal(120), sys.stdout
     config, given = parse(TINY)
     with open_view() as view:
@@ -51,12 +52,12 @@ def test_a_run_leaves_its_evaluations_above_the_view(workplace, terminal):
     evaluations = [line.split(":")[0] for line in above if re.match(r"step \d: train loss", line)]
     assert evaluations == ["step 0", "step 4", "step 8"]
     last = [r for r in records() if "loss" in r][-1]
-    assert "8/8" in end and f"loss {last['loss']:.4f}" in end and "elapsed " in end
+    assert re.search(r"8/8 0:00:\d\d", end) and f"loss {last['loss']:.4f}" in end
     assert "left" not in end and "MFU" not in end and "skipped" not in end
 
 
 @pytest.mark.parametrize("columns", [40, 120])
-def test_a_frame_shows_what_goes_on_and_when_it_will_end_within_the_screen(terminal, columns):
+def test_the_live_view_fits_the_screen_and_shows_the_run_the_evaluation_and_the_last_step(terminal, columns):
     screen = terminal(columns)
     record = dict(
         iter=5, loss=2.5, lr=1e-3, grad_norm=0.5, skipped=3, ms=1234.5, tokens_per_s=9e6, mfu=41.23,
@@ -72,26 +73,29 @@ def test_a_frame_shows_what_goes_on_and_when_it_will_end_within_the_screen(termi
             "a process that is killed cannot give the cursor back"
         )
         view.advance(6)
-        view.step(record, 3725.0)
         with view.busy("evaluating"):
             view.evaluation({"iter": 6, "train/loss": 2.0, "val/loss": float("nan")})
+            view.step(record, 3725.0)
             view.print("[bold]as it is[/bold] :smile:")
+            view.part(3, 40)
+            view.stopping("SIGINT")
             during = frame(view)
-        assert "training" in frame(view)
-        raise KeyError("an error ends the view too")
+            raise KeyError("an error ends the view too")
     assert max(map(len, during.splitlines())) <= columns - 2
     for figure in (
-        "evaluating", "6/1,000", "left about 1h 2m", "loss 2.5000", "best val 2.2500", "lr 1.00e-03",
-        "grad norm 0.500", "skipped 3", "tokens/s 9,000,000", "ms/step 1,234.5", "MFU 41.2%", "7.0 GB",
+        "training", "6/1,000", "evaluating", "3/40", "SIGINT: stopping after this", "left about 1h 2m",
+        "loss 2.5000", "best val 2.2500", "lr 1.00e-03", "grad norm 0.500", "skipped 3", "tokens/s 9,000,000",
+        "ms/step 1,234.5", "MFU 41.2%", "7.0 GB",
     ):  # fmt: skip
         assert figure in during, figure
     assert "[bold]as it is[/bold] :smile:" in screen()
-    end = screen()[-4:]
-    assert "left" not in " ".join(end) and any(line.startswith("stopped") for line in screen())
+    end = "".join(screen()[-6:])
+    assert "stopped" in end and "6/1,000" in end
+    assert not any(word in end for word in ("left", "evaluating", "SIGINT"))
 
 
 @pytest.mark.parametrize("lacking", ["rich", "terminal", "interaction"])
-def test_lines_where_no_view_can_be_had(terminal, monkeypatch, lacking):
+def test_without_rich_or_a_terminal_a_run_prints_plain_lines(terminal, monkeypatch, lacking):
     if lacking == "rich":
         monkeypatch.setitem(sys.modules, "rich.console", None)
     if lacking == "interaction":
@@ -102,22 +106,34 @@ def test_lines_where_no_view_can_be_had(terminal, monkeypatch, lacking):
         assert type(view) is Lines
 
 
-def test_the_time_left_is_that_of_the_steps_and_of_the_evaluations(workplace):
+@pytest.mark.parametrize("has_rich", [True, False])
+def test_a_progress_bar_yields_the_items_even_without_rich(monkeypatch, has_rich):
+    stderr = io.StringIO()
+    stderr.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stderr)
+    if not has_rich:
+        monkeypatch.setitem(sys.modules, "rich", None)
+    assert list(progress_bar(iter("abc"), "letters", 3)) == ["a", "b", "c"]
+    assert ("letters" in stderr.getvalue()) == has_rich
+
+
+def test_the_time_left_counts_steps_and_evaluations(workplace):
     Path("out").mkdir()
     config = parse([*TINY, "--max_iters=100", "--eval_interval=30", "--compile=False"])[0]
     ranks, model = distributed.Ranks(0, 1, "cpu", None), GPT(GPTConfig(16, 21, 1, 1, 4))
-    log = metrics.Metrics(config, ranks, model, Lines(), Progress(), {})
-    assert log._seconds_left(40) is None, "nothing is measured yet"
+    log = metrics.Metrics(config, ranks, model, Lines(), Progress())
+    assert log._seconds_left(40) is None, "no step has been timed yet"
     log.seconds, log.pauses = 2.0, {"evaluating": [10.0], "profiling": [77.0]}
     for done in (1, 30, 31, 90, 91, 99):
         evaluations = sum(step % 30 == 0 for step in range(done, 100)) + 1
         assert log._seconds_left(done) == (100 - done) * 2.0 + evaluations * 10.0, done
-    log.config.compile = True  # the first evaluation was spent on compiling
+    log.config.compile = True  # the first evaluation includes compiling
     assert log._seconds_left(40) == 60 * 2.0
     log.close()
 
 
-def test_every_line_in_a_pipe(workplace, capsys):
+def test_the_lines_in_a_pipe_are_nanogpts_with_a_summary(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(GPT, "estimate_mfu", lambda self, sequences, *_: 0.25 * sequences / 8)
     run()
     step, number = r"iter {}: loss \d\.\d{{4}}, time \d+\.\d\dms", r"[\d,]+"
     evaluation = r"step {}: train loss \d\.\d{{4}}, val loss \d\.\d{{4}}"
@@ -131,9 +147,10 @@ def test_every_line_in_a_pipe(workplace, capsys):
         evaluation.format(0),
         *(step.format(i) for i in range(4)),
         evaluation.format(4),
-        *(step.format(i) for i in (4, 5)),
+        step.format(4),
+        step.format(5) + r", mfu 25\.00%",
         r"time left: about \ds",
-        *(step.format(i) for i in (6, 7)),
+        *(step.format(i) + r", mfu 25\.00%" for i in (6, 7)),
         evaluation.format(8),
         r"finished after 8 steps: out/ckpt.pt, lowest validation loss \d\.\d{4}",
         r"  sample from it  \S*python -m gpt\.sample out",
@@ -146,11 +163,11 @@ def test_every_line_in_a_pipe(workplace, capsys):
 # ---- metrics.jsonl
 
 
-def test_metrics_only_grow_and_what_was_replaced_is_not_read(workplace, monkeypatch):
+def test_metrics_jsonl_only_grows_and_repeated_steps_are_read_once(workplace):
     run("--max_iters=4")
     path = Path("out/metrics.jsonl")
     step = [r for r in records() if "loss" in r][-1]
-    with path.open("a") as f:  # a step that a crash has taken from the checkpoint
+    with path.open("a") as f:  # a step after the last checkpoint, before a crash
         f.write(json.dumps(step | {"iter": 4, "loss": 1.0}) + "\n")
     before = path.read_bytes()
     with path.open("a") as f:
@@ -160,14 +177,9 @@ def test_metrics_only_grow_and_what_was_replaced_is_not_read(workplace, monkeypa
     steps = [r for r in records() if "loss" in r]
     assert [r["iter"] for r in steps] == list(range(8)) and all(r["loss"] != 1.0 for r in steps)
     assert [r["iter"] for r in records() if "val/loss" in r] == [0, 4, 8]
-    known = records()
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory"):
-        patch.setattr(Lines, "busy", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
-        run("--init_from=resume", "--max_iters=12")
-    assert records() == known, "a run that made nothing replaces nothing"
 
 
-def test_a_start_records_what_was_resolved_and_a_stop_why(workplace):
+def test_a_start_event_has_the_resolved_settings_and_a_stop_event_the_reason(workplace):
     stop, view = types.SimpleNamespace(received=None), Lines()
     view.step = lambda record, left: record["iter"] == 1 and vars(stop).update(received="SIGTERM")
     config, given = parse([*TINY, "--grad_clip=inf"])
@@ -180,63 +192,44 @@ def test_a_start_records_what_was_resolved_and_a_stop_why(workplace):
     config = start["config"]
     assert (config["device"], config["dtype"], config["compile"]) == ("cpu", "float32", False)
     assert (config["kernels"], config["vocab_size"], config["n_embd"]) == ("torch", 21, 32)
-    assert config["grad_clip"] is None, "JSON has no name for it"
-    matrices = 2 * 12 * 32 * 32 + 21 * 32  # two blocks, the embedding; then their norms and the last
+    assert config["grad_clip"] is None, "JSON cannot write inf"
+    matrices = 2 * 12 * 32 * 32 + 21 * 32  # two blocks and the embedding; below: five norms
     assert start["parameters"] == matrices + 5 * 32
     assert start["flops_per_token"] == 6 * start["parameters"] + 12 * 2 * 32 * 16
     assert (start["tokens_per_step"], start["train_tokens"], start["ranks"]) == (128, 49801, 1)
-    assert 0.05 < last_step["memory_gb"] < 100  # PyTorch alone takes the first
+    assert 0.05 < last_step["memory_gb"] < 100  # PyTorch alone takes more than the first
 
 
 # ---- wandb
 
 
-class StandIn(types.ModuleType):
-    """As much of wandb as is used: without a key it refuses to start except offline."""
-
-    class Error(Exception):
-        pass
-
-    def __init__(self, refusal=None):
-        super().__init__("wandb")
-        self.refusal, self.started, self.logged, self.finished = refusal, [], [], False
-
-    def init(self, **options):
-        if self.refusal and options.get("mode") != "offline":
-            raise self.Error(self.refusal)
-        self.started.append(options)
-        return types.SimpleNamespace(dir="/runs/wandb/offline-run-1/files")
-
-    def log(self, values):
-        self.logged.append(values)
-
-    def finish(self):
-        self.finished = True
+@pytest.fixture
+def wandb(monkeypatch):
+    """A stand-in for the package."""
+    module = mock.Mock(Error=type("Error", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
 
 
-def test_wandb_gets_nanogpts_keys_at_evaluations_offline_where_no_key_is_known(
-    workplace, monkeypatch, capsys
-):
+def test_wandb_gets_nanogpts_keys_at_evaluations(workplace, monkeypatch, wandb):
     monkeypatch.setattr(GPT, "estimate_mfu", lambda *a: 0.25)
-    for refusal, mode in ((None, None), ("No API key configured. Use `wandb login`.", "offline")):
-        monkeypatch.setitem(sys.modules, "wandb", wandb := StandIn(refusal))
-        run("--wandb_log=True", "--wandb_project=p", "--wandb_run_name=r", out_dir=f"out-{mode}")
-        [started] = wandb.started
-        assert (started["project"], started["name"], started["config"]["n_embd"]) == ("p", "r", 32)
-        assert started.get("mode") == mode and wandb.finished
-        keys = {"iter", "train/loss", "val/loss", "lr"}
-        assert [values.keys() for values in wandb.logged] == [keys, keys, keys | {"mfu"}]
-        assert wandb.logged[2].pop("mfu") == pytest.approx(25.0)
-        assert wandb.logged == [r for r in records(f"out-{mode}") if "val/loss" in r]
-    assert "wandb sync /runs/wandb/offline-run-1" in capsys.readouterr().out
+    run("--wandb_log=True", "--wandb_project=p", "--wandb_run_name=r")
+    options = wandb.init.call_args.kwargs
+    assert (options["project"], options["name"], options["config"]["n_embd"]) == ("p", "r", 32)
+    wandb_run = wandb.init.return_value
+    logged = [call.args[0] for call in wandb_run.log.call_args_list]
+    keys = {"iter", "train/loss", "val/loss", "lr"}
+    assert [values.keys() for values in logged] == [keys, keys, keys | {"mfu"}]
+    assert logged[2].pop("mfu") == pytest.approx(25.0)
+    assert logged == [r for r in records() if "val/loss" in r]
+    wandb_run.finish.assert_called_once()
 
 
-def test_wandb_that_cannot_start_is_one_sentence(workplace, monkeypatch):
+def test_wandb_that_cannot_start_is_one_sentence(workplace, monkeypatch, wandb):
+    wandb.init.side_effect = wandb.Error("No API key configured")
+    with pytest.raises(ValueError, match=r"No API key configured.*WANDB_MODE=offline.*--wandb_log=False"):
+        run("--wandb_log=True")
     # The folder wandb of offline runs imports too, as an empty package.
-    for module, words in (
-        (StandIn("project 'p/q' holds a slash"), "project 'p/q' holds a slash.*WANDB_MODE=offline"),
-        (types.ModuleType("wandb"), "needs the package wandb: .*pip install"),
-    ):
-        monkeypatch.setitem(sys.modules, "wandb", module)
-        with pytest.raises(ValueError, match=words):
-            run("--wandb_log=True")
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    with pytest.raises(ValueError, match=r"needs the package wandb: .*pip install"):
+        run("--wandb_log=True")

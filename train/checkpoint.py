@@ -28,11 +28,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gpt import pretrained, tokenizer
 from gpt.atomic import flush, replacing
-from gpt.checkpoint import Checkpoint, missing, model_args, read, write
+from gpt.checkpoint import Checkpoint, missing, model_args, read, runs_here, write
 from gpt.model import GPT, RUN_OPTIONS
 from train.config import MODEL_FIELDS, TrainConfig
 from train.distributed import Ranks
-from train.optim import Optimizer
 
 
 @dataclass
@@ -44,7 +43,6 @@ class Progress:
     best_val_loss: float = math.inf
     skipped: int = 0  # steps whose gradient was not finite
     evaluated: bool = False  # whether the evaluation at iter_num is done
-    began: str = "scratch"  # init_from of the process that began the run, for config.py
 
     @classmethod
     def after(cls, saved: Checkpoint, config: TrainConfig) -> "Progress":
@@ -52,9 +50,7 @@ class Progress:
         progress = cls(**{key.name: getattr(saved, key.name) for key in fields(cls)})
         if saved.position is None:
             # nanoGPT reads windows at random. Continue where a run of ours would be after that many steps.
-            progress.position = saved.iter_num * config.sequences
-        if saved.began is None:
-            progress.began = saved.config.get("init_from", config.init_from)
+            progress.position = saved.iter_num * config.sequences_per_step
         return progress
 
 
@@ -94,45 +90,33 @@ def find_start(config: TrainConfig, given: Container[str], ranks: Ranks) -> Star
 
 def _refuse_to_replace(latest: Path) -> None:
     """Raises ValueError if there are checkpoints, which a new run would replace."""
-    if not (candidates := _candidates(latest)):
-        return
-    newest = candidates[0]
-    try:
-        step = f"step {read(newest).iter_num}"
-    except (ValueError, OSError):
-        step = "unreadable"
-    time = datetime.fromtimestamp(newest.stat().st_mtime).isoformat(" ", "minutes")
-    raise ValueError(
-        f"{newest} is the checkpoint of another run ({step}, saved {time}), and a new run would replace it: "
-        "--init_from=resume continues it, --out_dir=FOLDER starts in a different folder; to start again in "
-        f"{latest.parent}, delete its checkpoints first"
-    )
+    if candidates := _candidates(latest):
+        newest = candidates[0]
+        time = datetime.fromtimestamp(newest.stat().st_mtime).isoformat(" ", "minutes")
+        raise ValueError(
+            f"{newest} is the checkpoint of another run (saved {time}), and a new run would replace it: "
+            "--init_from=resume continues it, --out_dir=FOLDER starts in a different folder; to start again "
+            f"in {latest.parent}, delete its checkpoints first"
+        )
 
 
 def newest_intact(latest: Path) -> tuple[Path, Checkpoint]:
     """The path and content of `latest`, or of the newest undamaged checkpoint beside it.
 
-    Prints a line for each damaged one. Raises FileNotFoundError if there is no checkpoint, and ValueError if
-    all are damaged.
+    Prints a line for each that it skips. Raises FileNotFoundError if there is no checkpoint, ValueError if
+    all are damaged, and OSError for one that cannot be read.
     """
-    problems: list[Exception] = []
+    problem: Exception = missing(latest)
     candidates = _candidates(latest)
     if candidates and not latest.exists():
         print(f"{latest} is missing: trying the previous checkpoint", flush=True)
     for path in candidates:
         try:
             return path, read(path)
-        except PermissionError:
-            raise
-        except (ValueError, OSError) as error:
-            problems.append(error)
+        except ValueError as error:
+            problem = error
             print(f"{path} is damaged ({error}): trying the previous checkpoint", flush=True)
-    if not problems:
-        raise missing(latest)
-    raise ValueError(
-        f"{problems[0]}; there is no intact checkpoint beside it: restore one from a backup, or start a new "
-        "run with a different --out_dir"
-    )
+    raise problem
 
 
 def _candidates(latest: Path) -> list[Path]:
@@ -170,11 +154,10 @@ def initial_model(
         model = GPT.from_pretrained(source, overrides, device, config.dtype)
         model_tokenizer = pretrained.hugging_face_tokenizer(source)
     else:
-        if not Path(source).suffix and not Path(source).exists():
-            known = ", ".join(("scratch", "resume", "auto", *pretrained.GPT2_NAMES))
+        if not Path(source).exists():
             raise ValueError(
-                f"init_from={source!r} must be {known}, the path of a ckpt.pt, or the folder of a run or "
-                "of a Hugging Face model"
+                f"init_from={source!r} must be scratch, resume, auto, gpt2* or a path that exists; "
+                f"{runs_here()}"
             )
         path, dtype = Path(source), config.dtype
         model, saved = pretrained.from_checkpoint(path, device, dtype, start.saved, **overrides)
@@ -200,33 +183,30 @@ def initial_model(
     return model, saved if resumes else empty
 
 
-def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScaler, ranks: Ranks) -> None:
+def restore(
+    saved: Checkpoint,
+    config: TrainConfig,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    ranks: Ranks,
+) -> None:
     """Restores the optimizer's moments and step counts, the loss scale and this rank's random numbers.
 
     Learning rate, weight decay and betas are those of this run. Raises ValueError if the optimizer differs or
     does not fit.
     """
     way_out = "load only the weights with --init_from=PATH/ckpt.pt"
-    moments = saved.optimizer["state"] if saved.optimizer else {}
     trained_with = saved.config.get("optimizer", "adamw")  # nanoGPT has no other
-    if saved.optimizer and trained_with != optimizer.name:
+    if saved.optimizer and trained_with != config.optimizer:
         raise ValueError(
-            f"the checkpoint was trained with {trained_with}, whose state {optimizer.name} cannot use: "
+            f"the checkpoint was trained with {trained_with}, whose state {config.optimizer} cannot use: "
             f"give --optimizer={trained_with}, or {way_out}"
         )
-    params = [(p, optimizer.moments(group)) for group in optimizer.param_groups for p in group["params"]]
-    # Before the first step there are no moments.
-    for i, (p, names) in enumerate(params if moments else ()):
-        for name in names:
-            moment = moments.get(i, {}).get(name)
-            if not isinstance(moment, Tensor) or moment.shape != p.shape:
-                shape = tuple(moment.shape) if isinstance(moment, Tensor) else moment or "missing"
-                raise ValueError(
-                    f"the checkpoint's optimizer: {name} of tensor {i} is {shape}, not {tuple(p.shape)}"
-                )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = saved.optimizer["state"] if saved.optimizer else {}
     try:
         state = {
-            i: {name: _shard_like(value, params[i][0]) for name, value in values.items()}
+            i: {name: _shard_like(value, parameters[i]) for name, value in values.items()}
             for i, values in moments.items()
         }
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -237,7 +217,7 @@ def restore(saved: Checkpoint, optimizer: Optimizer, scaler: torch.amp.GradScale
             torch.set_rng_state(rng["cpu"])
             if ranks.device_type in rng.keys() - {"cpu"}:
                 torch.get_device_module(ranks.device).set_rng_state(rng[ranks.device_type])
-    except (RuntimeError, LookupError, TypeError) as error:
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
             f"the checkpoint's optimizer, scaler or rng cannot be restored ({error}); resume from a "
             f"different checkpoint, or {way_out}"

@@ -8,13 +8,13 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import kernels
-from gpt import atomic, cli
+from gpt import cli
 from gpt.cli import UserPath
 from gpt.device import DTYPES, resolve_compile, resolve_dtype
 from gpt.model import RUN_OPTIONS, GPTConfig
@@ -23,7 +23,7 @@ from train.distributed import Ranks
 PRESETS = Path(__file__).parent / "configs"
 # The fields of GPTConfig that a loaded model brings with it.
 MODEL_FIELDS = tuple(option.name for option in fields(GPTConfig) if option.name not in RUN_OPTIONS)
-BELOW_1 = math.nextafter(1, 0)
+LARGEST_BELOW_1 = math.nextafter(1, 0)
 # Bounds of the numeric flags. SIZE is small enough that the bytes of a SIZE x SIZE tensor fit into 64 bits.
 SIZE, COUNT, REAL = 2**29, 2**62, sys.float_info.max
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -32,7 +32,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "gradient_accumulation_steps": (1, SIZE), "batch_size": (1, SIZE),
     "n_layer": (1, SIZE), "n_head": (1, SIZE), "n_embd": (1, SIZE), "block_size": (1, SIZE),
     "vocab_size": (1, SIZE),
-    "weight_decay": (0, REAL), "beta1": (0, BELOW_1), "beta2": (0, BELOW_1), "grad_clip": (0, math.inf),
+    "weight_decay": (0, REAL), "grad_clip": (0, math.inf),
+    "beta1": (0, LARGEST_BELOW_1), "beta2": (0, LARGEST_BELOW_1),
     "max_iters": (0, COUNT), "warmup_iters": (0, COUNT), "lr_decay_iters": (0, COUNT),
     "wsd_decay_iters": (0, COUNT), "learning_rate": (0, REAL), "min_lr": (0, REAL),
 }  # fmt: skip
@@ -54,8 +55,7 @@ class TrainConfig:
     )
     seed: int = 1337  # for weights, dropout and data order
     log_interval: int = 1  # steps between printed lines
-    print_config: bool = False  # print every setting as a config file, with "auto" replaced, and stop
-    profile: str = ""  # START:STOP: trace these steps into out_dir and list the most expensive operations
+    profile: str = ""  # START:STOP: trace these steps into out_dir and print the most expensive operations
     wandb_log: bool = False  # log to Weights & Biases as well (extra [wandb])
     wandb_project: str = "owt"  # project in Weights & Biases
     wandb_run_name: str = "gpt2"  # run in Weights & Biases
@@ -100,7 +100,7 @@ class TrainConfig:
     dtype: str = "auto"  # auto, float32, bfloat16, float16 (with loss scaling)
     compile: bool | Literal["auto"] = "auto"  # torch.compile the model; auto: on CUDA
     strategy: Literal["ddp", "fsdp"] = "ddp"  # fsdp shards weights, gradients and optimizer over the ranks
-    backend: str = "auto"  # torch.distributed: auto, nccl, gloo
+    backend: Literal["auto", "nccl", "gloo"] = "auto"  # torch.distributed: auto, nccl, gloo
     timeout: int = 600  # seconds that a rank waits for the others before the run fails
 
     def flat(self) -> dict[str, Any]:
@@ -113,8 +113,6 @@ class TrainConfig:
         cli.check_bounds(self.flat(), BOUNDS)
         if not 0 <= self.model.dropout < 1:
             raise ValueError(f"dropout={self.model.dropout} must be at least 0 and below 1")
-        if self.backend not in ("auto", "nccl", "gloo"):
-            raise ValueError(f"backend={self.backend!r} must be auto, nccl or gloo")
         steps = self.profiled
         if steps and steps[0] >= self.max_iters:
             raise ValueError(f"profile={self.profile}: this run has only the steps 0 to {self.max_iters - 1}")
@@ -136,7 +134,7 @@ class TrainConfig:
         return range(int(start), int(stop)) if self.profile else range(0)
 
     @property
-    def sequences(self) -> int:
+    def sequences_per_step(self) -> int:
         """Sequences per step, over all ranks."""
         return self.micro_batch * self.gradient_accumulation_steps
 
@@ -157,10 +155,10 @@ def parse(args: Sequence[str]) -> tuple[TrainConfig, dict[str, list[str]]]:
 
 def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """Replaces "auto" by what this machine has. Raises ValueError for settings it does not support."""
-    if config.gradient_accumulation_steps % ranks.world_size:
+    if config.gradient_accumulation_steps % ranks.world_size and not config.eval_only:
         raise ValueError(
             f"gradient_accumulation_steps={config.gradient_accumulation_steps} is the total over all ranks "
-            f"and must be a multiple of their number, {ranks.world_size}; try {_multiple(config, ranks)}"
+            f"and must be a multiple of their number, {ranks.world_size}"
         )
     if config.strategy == "fsdp" and not ranks.backend:
         raise ValueError("strategy='fsdp' shards over ranks: start it with torchrun, one process per GPU")
@@ -174,28 +172,17 @@ def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     return replace(
         config,
         device=ranks.device,
-        backend=ranks.backend or "none",
         dtype=dtype,
         compile=resolve_compile(config.compile, ranks.device),
         model=model,
     )
 
 
-def config_file(config: TrainConfig, given: Mapping[str, Sequence[str]] | None = None) -> str:
-    """Returns the text of a config file that repeats a resolved configuration on the same kind of machine.
-
-    `given` (the flags that were set) is for --print_config, before a model is loaded. Settings that the
-    checkpoint will supply are left out then.
-    """
+def config_file(config: TrainConfig) -> str:
+    """Returns the text of a config file that repeats a resolved configuration on the same kind of machine."""
     values = config.flat()
-    values.pop("print_config")
-    if given is not None and config.init_from not in ("scratch", "auto"):
-        for name in set(MODEL_FIELDS).difference(given):
-            del values[name]
-    if given is not None and config.init_from in ("resume", "auto") and "dataset" not in given:
-        del values["dataset"]
+    del values["profile"]  # it concerns one start, not the run
     values["device"] = config.device.removesuffix(":0")  # the rank decides which GPU
-    values["backend"] = "auto" if config.backend == "none" else config.backend
     heading = "# Every setting of a run; python -m train FILE.py repeats it.\n\n"
     return heading + cli.config_text(TrainConfig, values)
 
@@ -218,13 +205,3 @@ def twice_as_long(config: TrainConfig) -> dict[str, int]:
     if config.decay_lr and config.lr_decay_iters <= config.max_iters:
         longer["lr_decay_iters"] = longer["max_iters"]
     return longer
-
-
-def save_config(config: TrainConfig, folder: Path) -> None:
-    """Writes `config_file` as config.py. Raises OSError if `folder` cannot be written to."""
-    atomic.write(folder / "config.py", config_file(config))
-
-
-def _multiple(config: TrainConfig, ranks: Ranks) -> int:
-    """The multiple of the number of ranks that is nearest to gradient_accumulation_steps."""
-    return ranks.world_size * max(1, round(config.gradient_accumulation_steps / ranks.world_size))

@@ -51,10 +51,6 @@ class Ranks:
         dist.all_reduce(number, dist.ReduceOp.MAX, group=self.hosts)
         return bool(number)
 
-    def differ(self, value: Any) -> bool:
-        """Whether the ranks have different values."""
-        return self.any(value != self.broadcast(value))
-
     def broadcast(self, value: Any) -> Any:
         """Returns rank 0's value to all ranks. It can be any Python object."""
         values = [value]
@@ -78,10 +74,6 @@ def start(backend: str, device: str, timeout: int = 600) -> Ranks:
     that waits for another for more than `timeout` seconds raises RuntimeError; see `lost_rank`.
     """
     under_torchrun = "RANK" in os.environ
-    way_out = "start it with torchrun, or unset RANK for a run in one process"
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT") if under_torchrun else ():
-        if not os.environ.get(name, "0").isdigit():
-            raise ValueError(f"{name}={os.environ[name]!r} is set and must be a whole number: {way_out}")
     if under_torchrun and ":" in device:
         raise ValueError(
             f"device={device!r} would put every rank on one GPU; under torchrun give --device=cuda"
@@ -98,9 +90,6 @@ def start(backend: str, device: str, timeout: int = 600) -> Ranks:
         backend = "nccl" if on_gpu else "gloo"
     if backend == "nccl" and not on_gpu:
         raise ValueError(f"backend='nccl' needs GPUs, and this rank is on {device}; try --backend=gloo")
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise ValueError(f"RANK={os.environ['RANK']} is set, but not {', '.join(missing)}: {way_out}")
     patience = timedelta(seconds=timeout)
     agents, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
     dist.init_process_group(

@@ -17,35 +17,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from gpt import cli
+from gpt import atomic, cli
 from gpt.checkpoint import Checkpoint
 from gpt.device import autocast
 from gpt.model import GPT
 from gpt.sample import SampleConfig, generate
-from gpt.tokenizer import GPT2_VOCAB_SIZE, Tokenizer, from_dict, unknown
+from gpt.tokenizer import Tokenizer, from_dict, if_large_enough
 from train import checkpoint, distributed, fit
 from train.checkpoint import Progress
-from train.config import TrainConfig, resolve, resume_command, save_config, twice_as_long
+from train.config import TrainConfig, config_file, resolve, resume_command, twice_as_long
 from train.data import TokenFile, describe, preflight, to_device
 from train.distributed import Ranks
 from train.metrics import Metrics
-from train.optim import (
-    Optimizer,
-    SkippedSteps,
-    clip_gradient,
-    learning_rate,
-    optimizer_for,
-    step_if_finite,
-)
-from train.profiler import Profile
+from train.optim import SkippedSteps, learning_rate, optimizer_for, step_if_finite
+from train.profiler import start_profiler
 from train.signals import StopRequest
 from train.view import Lines
 
 Batch = tuple[Tensor, Tensor]
 Precision = Callable[[], AbstractContextManager]
 
-HOPELESS = 20  # skipped steps in a row that end a run; float16 skips a few to find its loss scale
+MAX_SKIPPED_IN_A_ROW = 20  # this many end the run; float16 skips a few to find its loss scale
 
 
 def train(
@@ -83,9 +77,11 @@ def train(
     with cli.IfSlow("making the model", ranks.is_main):
         # In a new run, `saved` has only defaults.
         model, saved = checkpoint.initial_model(config, given, tokenizer, ranks, start)
-    config = replace(config, model=model.config)
+    # The checkpoint and config.py of a resumed run say where the run began.
+    began_from = saved.config.get("init_from", config.init_from)
+    config = replace(config, model=model.config, init_from=began_from)
     tokenizer = tokenizer_to_save(tokenizer, saved.tokenizer or tokenizer, model, data_dir)
-    if ranks.differ(saved.iter_num):
+    if ranks.any(saved.iter_num != ranks.broadcast(saved.iter_num)):
         raise ValueError(
             f"the ranks found different checkpoints: all machines must share out_dir={config.out_dir!r}"
         )
@@ -104,7 +100,7 @@ def train(
     wrapped, optimizer, scaler = set_up(model, config, ranks)
     progress = Progress.after(saved, config)
     if resumes:
-        checkpoint.restore(saved, optimizer, scaler, ranks)
+        checkpoint.restore(saved, config, optimizer, scaler, ranks)
 
     # The data. Evaluation uses a different seed, so it does not score the windows that training reads next.
     train_file = TokenFile(data_dir / "train.bin", config.model, config.seed)
@@ -121,10 +117,10 @@ def train(
     accumulation = config.gradient_accumulation_steps // ranks.world_size
 
     # Logging. Compile before the first step, so that step times do not include it.
-    metrics = Metrics(config, ranks, model, view or Lines(), progress, saved.config)
+    metrics = Metrics(config, ranks, model, view or Lines(), progress)
+    metrics.start(progress, len(train_file), len(eval_files["val"]), saved.config)
     resume_message = f"resumed {start.latest} at step {progress.iter_num:,}" if resumes else ""
     del saved, start  # free the memory maps of the checkpoint file
-    metrics.start(len(train_file), len(eval_files["val"]))
     for line in filter(None, (resume_message, fit_message)):
         metrics.print(line)
     if not config.eval_only:
@@ -135,8 +131,8 @@ def train(
         if config.compile:
             metrics.print(f"compiled in {seconds:.1f} s, including a first pass")
         if ranks.is_main:
-            save_config(replace(config, init_from=progress.began), out_dir)
-    profile = Profile(config, progress.iter_num, ranks, metrics)
+            atomic.write(out_dir / "config.py", config_file(config))
+    profiler = start_profiler(config, progress.iter_num, ranks, metrics)
     saver = checkpoint.Saver(model, optimizer, scaler, config, ranks, tokenizer, data)
     sample_tokenizer = tokenizer_for_samples(tokenizer, model, config, ranks, metrics)
     skips = SkippedSteps(progress.skipped, ranks.device)
@@ -144,12 +140,11 @@ def train(
     while True:
         # The learning rate depends on the step alone, so a checkpoint need not store it.
         lr = learning_rate(progress.iter_num, config)
-        last = progress.iter_num >= config.max_iters or config.eval_only
+        no_steps_left = progress.iter_num >= config.max_iters or config.eval_only
 
         # Evaluate at intervals and at the end, then save. A run resumed from there skips the evaluation.
-        due = progress.iter_num % config.eval_interval == 0 and not progress.evaluated
-        if due or last:
-            profile.finish(progress.iter_num)
+        evaluation_due = progress.iter_num % config.eval_interval == 0 and not progress.evaluated
+        if evaluation_due or no_steps_left:
             with metrics.paused("evaluating"):
                 losses = estimate_loss(model, eval_files, config, ranks, precision, metrics.part)
                 progress.evaluated = True
@@ -163,26 +158,33 @@ def train(
                     progress.skipped = int(skips.total)
                     metrics.flush()
                     saver.save(progress, is_best)
-            if last or asked_to_stop(stop, ranks):
+            if no_steps_left or asked_to_stop(stop, ranks):
                 break
 
-        profile.before(progress.iter_num)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        share = islice(micro_batches, accumulation)
+        batches = islice(micro_batches, accumulation)
         loss, grad_norm = train_step(
-            wrapped, optimizer, scaler, share, accumulation, config.grad_clip, precision
+            wrapped, optimizer, scaler, batches, accumulation, config.grad_clip, precision
         )
         # Ask before waiting for the GPU: a dead rank shows up here as an error, not as a hang.
         stopping = asked_to_stop(stop, ranks)
         skips.count(grad_norm)
         # Only logged steps wait for the GPU.
-        if progress.iter_num % config.log_interval == 0 and skips.in_a_row >= HOPELESS:
-            raise ValueError(not_finite_message(progress, skips, config))
+        if progress.iter_num % config.log_interval == 0 and skips.in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            saved_at = "there is no checkpoint yet"
+            if (latest := out_dir / "ckpt.pt").exists():
+                saved_at = f"the last good checkpoint is {latest}"
+            raise ValueError(
+                f"the gradient has not been finite for the last {skips.in_a_row} steps, up to step "
+                f"{progress.iter_num}: try a lower learning_rate than {config.learning_rate}, or a different "
+                f"seed; {saved_at}"
+            )
         metrics.step(progress.iter_num, loss, grad_norm, lr, skips.total)
-        profile.after(progress.iter_num)
+        if profiler:
+            profiler.step()
         progress.iter_num += 1
-        progress.position += config.sequences
+        progress.position += config.sequences_per_step
         progress.evaluated = False
         saver.check()
 
@@ -196,8 +198,9 @@ def train(
 
     with metrics.paused("saving"):
         saver.wait()
-    profile.finish(progress.iter_num)
-    if not last:
+    if profiler:
+        profiler.stop()
+    if not no_steps_left:
         metrics.stop(progress.iter_num, stop.received if stop else None)
     elif not config.eval_only:
         metrics.done(progress.iter_num, progress.best_val_loss)
@@ -206,7 +209,7 @@ def train(
 
 def set_up(
     model: GPT, config: TrainConfig, ranks: Ranks
-) -> tuple[nn.Module, Optimizer, torch.amp.GradScaler]:
+) -> tuple[nn.Module, torch.optim.Optimizer, torch.amp.GradScaler]:
     """Returns the compiled and wrapped model, its optimizer and its loss scaler."""
     wrapped = distributed.parallel(model, config.strategy, config.compile, config.dtype, ranks)
     optimizer = optimizer_for(model, config, ranks.device_type)
@@ -239,7 +242,9 @@ def train_step(
             scaler.scale(loss).backward()
         losses.append(loss.detach())
     scaler.unscale_(optimizer)
-    grad_norm = clip_gradient(model.parameters(), grad_clip)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
     step_if_finite(optimizer, scaler, grad_norm)
     # None instead of zeros frees the memory until the next backward pass.
     optimizer.zero_grad(set_to_none=True)
@@ -309,68 +314,51 @@ def asked_to_stop(stop: StopRequest | None, ranks: Ranks) -> bool:
 
 def finished_message(latest: Path, saved: Checkpoint, config: TrainConfig, ranks: Ranks) -> str:
     """The message for a resumed run that has no steps left: why, and the command that trains longer."""
-    planned = saved.config.get("max_iters", config.max_iters)
-    if saved.iter_num < planned:
-        return (
-            f"{latest} is at step {saved.iter_num:,} of {planned:,}, and max_iters={config.max_iters} leaves "
-            f"no steps. To continue:\n  {resume_command(config, ranks, max_iters=planned)}"
-        )
     longer = twice_as_long(replace(config, max_iters=saved.iter_num))
+    # A run that did not get to its own end needs no new one.
+    if saved.iter_num < saved.config.get("max_iters", 0):
+        longer = {"max_iters": saved.config["max_iters"]}
     return (
-        f"the run in {latest} is finished, after {saved.iter_num:,} steps. To train longer:\n"
-        f"  {resume_command(config, ranks, **longer)}\n"
+        f"the run in {latest} has made {saved.iter_num:,} steps, and max_iters={config.max_iters} leaves no "
+        f"more. To train longer:\n  {resume_command(config, ranks, **longer)}\n"
         f"To start over, delete {latest.parent}/*.pt, or give another --out_dir."
-    )
-
-
-def not_finite_message(progress: Progress, skips: SkippedSteps, config: TrainConfig) -> str:
-    """The error after too many steps in a row without a finite gradient, with what to try."""
-    latest = Path(config.out_dir, "ckpt.pt")
-    good = f"the last good checkpoint is {latest}" if latest.exists() else "there is no checkpoint yet"
-    return (
-        f"the gradient has not been finite for the last {skips.in_a_row} steps, up to step "
-        f"{progress.iter_num}: try a lower learning_rate than {config.learning_rate}, or a different "
-        f"seed; {good}"
     )
 
 
 def tokenizer_to_save(
     data: dict[str, Any], saved: dict[str, Any], model: GPT, data_dir: Path
 ) -> dict[str, Any]:
-    """The description of the data's tokenizer. If that is unknown, the checkpoint's, unless it is GPT-2's.
-
-    Data without a tokenizer file count as GPT-2's if the model's vocabulary is large enough, else as unknown.
-    """
-    vocab_size = model.config.vocab_size or 0
-    if data["kind"] == "gpt2" and vocab_size < GPT2_VOCAB_SIZE:
-        data = unknown(
-            vocab_size,
-            f"vocab_size={vocab_size} is too small for GPT-2's encoding, and {data_dir} has no "
-            "tokenizer.json or meta.pkl that names a different one",
-        )
+    """The description of the data's tokenizer. If that is unknown, the checkpoint's, unless it is GPT-2's."""
+    data = if_large_enough(data, model.config.vocab_size or 0, data_dir)
     return saved if data["kind"] == "unknown" and saved["kind"] not in ("unknown", "gpt2") else data
 
 
 def tokenizer_for_samples(
-    described: dict[str, Any], model: GPT, config: TrainConfig, ranks: Ranks, metrics: Metrics
+    description: dict[str, Any], model: GPT, config: TrainConfig, ranks: Ranks, metrics: Metrics
 ) -> Tokenizer | None:
     """The tokenizer for eval_sample, or None if that is 0 or this rank does not sample.
 
-    If samples are impossible, it prints why and returns None.
+    If samples are impossible on any rank, it prints why and returns None.
     """
+    if not config.eval_sample:
+        return None
     tokenizer, reason = None, ""
     # With FSDP all ranks compute a sample together.
-    if config.eval_sample > 0 and (ranks.is_main or config.strategy == "fsdp"):
+    if ranks.is_main or config.strategy == "fsdp":
         try:
-            tokenizer = from_dict(described)
+            tokenizer = from_dict(description)
+            if tokenizer.start_id >= (model.config.vocab_size or 0):
+                raise ValueError(
+                    f"the start token {tokenizer.start_id} is outside vocab_size={model.config.vocab_size}"
+                )
         except (ValueError, OSError) as error:
             reason = str(error)
-    vocab_size = model.config.vocab_size or 0
-    if tokenizer is not None and tokenizer.start_id >= vocab_size:
-        reason = f"the start token {tokenizer.start_id} is outside vocab_size={vocab_size}"
-    if described["kind"] == "unknown" or reason:
-        metrics.print(f"no samples: {reason or described['why']}")
-    return None if ranks.any(bool(reason)) else tokenizer
+    reasons = filter(None, ranks.gather(reason))
+    reason = ranks.broadcast(next(reasons, ""))
+    if reason:
+        metrics.print(f"no samples: {reason}")
+        return None
+    return tokenizer
 
 
 def sample_text(model: GPT, tokenizer: Tokenizer, config: TrainConfig) -> str:

@@ -20,15 +20,15 @@ evaluation that is already done.
 """
 
 import json
+import math
+import operator
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
-from functools import partial
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,67 +43,61 @@ from train.config import TrainConfig, resume_command, twice_as_long
 from train.distributed import Ranks
 from train.view import Lines
 
-SETTLING = 5  # steps left out of the estimates: the first ones are slower
+WARMUP_STEPS = 5  # steps left out of the estimates: the first ones are slower
 
 
 class Metrics:
     """Only rank 0 writes, but all ranks must call `step`, which averages the loss over them."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        ranks: Ranks,
-        model: GPT,
-        view: Lines,
-        progress: Progress,
-        saved_flags: dict[str, Any],
-    ):
-        """`progress` is where the run starts. `saved_flags` are those of a resumed checkpoint, or {}."""
+    def __init__(self, config: TrainConfig, ranks: Ranks, model: GPT, view: Lines, progress: Progress):
+        """`progress` is where the run starts."""
         self.config, self.ranks, self.model, self.view = config, ranks, model, view
-        self.first_step = self.last_logged = progress.iter_num
-        self.evaluated = progress.evaluated
-        self.best_val_loss = progress.best_val_loss
+        self.first_step = self.last_log_step = progress.iter_num
         self.skipped = progress.skipped
-        self.saved_flags = saved_flags
         self.mfu: float | None = None
         self.seconds: float | None = None  # of a step, smoothed
         self.pauses: dict[str, list[float]] = {}  # seconds of each evaluation, compilation, ...
         self.wandb = self.file = None
-        self.start_event: dict[str, Any] | None = None  # written with the first record
         if ranks.is_main:
             if config.wandb_log:
-                self.wandb = _start_wandb(config, self.print)
+                self.wandb = _start_wandb(config)
             if not config.eval_only:
                 self.file = _open(Path(config.out_dir, "metrics.jsonl"))
-        self.started = time.perf_counter()
+        self.last_log_time = time.perf_counter()
 
     def print(self, text: str) -> None:
         if self.ranks.is_main:
             self.view.print(text)
 
-    def start(self, train_tokens: int, val_tokens: int) -> None:
-        """Prints what will be trained, on which data, and which settings differ from the checkpoint's."""
+    def start(
+        self, progress: Progress, train_tokens: int, val_tokens: int, saved_flags: dict[str, Any]
+    ) -> None:
+        """Prints what will be trained, on which data, and which settings differ from the checkpoint's.
+
+        `saved_flags` are those of a resumed checkpoint, or {}.
+        """
         if not self.ranks.is_main:
             return
         config, c = self.config, self.config.model
-        step = config.sequences * c.block_size
-        tokens = step * config.max_iters
+        tokens_per_step = config.sequences_per_step * c.block_size
+        tokens, epoch = tokens_per_step * config.max_iters, train_tokens / tokens_per_step
         parameters, flops = self.model.get_num_params(), self.model.flops_per_token()
         gpu = torch.cuda.get_device_name(config.device) if self.ranks.device_type == "cuda" else None
-        self.start_event = _event(
-            "start", self.first_step, evaluated=self.evaluated, config=config.flat(), parameters=parameters,
-            flops_per_token=flops, tokens_per_step=step, train_tokens=train_tokens, val_tokens=val_tokens,
-            ranks=self.ranks.world_size, gpu=gpu, torch=torch.__version__,
-        )  # fmt: skip
+        self._write(_event(
+            "start", progress.iter_num, evaluated=progress.evaluated, config=config.flat(),
+            parameters=parameters, flops_per_token=flops, tokens_per_step=tokens_per_step,
+            train_tokens=train_tokens, val_tokens=val_tokens, ranks=self.ranks.world_size, gpu=gpu,
+            torch=torch.__version__,
+        ))  # fmt: skip
         shape = f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, block {c.block_size}"
         settings = f"dtype {config.dtype}, compile {config.compile}, kernels {c.kernels}"
         if c.residual_dtype != "float32":
             settings += f", residual_dtype {c.residual_dtype}"
         named = f" ({gpu})" if gpu else ""
-        backend = f", backend {config.backend}, strategy {config.strategy}" if self.ranks.backend else ""
+        backend = f", backend {self.ranks.backend}, strategy {config.strategy}" if self.ranks.backend else ""
         summary = {
             "parameters": f"{parameters / 1e6:.2f}M ({shape}, {c.vocab_size} symbols)",
-            "tokens per step": f"{step:,} ({train_tokens / step:,.0f} steps = one epoch)",
+            "tokens per step": f"{tokens_per_step:,} ({epoch:,.0f} steps = one epoch)",
             "data": f"{config.dataset}: {train_tokens:,} tokens to train on, {val_tokens:,} to validate",
             "run": f"{config.max_iters:,} steps, {tokens:,} tokens: {tokens / train_tokens:.2f} epochs, "
             f"{tokens / parameters:.1f} tokens per parameter (Chinchilla-optimal: 20)",
@@ -112,19 +106,15 @@ class Metrics:
         }
         if config.eval_only:
             del summary["run"], summary["cost"]
-        saved, now = self.saved_flags, config.flat()
+        steps = 0 if config.eval_only else config.max_iters
+        self.view.start(summary, min(progress.iter_num, steps), steps, progress.best_val_loss)
+        saved, now = saved_flags, config.flat()
         if saved:  # an older checkpoint may have no residual_dtype
             saved.setdefault("residual_dtype", "float32")
         compared = saved.keys() & now.keys() - {"init_from", "out_dir", "device", "backend", "profile"}
-        changed = [
-            f"changed since the checkpoint: {name} {saved[name]!r} -> {now[name]!r}"
-            for name in sorted(compared)
-            if saved[name] != now[name]
-        ]
-        steps = 0 if config.eval_only else config.max_iters
-        self.view.start(summary, min(self.first_step, steps), steps, self.best_val_loss)
-        for line in changed:
-            self.print(line)
+        for name in sorted(compared):
+            if saved[name] != now[name]:
+                self.print(f"changed since the checkpoint: {name} {saved[name]!r} -> {now[name]!r}")
 
     def step(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float, skipped: Tensor | int = 0) -> None:
         """Called after each step. Only a step that is logged waits for the GPU.
@@ -139,9 +129,9 @@ class Metrics:
         mean_loss = (self.ranks.sum(loss.clone()) / self.ranks.world_size).item()
         if not self.ranks.is_main:
             return
-        seconds = (time.perf_counter() - self.started) / (step + 1 - self.last_logged)
-        sequences = config.sequences
-        if step - self.first_step >= SETTLING:
+        seconds = (time.perf_counter() - self.last_log_time) / (step + 1 - self.last_log_step)
+        sequences = config.sequences_per_step
+        if step - self.first_step >= WARMUP_STEPS:
             mfu = self.model.estimate_mfu(sequences // self.ranks.world_size, seconds, config.dtype)
             self.mfu = mfu if self.mfu is None or mfu is None else 0.9 * self.mfu + 0.1 * mfu
             self.seconds = seconds if self.seconds is None else 0.9 * self.seconds + 0.1 * seconds
@@ -156,7 +146,7 @@ class Metrics:
         }  # fmt: skip
         self._write(record)
         self.view.step(record, self._seconds_left(step + 1))
-        self.last_logged, self.started = step + 1, time.perf_counter()
+        self.last_log_step, self.last_log_time = step + 1, time.perf_counter()
 
     def evaluation(self, step: int, losses: dict[str, float], lr: float) -> None:
         if not self.ranks.is_main:
@@ -200,7 +190,7 @@ class Metrics:
         self._synchronize()
         seconds = time.perf_counter() - paused
         self.pauses.setdefault(doing, []).append(seconds)
-        self.started += seconds
+        self.last_log_time += seconds
 
     def part(self, done: int, total: int) -> None:
         """Reports the progress of the code inside `paused`."""
@@ -230,10 +220,8 @@ class Metrics:
         return (last - done) * self.seconds + to_come * (times[-1] if times else 0.0)
 
     def _write(self, record: dict[str, Any]) -> None:
-        start, self.start_event = self.start_event, None
         if self.file is not None:
-            for each in (start, record) if start else (record,):
-                self.file.write(to_json(each) + "\n")
+            self.file.write(to_json(record) + "\n")
             self.file.flush()
 
     def _synchronize(self) -> None:
@@ -251,70 +239,51 @@ def _event(name: str, step: int, **fields: Any) -> dict[str, Any]:
     return {"event": name, "iter": step, "time": now} | fields
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The steps and evaluations in a metrics.jsonl, each once.
+# Numbers or null in a line about a step, and in one about an evaluation.
+STEP = ("loss", "lr", "grad_norm", "tokens_per_s", "ms")
+EVALUATION = ("train/loss", "val/loss")
 
-    Skips a half-written last line. Notes on stderr how many other lines are not records. Raises OSError, and
-    ValueError for a file that is not ours.
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The steps and evaluations in a metrics.jsonl, each once. A half-written last line is skipped.
+
+    Raises OSError, and ValueError for a line that a run did not write.
     """
-    _check_own(path)
     records: list[dict[str, Any]] = []
-    left_out = 0
-    for line in path.read_bytes().splitlines(keepends=True):
+    for number, line in enumerate(regular(path).read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if not _is_record(record):
-            left_out += line.endswith(b"\n")
-        elif "event" not in record:
-            records.append(record)
-        elif record["event"] == "start":
-            first = record["iter"]
-            of_evaluation = {first} if record["evaluated"] else set()
-            records = [
-                r for r in records if r["iter"] < first or ("val/loss" in r and r["iter"] in of_evaluation)
-            ]
-    if left_out:
-        print(f"{path}: {left_out:,} lines are not records of a run and are skipped", file=sys.stderr)
+            if "event" not in record:
+                names = EVALUATION if "val/loss" in record else STEP
+                # These raise TypeError for what is not a whole number, and for what is not a number.
+                operator.index(record["iter"])
+                math.fsum(record[name] for name in names if record[name] is not None)
+                records.append(record)
+            elif record["event"] == "start":
+                first, evaluated = record["iter"], record["evaluated"]
+                records = [
+                    r for r in records
+                    if r["iter"] < first or (evaluated and r["iter"] == first and "val/loss" in r)
+                ]  # fmt: skip
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"{path}, line {number}, is not a step, an evaluation or an event "
+                f"({type(error).__name__}: {error}); repair the line or remove it"
+            ) from None
     return records
 
 
-def _is_record(record: Any) -> bool:
-    """Whether a value is a step, an evaluation or an event."""
-    if not isinstance(record, dict) or type(record.get("iter")) is not int or not 0 <= record["iter"] < 2**62:
-        return False
-    if "event" in record:
-        return record["event"] != "start" or isinstance(record.get("evaluated"), bool)
-    evaluation = ("train/loss", "val/loss")
-    figures = evaluation if "val/loss" in record else ("loss", "lr", "grad_norm", "tokens_per_s", "ms")
-    return all(name in record and _is_figure(record[name]) for name in figures)
-
-
-def _is_figure(value: Any) -> bool:
-    """Whether a value is a number that can be plotted, or null."""
-    return value is None or (type(value) in (int, float) and abs(value) < 1e100)
-
-
-def _check_own(path: Path) -> None:
-    """Raises ValueError for a file that is not ours, so that we never append to another program's file."""
-    with regular(path).open("rb") as file:
-        first = file.readline()
-    if first.endswith(b"\n") and not first.startswith((b'{"event": ', b'{"iter": ')):
-        raise ValueError(
-            f"{path} was not written by a training run of this project (it begins with {first[:60]!r}), and "
-            "is left unchanged: move it elsewhere, or choose a different --out_dir"
-        )
-
-
 def _open(path: Path) -> TextIO:
-    """Opens for appending, after removing a half-written last line. Raises ValueError like `_check_own`."""
-    if path.exists():
-        _check_own(path)
-    file = path.open("a+b")
-    file.seek(0)
-    file.truncate(file.read().rfind(b"\n") + 1)
-    return TextIOWrapper(file, "utf-8")
+    """Opens for appending, after removing a half-written last line. Raises ValueError for a file not ours."""
+    content = regular(path).read_bytes() if path.exists() else b""
+    if b"\n" in content and not content.startswith((b'{"event": ', b'{"iter": ')):
+        raise ValueError(
+            f"{path} was not written by a training run of this project (it begins with {content[:60]!r}), "
+            "and is left unchanged: move it elsewhere, or choose a different --out_dir"
+        )
+    file = path.open("a", encoding="utf-8")
+    file.truncate(content.rfind(b"\n") + 1)
+    return file
 
 
 def _memory(device: str) -> int:
@@ -325,8 +294,8 @@ def _memory(device: str) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _start_wandb(config: TrainConfig, say: Callable[[str], None]) -> Any:
-    """Starts wandb; offline if there is no API key and no terminal to ask for one."""
+def _start_wandb(config: TrainConfig) -> Any:
+    """Starts a run of wandb. Raises ValueError if wandb is not installed or does not start."""
     try:
         import wandb
 
@@ -336,15 +305,10 @@ def _start_wandb(config: TrainConfig, say: Callable[[str], None]) -> Any:
         raise ValueError(
             f"wandb_log=True needs the package wandb: {cli.install('wandb')}, or give --wandb_log=False"
         ) from None
-    start = partial(init, project=config.wandb_project, name=config.wandb_run_name, config=config.flat())
     try:
-        start()
+        return init(project=config.wandb_project, name=config.wandb_run_name, config=config.flat())
     except wandb.Error as error:
-        if "configured" not in str(error):  # not "No API key configured"
-            raise ValueError(
-                f"wandb did not start ({error}); "
-                "set WANDB_MODE=offline to log to the disk, or --wandb_log=False to turn it off"
-            ) from error
-        run = start(mode="offline")
-        say(f"wandb has no API key and logs to the disk; to upload later: wandb sync {Path(run.dir).parent}")
-    return wandb
+        raise ValueError(
+            f"wandb did not start ({error}); "
+            "set WANDB_MODE=offline to log to the disk, or --wandb_log=False to turn it off"
+        ) from error

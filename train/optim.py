@@ -1,7 +1,6 @@
-"""The optimizers, the learning-rate schedule, gradient clipping and skipped steps."""
+"""The optimizers, the learning-rate schedule and skipped steps."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,20 +11,14 @@ from gpt.model import GPT
 from train.config import TrainConfig
 
 
-class AdamW(torch.optim.AdamW):
-    """nanoGPT's AdamW: matrices and embeddings are decayed, norms and biases are not."""
+def optimizer_for(model: GPT, config: TrainConfig, device_type: str) -> torch.optim.Optimizer:
+    """Makes the optimizer that `config` names, for the parameters of `model`.
 
-    name = "adamw"
-
-    def __init__(self, model: GPT, config: TrainConfig, device_type: str):
-        lr, betas = config.learning_rate, (config.beta1, config.beta2)
-        nanogpts = model.configure_optimizers(config.weight_decay, lr, betas, device_type)
-        super().__init__(nanogpts.param_groups, lr, betas, fused=nanogpts.defaults["fused"])
-
-    @staticmethod
-    def moments(group: dict[str, Any]) -> tuple[str, ...]:
-        """The names of the state tensors that each parameter of `group` has, of the parameter's shape."""
-        return ("exp_avg", "exp_avg_sq")
+    To add an optimizer, write its class, and add its name here and to TrainConfig.
+    """
+    betas = (config.beta1, config.beta2)
+    adamw = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device_type)
+    return Muon(model, adamw) if config.optimizer == "muon" else adamw
 
 
 class Muon(torch.optim.Optimizer):
@@ -35,16 +28,14 @@ class Muon(torch.optim.Optimizer):
     about 1, so rare directions count as much as frequent ones.
 
     torch.optim.Muon computes the same. We do not use it because we skip non-finite steps on the device,
-    without a sync, and because it computes in bfloat16, which is slow on CPUs.
+    without a sync, and because it computes in bfloat16 on CPUs too, where that is slow.
 
     Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/; Liu et al., 2025,
     https://arxiv.org/abs/2502.16982 (the scale of the update)
     """
 
-    name = "muon"
-
-    def __init__(self, model: GPT, config: TrainConfig, device_type: str, momentum: float = 0.95):
-        adamw = AdamW(model, config, device_type)
+    def __init__(self, model: GPT, adamw: torch.optim.AdamW, momentum: float = 0.95):
+        """`adamw` optimizes all parameters of `model`, and has a group with and a group without decay."""
         decayed, not_decayed = adamw.param_groups
         matrices = {name: p for name, p in model.transformer.h.named_parameters() if p.dim() == 2}
         # Queries, keys and values are one tensor of three matrices. Each is orthogonalised by itself.
@@ -106,21 +97,6 @@ class Muon(torch.optim.Optimizer):
         buffer.copy_(mean)
         weight.copy_(moved)
 
-    @staticmethod
-    def moments(group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if "momentum" in group else AdamW.moments(group)
-
-
-# To add an optimizer, write its class with `name` and `moments`, and add it here and to TrainConfig.
-Optimizer = AdamW | Muon
-OPTIMIZERS: tuple[type[Optimizer], ...] = (AdamW, Muon)
-
-
-def optimizer_for(model: GPT, config: TrainConfig, device_type: str) -> Optimizer:
-    """Makes the optimizer that `config` names, for the parameters of `model`."""
-    classes = {optimizer.name: optimizer for optimizer in OPTIMIZERS}
-    return classes[config.optimizer](model, config, device_type)
-
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """Orthogonalises matrices (N, A, B): with the decomposition U S V^T of each, returns about U V^T.
@@ -166,16 +142,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         descent = min(config.wsd_decay_iters or end // 5, end - config.warmup_iters)
         share = min(1.0, (end - step) / descent) if descent else 1.0
     return config.min_lr + share * (peak - config.min_lr)
-
-
-def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scales the gradient down to `max_norm`, unless that is 0. Returns the norm before, on the device."""
-    parameters = list(parameters)
-    if max_norm:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    else:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_norm: Tensor) -> None:

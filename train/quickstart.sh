@@ -8,7 +8,7 @@ if "$PYTHON" -m train.prepare "$DATA"; then :; else
     DATA=stdlib_char
     "$PYTHON" -m train.prepare "$DATA"
 fi
-# A GPU trains nanoGPT's larger character model. It should take minutes; nobody has timed it yet.
+# A GPU trains nanoGPT's larger character model.
 preset=quickstart
 "$PYTHON" -c 'import sys, torch; sys.exit(torch.cuda.is_available())' || preset=train_shakespeare_char
 out="out-$preset-$DATA"
@@ -18,18 +18,6 @@ echo "Training into $out. Ctrl-C saves and stops; make quickstart resumes from t
 echo
 echo "A sample of the trained model:"
 "$PYTHON" -m gpt.sample --out_dir="$out" --num_samples=1 --max_new_tokens=400
-"$PYTHON" - "$out" <<'END'
-import sys
-from pathlib import Path
-from train.metrics import read
-
-records = read(Path(sys.argv[1], "metrics.jsonl"))
-end = [r for r in records if "val/loss" in r][-1]
-speed = [r for r in records if "tokens_per_s" in r][-1]
-mfu = "" if speed["mfu"] is None else f", {speed['mfu']:.0f}% of the GPU's peak (MFU)"
-print(f"final validation loss: {end['val/loss']:.3f} nats a character, after {end['iter']:,} steps")
-print(f"speed: {speed['tokens_per_s']:,.0f} tokens/s{mfu}")
-END
 hint() { printf '  %-76s # %s\n' "$1" "$2"; }
 echo
 echo "The run is in $out: ckpt.pt, metrics.jsonl, loss.png. What to try next:"

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from gpt import cli
@@ -13,10 +14,14 @@ from gpt import cli
 Item = TypeVar("Item")
 
 # nanoGPT's words for two lines of the summary.
-NANOGPT = {"parameters": "number of parameters:", "tokens per step": "tokens per iteration will be:"}
-PATIENCE = 5  # seconds without output after which a reader would wonder
-STOPS = {"starting": "once the run has begun", "compiling": "once the run has begun"}
-STOPS |= {"evaluating": "after this evaluation", "training": "after this step"}
+NANOGPT_LABELS = {"parameters": "number of parameters:", "tokens per step": "tokens per iteration will be:"}
+MAX_SILENCE = 5  # seconds without output after which an evaluation prints its progress
+# When a run stops after a signal, by what it is doing; else after this step.
+WHEN_IT_STOPS = {
+    "starting": "once the run has begun",
+    "compiling": "once the run has begun",
+    "evaluating": "after this evaluation",
+}
 
 
 class Lines:
@@ -34,7 +39,7 @@ class Lines:
     def start(self, summary: dict[str, str], done: int, steps: int, best: float) -> None:
         """Shows the summary. `done` of the `steps` were made before; `best` is the lowest validation loss."""
         for label, text in summary.items():
-            self.print(f"{NANOGPT.get(label, label)} {text}")
+            self.print(f"{NANOGPT_LABELS.get(label, label)} {text}")
 
     def advance(self, done: int) -> None:
         """Called after each step, with the number of steps so far."""
@@ -50,7 +55,7 @@ class Lines:
 
     def part(self, done: int, total: int) -> None:
         """The progress of what `busy` is doing."""
-        if time.monotonic() - self.last_print > PATIENCE:
+        if time.monotonic() - self.last_print > MAX_SILENCE:
             self.print(f"{self.doing}: {done:,} of {total:,} batches")
 
     def stopping(self, signal: str) -> None:
@@ -59,7 +64,7 @@ class Lines:
 
     def _answer(self, signal: str) -> str:
         again = "; Ctrl-C again stops at once" if "RANK" not in os.environ else ""
-        return f"{signal}: stopping {STOPS.get(self.doing, 'after this step')}{again}"
+        return f"{signal}: stopping {WHEN_IT_STOPS.get(self.doing, 'after this step')}{again}"
 
     def step(self, record: dict[str, Any], left: float | None) -> None:
         """`left` estimates the seconds to the end of the run. It is None for the first steps."""
@@ -78,25 +83,24 @@ class Lines:
 
 
 class LiveView(Lines):
-    """A view of the last logged step, redrawn in place. Everything else scrolls above it."""
+    """Progress bars, and the figures of the last logged step below them. All other text scrolls above."""
 
     says_if_slow = False
-    CELL = 18  # columns for a label and its figure
-    GAP = 2
 
     def __init__(self) -> None:
         """Raises ImportError if the package rich is missing."""
         from rich.console import Console
         from rich.live import Live
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.console = Console(highlight=False)
-        self.done, self.steps = 0, 1
-        self.parts: tuple[int, int] | None = None  # done and total of an evaluation
-        self.answer = ""
+        self.bars = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(None), TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(), console=self.console, expand=True,
+        )  # fmt: skip
         self.figures: dict[str, str] = {}
         self.best = math.inf
-        self.started = time.monotonic()
-        self.end: float | None = None  # expected end, on the same clock
+        self.answer = ""
         self.live = Live(get_renderable=self._frame, console=self.console, vertical_overflow="crop")
 
     def print(self, text: str) -> None:
@@ -106,28 +110,34 @@ class LiveView(Lines):
         from rich.table import Table
         from rich.text import Text
 
-        self.done, self.steps, self.best = done, steps, best
-        table = Table.grid(padding=(0, self.GAP))
+        table = Table.grid(padding=(0, 2))
         table.add_column(style="dim")
         for label, text in summary.items():
             table.add_row(label, Text(text))
         self.console.print(table, "")
-        self.started = time.monotonic()
+        self.best, self.steps = best, steps
+        self.run = self.bars.add_task("training", count="")
+        self.advance(done)
         self.live.start()
         # rich hides the cursor. A process that is killed could not show it again.
         self.console.show_cursor(True)
 
     def advance(self, done: int) -> None:
-        self.done, self.doing = done, "training"
+        super().advance(done)
+        self.bars.update(self.run, completed=done, total=self.steps, count=f"{done:,}/{self.steps:,}")
 
     @contextmanager
     def busy(self, doing: str) -> Iterator[None]:
-        with super().busy(doing):
-            yield
-        self.parts = None
+        """A second bar. Without calls of `part` it only moves."""
+        self.second = self.bars.add_task(doing, total=None, count="")
+        try:
+            with super().busy(doing):
+                yield
+        finally:
+            self.bars.remove_task(self.second)
 
     def part(self, done: int, total: int) -> None:
-        self.parts = done, total
+        self.bars.update(self.second, completed=done, total=total, count=f"{done:,}/{total:,}")
 
     def stopping(self, signal: str) -> None:
         self.answer = self._answer(signal)
@@ -135,9 +145,8 @@ class LiveView(Lines):
             super().stopping(signal)
 
     def step(self, record: dict[str, Any], left: float | None) -> None:
-        self.figures = {
+        figures = {
             "loss": f"{record['loss']:.4f}",
-            "best val": "",
             "lr": f"{record['lr']:.2e}",
             "grad norm": f"{record['grad_norm']:.3f}",
             "tokens/s": f"{record['tokens_per_s']:,.0f}",
@@ -145,51 +154,35 @@ class LiveView(Lines):
             "memory": f"{record['memory_gb']:.1f} GB",
         }
         if record["mfu"] is not None:
-            self.figures["MFU"] = f"{record['mfu']:.1f}%"
+            figures["MFU"] = f"{record['mfu']:.1f}%"
         if record["skipped"]:
-            self.figures["skipped"] = f"{record['skipped']:,}"
-        self.end = None if left is None else time.monotonic() + left
+            figures["skipped"] = f"{record['skipped']:,}"
+        if left is not None:
+            figures["left"] = f"about {_duration(left)}"
+        self.figures = figures
 
     def evaluation(self, record: dict[str, Any]) -> None:
         self.best = min(self.best, record["val/loss"])  # with a NaN this keeps self.best
         super().evaluation(record)
 
     def close(self) -> None:
-        self.doing = "done" if self.done >= self.steps else "stopped"
-        self.live.stop()
+        if self.live.is_started:
+            self.bars.update(self.run, description="done" if self.bars.tasks[0].finished else "stopped")
+            self.figures = {label: value for label, value in self.figures.items() if label != "left"}
+            self.answer = ""
+            self.live.stop()
 
     def _frame(self) -> Any:
+        from rich.columns import Columns
         from rich.console import Group
         from rich.constrain import Constrain
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
         from rich.text import Text
 
-        width = self.console.width - 2  # room for the ^C that a terminal prints behind the last line
-        progress = Table.grid(padding=(0, self.GAP, 0, 0), expand=True)
-        for ratio in (None, 1, None):
-            progress.add_column(no_wrap=True, ratio=ratio)
-        done, total = self.parts or (self.done, self.steps)
-        bar = ProgressBar(total, done, complete_style="cyan", finished_style="green")
-        progress.add_row(Text(self.doing, "bold"), bar, f"{done:,}/{total:,}")
-
-        now = time.monotonic()
-        figures = self.figures | {"elapsed": _duration(now - self.started)}
-        if self.best < math.inf:
-            figures["best val"] = f"{self.best:.4f}"
-        if self.end is not None and self.doing not in ("done", "stopped"):
-            figures["left"] = f"about {_duration(self.end - now)}"
-        cells = [Text.assemble((f"{label} ", "dim"), value) for label, value in figures.items() if value]
-        fit = max(1, (width + self.GAP) // (self.CELL + self.GAP))
-        rows = -(-len(cells) // fit)
-        per_row = -(-len(cells) // rows)
-        table = Table.grid(padding=(0, self.GAP, 0, 0))
-        for _ in range(per_row):
-            table.add_column(min_width=self.CELL, no_wrap=True)
-        for i in range(0, len(cells), per_row):
-            table.add_row(*cells[i : i + per_row])
-        answer = [Text(self.answer, "yellow")] if self.answer and self.doing != "stopped" else []
-        return Constrain(Group("", progress, *answer, table), width)
+        best = {"best val": f"{self.best:.4f}"} if self.best < math.inf else {}
+        cells = [Text.assemble((f"{label} ", "dim"), value) for label, value in (best | self.figures).items()]
+        answer = [Text(self.answer, "yellow")] if self.answer else []
+        frame = Group("", *self.bars.get_renderables(), *answer, Columns(cells, width=18))
+        return Constrain(frame, self.console.width - 2)  # a terminal prints ^C behind the last line
 
 
 @contextmanager
@@ -212,8 +205,8 @@ def open_view() -> Iterator[Lines]:
 def progress_bar(
     items: Iterable[Item], label: str, total: int, size: Callable[[Item], int] = lambda item: 1
 ) -> Iterator[Item]:
-    """Yields the items, and shows a progress bar on stderr if it is a terminal."""
-    if not sys.stderr.isatty():
+    """Yields the items, and shows a progress bar on stderr if it is a terminal and rich is installed."""
+    if find_spec("rich") is None or not sys.stderr.isatty():
         yield from items
         return
     from rich import progress

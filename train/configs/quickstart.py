@@ -1,7 +1,7 @@
 # What `make quickstart` trains: nanoGPT's CPU preset, about two minutes on two cores.
 out_dir = "out-quickstart"
 dataset = "plays_char"
-init_from = "auto"  # an interrupted run goes on
+init_from = "auto"  # resumes an interrupted run
 eval_interval = 250
 eval_iters = 20
 eval_sample = 200
