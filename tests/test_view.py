@@ -179,6 +179,17 @@ def test_metrics_jsonl_only_grows_and_repeated_steps_are_read_once(workplace):
     assert [r["iter"] for r in records() if "val/loss" in r] == [0, 4, 8]
 
 
+def test_a_line_that_no_run_wrote_is_refused_with_its_number(workplace):
+    run("--max_iters=1", "--eval_interval=1")
+    path = Path("out/metrics.jsonl")
+    whole = path.read_bytes()
+    number = whole.count(b"\n") + 1
+    for line in (b"null", b"5", b"[]", b'{"loss": 1}', b'{"event": "start"}', b"[" * 100_000, b"\xff"):
+        path.write_bytes(whole + line + b"\n" + whole)
+        with pytest.raises(ValueError, match=rf"^out/metrics.jsonl, line {number}, is not a step"):
+            records()
+
+
 def test_a_start_event_has_the_resolved_settings_and_a_stop_event_the_reason(workplace):
     stop, view = types.SimpleNamespace(received=None), Lines()
     view.step = lambda record, left: record["iter"] == 1 and vars(stop).update(received="SIGTERM")
