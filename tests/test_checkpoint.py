@@ -160,7 +160,13 @@ def test_a_checkpoint_that_does_not_fit_the_run_is_refused(workplace):
     Path("data/tiny/meta.pkl").rename("meta.pkl")
     refused(r"the model uses char \(21 symbols\), the data gpt2 \(50,257 symbols\)")
     Path("meta.pkl").rename("data/tiny/meta.pkl")
-    state["optimizer"]["state"][99] = {"exp_avg": torch.zeros(1)}
+    moments = state["optimizer"]["state"]
+    whole = moments[0]["exp_avg"]
+    moments[0]["exp_avg"] = whole[:3]
+    torch.save(state, "out/ckpt.pt")
+    refused(r"the checkpoint's optimizer has no moments of shape \(21, 32\) for tensor 0; load only")
+    moments[0]["exp_avg"] = whole
+    moments[99] = {"exp_avg": torch.zeros(1)}
     torch.save(state, "out/ckpt.pt")
     refused("the checkpoint's optimizer, scaler or rng cannot be restored .*; resume from a different")
     state["model"]["lm_head.weight"] = torch.zeros(5, 5)
