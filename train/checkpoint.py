@@ -204,13 +204,14 @@ def restore(
         )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments = saved.optimizer["state"] if saved.optimizer else {}
-    # Before the first step there are no moments. PyTorch does not check them: it fails later, or starts afresh.
+    # Before the first step there are none. PyTorch does not check moments: it fails later, or starts afresh.
     for i, p in enumerate(parameters if moments else ()):
         values = moments.get(i, {}).items()
         names = {name for name, value in values if isinstance(value, Tensor) and value.shape == p.shape}
         if not (names >= {"exp_avg", "exp_avg_sq"} or "momentum_buffer" in names):
             raise ValueError(
-                f"the checkpoint's optimizer has no moments of shape {tuple(p.shape)} for tensor {i}; {way_out}"
+                f"the checkpoint's optimizer has no moments of shape {tuple(p.shape)} for tensor {i}; "
+                f"{way_out}"
             )
     try:
         state = {
