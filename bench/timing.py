@@ -256,10 +256,12 @@ def write(path: str | Path, benchmark: str, device: str, **results: Any) -> None
 
 def of_same_commit(path: str | Path, name: str) -> list[dict[str, Any]]:
     """The list `name` of a file that the same commit wrote: a run that was cut short resumes from it."""
-    if not Path(path).is_file() or commit() is None:
+    now = commit()
+    # A modified tree has the name "...-dirty" before and after each edit.
+    if not Path(path).is_file() or now is None or now.endswith("dirty"):
         return []
     before = json.loads(Path(path).read_text())
-    return before[name] if before["environment"]["commit"] == commit() else []
+    return before[name] if before["environment"]["commit"] == now else []
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:

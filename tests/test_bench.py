@@ -61,14 +61,14 @@ def test_clock_power_and_the_power_cap_are_read_from_nvidia_smi():
     assert timing.summary_of_clocks("No devices were found\n") == {}
 
 
-def test_only_a_run_of_the_same_commit_is_gone_on_with(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("commit", "resumed"), [("one", [1, 2]), ("another", []), ("dirty", [])])
+def test_only_a_run_of_the_same_commit_is_resumed(commit, resumed, tmp_path, monkeypatch):
     path = tmp_path / "k.json"
-    monkeypatch.setenv("TRITONGPT_COMMIT", "one")
+    monkeypatch.setenv("TRITONGPT_COMMIT", "dirty" if commit == "dirty" else "one")
     assert timing.of_same_commit(path, "cases") == []
     timing.write(path, "kernels", "cpu", cases=[1, 2])
-    assert timing.of_same_commit(path, "cases") == [1, 2]
-    monkeypatch.setenv("TRITONGPT_COMMIT", "another")
-    assert timing.of_same_commit(path, "cases") == []
+    monkeypatch.setenv("TRITONGPT_COMMIT", commit)
+    assert timing.of_same_commit(path, "cases") == resumed
 
 
 # ---- operations
