@@ -61,13 +61,15 @@ def test_clock_power_and_the_power_cap_are_read_from_nvidia_smi():
     assert timing.summary_of_clocks("No devices were found\n") == {}
 
 
-@pytest.mark.parametrize(("commit", "resumed"), [("one", [1, 2]), ("another", []), ("dirty", [])])
-def test_only_a_run_of_the_same_commit_is_resumed(commit, resumed, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("before", "after", "resumed"), [("a1", "a1", [1, 2]), ("a1", "b2", []), ("a1-dirty", "a1-dirty", [])]
+)
+def test_only_a_run_of_the_same_commit_is_resumed(before, after, resumed, tmp_path, monkeypatch):
     path = tmp_path / "k.json"
-    monkeypatch.setenv("TRITONGPT_COMMIT", "dirty" if commit == "dirty" else "one")
+    monkeypatch.setenv("TRITONGPT_COMMIT", before)
     assert timing.of_same_commit(path, "cases") == []
     timing.write(path, "kernels", "cpu", cases=[1, 2])
-    monkeypatch.setenv("TRITONGPT_COMMIT", commit)
+    monkeypatch.setenv("TRITONGPT_COMMIT", after)
     assert timing.of_same_commit(path, "cases") == resumed
 
 
