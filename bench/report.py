@@ -8,7 +8,6 @@ Of each GPU the newest result of a benchmark counts. Every table names the GPU, 
 
 import ast
 import re
-import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -197,20 +196,12 @@ def generate_table(result: Result) -> str:
     return table(["sequences", "model", "prefill tokens/s", "decode tokens/s", "ms a decoded token"], rows)
 
 
-def nanogpt_table(result: Result) -> str:
-    rows = []
-    for name, s in result["seconds"].items():
-        rows.append([name, f"{statistics.median(s):.1f}", f"{min(s):.1f} to {max(s):.1f}", str(len(s))])
-    return table([f"{result['iters']} steps of the quickstart", "s, median", "range", "runs"], rows)
-
-
 # A new benchmark with a table is a line here.
 TABLES = {
     "throughput": ("Training step", throughput_table),
     "kernels": ("Operations", kernels_table),
     "sweep": ("Tiles", sweep_table),
     "generate": ("Sampling", generate_table),
-    "nanogpt": ("Whole runs on a CPU, start-up included", nanogpt_table),
 }
 
 
