@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from bench.kernels import DTYPES, directions, fewer, honest_compilation, make_call, variants, wrong
+from bench.kernels import (
+    DTYPES,
+    directions,
+    failures,
+    fewer,
+    honest_compilation,
+    make_call,
+    shape_of,
+    variants,
+)
 from kernels import OPS
 from kernels.op import Op
 
@@ -31,7 +40,7 @@ def test_operation(benchmark: Any, op: Op, function: Callable[..., Any] | str, d
         pytest.skip(function)
     sample = op.benchmark_shapes[0] if DEVICE == "cuda" else op.samples[0]
     with honest_compilation():
-        if reasons := wrong(op, make_call(op, DTYPE, DEVICE, fewer(op, sample)), {"it": function}):
+        if reasons := failures(op, make_call(op, DTYPE, DEVICE, fewer(op, sample)), {"it": function}):
             pytest.fail(reasons["it"])
         call = directions(function, make_call(op, DTYPE, DEVICE, sample))[direction]
 
@@ -40,5 +49,5 @@ def test_operation(benchmark: Any, op: Op, function: Callable[..., Any] | str, d
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
 
-        benchmark.group = f"{op.name} {direction} {', '.join(f'{k}={v}' for k, v in sample.items())}"
+        benchmark.group = f"{op.name} {direction} {shape_of(sample)}"
         benchmark.pedantic(until_done, rounds=20, iterations=1, warmup_rounds=3)
