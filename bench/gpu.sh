@@ -24,6 +24,7 @@
 # PYTHON=... chooses the python. The results go to DIR (bench/results by default) as JSON files, named by GPU and commit,
 # beside one log. If the checkout has no .git, name the commit by --commit. A part that is done is not run again, so
 # repeat the command, with the same DIR, to finish a call that was cut short: `sweep` and the kernels go on where they stopped.
+# A modified tree always starts again.
 set -uo pipefail
 export PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
@@ -113,7 +114,7 @@ for part in ${parts//,/ }; do
             run warm-kernels 140 "$python" -m bench.kernels --warm --few &
             side+=($!)
             export TORCHINDUCTOR_COMPILE_THREADS=$processors ;;
-        step) run step 130 "${throughput[@]}" --ablate --batch_size 64 --seconds 5 --budget 115 \
+        step) run step 130 "${throughput[@]}" --ablate --batch_size 64 --seconds 5 --budget 105 \
             --out "$prefix-throughput.json" || failed=1 ;;
         kernels) run kernels 90 "$python" -m bench.kernels --few --seconds 0.1 --out "$prefix-kernels.json" || failed=1 ;;
         sweep) run sweep 530 "$python" -m bench.sweep --out "$prefix-sweep.json" || failed=1 ;;
@@ -137,10 +138,14 @@ for part in ${parts//,/ }; do
                     --out_dir="$folder" || failed=1
                 cp "$folder/metrics.jsonl" "$prefix-curve-$spec.jsonl" || failed=1
             done
-            "$python" -m train.plot out-curve-{triton,torch}-"${commit:-none}" --out="$prefix-curve.png" || failed=1 ;;
+            "$python" -m train.plot out-curve-{triton,torch}-"${commit:-none}" --out="$prefix-curve.svg" || failed=1 ;;
         all-kernels) run all-kernels 530 "$python" -m bench.kernels --seconds 0.1 --out "$prefix-kernels.json" || failed=1 ;;
         headline) run headline 300 "${throughput[@]}" --batch_size 64 --seconds 30 --out "$prefix-headline.json" || failed=1 ;;
-        batches) run batches 530 "${throughput[@]}" --seconds 10 --out "$prefix-batches.json" || failed=1 ;;
+        batches)
+            for size in 8 16 32 64 128; do
+                run batch-$size 175 "${throughput[@]}" --batch_size $size --seconds 5 --budget 150 \
+                    --out "$prefix-batch-$size.json" || failed=1
+            done ;;
         large)
             for size in 350M 774M 1.5B; do
                 run large-$size 175 "${throughput[@]}" --size $size --batch_size 16 --seconds 8 --budget 150 \

@@ -180,6 +180,27 @@ def test_a_micro_batch_is_halved_until_it_fits():
     assert (variant.name, size, sizes) == ("x", 2, [16, 8, 4, 2])
 
 
+def test_ours_and_nanogpt_are_built_first_and_halved_when_they_do_not_fit_together():
+    ranks, config = Ranks(0, 1, "cuda:0", None), GPTConfig(16, 64, 1, 2, 32)
+    options = throughput.ThroughputConfig(ablate=True, nanogpt="x")
+    names = list(throughput.builders(options, config, "bfloat16", ranks))
+    assert names[:3] == ["tritongpt", "nanogpt", "torch compiled"] and len(names) == len(set(names))
+
+    def build(batch_size):
+        def step():
+            if batch_size > 4 and len(session.variants) > 1:
+                raise torch.OutOfMemoryError
+
+        return throughput.Variant("x", step, 1)
+
+    builds = {"tritongpt": build, "nanogpt": build}
+    session = throughput.Session(GPT(config), "float32", Ranks(0, 1, "cpu", None), builds, "")
+    for name in builds:
+        session.add(name, 16)
+    session.fit_together()
+    assert session.results["batch_size"] == {"tritongpt": 4, "nanogpt": 4}
+
+
 # Kernels of a step of ours and of nanoGPT's, as torch 2.11's profiler named them on an H200.
 OF_PART = {
     "matrix products": [
@@ -338,6 +359,17 @@ def test_the_roofline_stands_beside_the_measured_step_and_predicts_others(monkey
         (["--results=nowhere"], "no step was measured by part"),
     ):
         assert sentence in complaint(roofline.main, monkeypatch, capsys, *flags)
+
+
+def test_the_shares_are_those_of_the_same_step_and_a_part_may_have_no_kernel(capsys):
+    results = timing.read(ROOT / "bench" / "results")
+    measured = roofline.measured_step("H200", None, results)
+    larger = measured | {"model": measured["model"] | {"n_layer": 48}}
+    assert roofline.measured_step("H200", None, [*results, larger]) is larger
+    assert roofline.measured_step("H200", roofline.step_of(measured), [*results, larger]) is measured
+    measured["parts"]["tritongpt"]["loss"] = 0.0  # a new version of Triton names the kernel otherwise
+    roofline.print_step(roofline.step_of(measured), "H200", results)
+    assert re.search(r"^loss .* 24\.57 +0\.00$", capsys.readouterr().out, re.MULTILINE)
 
 
 # ---- report
