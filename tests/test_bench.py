@@ -63,6 +63,24 @@ def test_only_a_run_of_the_same_commit_is_resumed(before, after, resumed, tmp_pa
 # ---- operations
 
 
+def test_the_judge_sees_one_wrong_element_many_slightly_wrong_ones_and_what_is_missing():
+    exact = {
+        "output 0": torch.randn(100, 100, dtype=torch.float64),
+        "dx": torch.randn(3, dtype=torch.float64),
+    }
+    peer = {name: tensor.bfloat16() for name, tensor in exact.items()}
+    one, many = torch.zeros(100, 100), torch.full((100, 100), 0.015)
+    one[7, 7] = 0.2
+    assert bench.kernels.faults(peer, exact, peer) == []
+    for sentence, error in (("is off by 2", one), ("has an error of norm", many)):
+        ours = peer | {"output 0": (exact["output 0"] + error).bfloat16()}
+        (fault,) = bench.kernels.faults(ours, exact, peer)
+        assert sentence in fault
+    assert bench.kernels.faults({"output 0": peer["output 0"]}, exact, peer)
+    assert bench.kernels.faults(peer | {"dx": torch.zeros(4)}, exact, peer)
+    assert bench.kernels.faults(peer | {"dx": torch.full((3,), torch.nan)}, exact, peer)
+
+
 @pytest.mark.parametrize("name", ["add_layer_norm_mixed", "linear_cross_entropy"])
 def test_a_wrong_result_is_not_timed_and_a_right_one_is_held_to_its_limit(name, monkeypatch):
     """The wrong one misses three hundredths of a gradient."""
