@@ -70,17 +70,17 @@ def measure(
     B, T = idx.shape
     figures: dict[str, dict[str, float]] = {}
     prefill = {name: ready(partial(model, idx)) for name, model in models.items()}
-    whole = {name: ready(partial(continued, model, idx, new)) for name, model in models.items()}
+    generation = {name: ready(partial(continued, model, idx, new)) for name, model in models.items()}
     prompt_times = timing.interleaved(prefill, device, seconds, cold=False)
-    whole_times = timing.interleaved(whole, device, seconds, cold=False)
+    generation_times = timing.interleaved(generation, device, seconds, cold=False)
     for name in models:
         # The prefill gives the first new token.
-        decoding = max(whole_times[name].median - prompt_times[name].median, 1e-6) / max(new - 1, 1)
+        decoding = max(generation_times[name].median - prompt_times[name].median, 1e-6) / max(new - 1, 1)
         figures[name] = {
             "prefill": 1e3 * B * T / prompt_times[name].median,
             "decode": 1e3 * B / decoding,
             "ms": decoding,
-            "generate_ms": whole_times[name].median,
+            "generate_ms": generation_times[name].median,
         }
     return figures
 

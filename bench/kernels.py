@@ -43,8 +43,6 @@ from kernels.op import INTERPRETED, Cost, Op, unavailable
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIRECTIONS = ("forward", "backward", "both")
 COMPILED = ("tritongpt", "compile", "flex")  # of the variants: those that --warm compiles
-
-
 Function = Callable[..., Any]
 
 

@@ -135,15 +135,9 @@ def clocks(work: Callable[[], Any], device: str) -> list[str]:
     """
     # By uuid: nvidia-smi numbers the GPUs of a machine differently from CUDA.
     gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    command = [
-        "nvidia-smi",
-        f"--id={gpu}",
-        f"--query-gpu={CLOCK_FIELDS}",
-        "--format=csv,noheader",
-        "--loop-ms=100",
-    ]
+    flags = f"--id={gpu} --query-gpu={CLOCK_FIELDS} --format=csv,noheader --loop-ms=100".split()
     try:
-        sampler = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        sampler = subprocess.Popen(["nvidia-smi", *flags], stdout=subprocess.PIPE, text=True)
     except OSError:
         work()
         return []
