@@ -11,16 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.kernels import (
-    DTYPES,
-    directions,
-    failures,
-    fewer,
-    honest_compilation,
-    make_call,
-    shape_of,
-    variants,
-)
+from bench.kernels import DTYPES, directions, failures, fewer, honest_compilation, make_call, variants
 from kernels import OPS
 from kernels.op import Op
 
@@ -49,5 +40,5 @@ def test_operation(benchmark: Any, op: Op, function: Callable[..., Any] | str, d
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
 
-        benchmark.group = f"{op.name} {direction} {shape_of(sample)}"
+        benchmark.group = f"{op.name} {direction} {', '.join(f'{k}={v}' for k, v in sample.items())}"
         benchmark.pedantic(until_done, rounds=20, iterations=1, warmup_rounds=3)
