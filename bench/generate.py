@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +53,6 @@ def continued(model: nn.Module, idx: Tensor, new: int, top_k: int | None = None)
     return model.generate(idx, new, top_k=top_k)  # type: ignore[operator]
 
 
-def same_tokens(ours: GPT, theirs: nn.Module, idx: Tensor, new: int) -> bool:
-    """Whether both give the same greedy tokens. nanoGPT is greedy with top_k=1."""
-    return torch.equal(continued(ours, idx, new, top_k=1), continued(theirs, idx, new, top_k=1))
-
-
 def measure(
     models: dict[str, nn.Module], idx: Tensor, new: int, dtype: str, seconds: float
 ) -> dict[str, dict[str, float]]:
@@ -75,17 +70,17 @@ def measure(
     B, T = idx.shape
     figures: dict[str, dict[str, float]] = {}
     prefill = {name: ready(partial(model, idx)) for name, model in models.items()}
-    whole = {name: ready(partial(continued, model, idx, new)) for name, model in models.items()}
+    generation = {name: ready(partial(continued, model, idx, new)) for name, model in models.items()}
     prompt_times = timing.interleaved(prefill, device, seconds, cold=False)
-    whole_times = timing.interleaved(whole, device, seconds, cold=False)
+    generation_times = timing.interleaved(generation, device, seconds, cold=False)
     for name in models:
         # The prefill gives the first new token.
-        decoding = max(whole_times[name].median - prompt_times[name].median, 1e-6) / max(new - 1, 1)
+        decoding = max(generation_times[name].median - prompt_times[name].median, 1e-6) / max(new - 1, 1)
         figures[name] = {
             "prefill": 1e3 * B * T / prompt_times[name].median,
             "decode": 1e3 * B / decoding,
             "ms": decoding,
-            "generate_ms": whole_times[name].median,
+            "generate_ms": generation_times[name].median,
         }
     return figures
 
@@ -94,12 +89,8 @@ def measure(
 class GenerateConfig:
     """Time reading a prompt (prefill) and sampling tokens (decode)."""
 
-    size: Literal["", "10M", "124M", "350M", "774M", "1.5B", "tiny"] = (
-        ""  # default: 124M on a GPU, 10M on a CPU
-    )
-    batch_size: str = (
-        ""  # sequences at once, or several sizes with commas; default: 1,32 on a GPU, 1 on a CPU
-    )
+    size: str = ""  # 10M, 124M, 350M, 774M, 1.5B or tiny; default: 124M on a GPU, 10M on a CPU
+    batch_size: str = ""  # sequences, or several sizes with commas; default: 1,32 on a GPU, 1 on a CPU
     prompt: int = 64  # tokens of the prompt
     new: int = 256  # tokens to sample
     seconds: float = 5.0  # of each model
@@ -111,8 +102,12 @@ def main() -> None:
     options = cli.parse(GenerateConfig, sys.argv[1:], prog="python -m bench.generate")
     cli.check_bounds(vars(options), {"prompt": (1, 1023), "new": (2, 1 << 20)})
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = (options.batch_size or ("1,32" if device == "cuda" else "1")).split(",")
+    batch_sizes = [int(size) for size in sizes if size.isdecimal()]
+    if len(batch_sizes) < len(sizes) or min(batch_sizes) < 1:
+        raise ValueError(f"batch_size={options.batch_size} must be whole numbers of at least 1")
     size = options.size or ("124M" if device == "cuda" else "10M")
-    layers, heads, width = MORE_SIZES[size]
+    layers, heads, width = cli.choose(MORE_SIZES, size, "size")
     block_size = 1024 if size in SIZES else 256
     vocab_size = 50304 if size in SIZES else 65
     config = GPTConfig(block_size, vocab_size, layers, heads, width, bias=False)
@@ -123,22 +118,24 @@ def main() -> None:
     if options.nanogpt:
         models["nanogpt"] = with_weights_of(ours, nanogpt_model(Path(options.nanogpt), config))
     cases = []
-    default = "1,32" if device == "cuda" else "1"
-    for batch_size in map(int, (options.batch_size or default).split(",")):
+    for batch_size in batch_sizes:
         idx = torch.randint(vocab_size, (batch_size, options.prompt), device=device)
         shape = f"{batch_size} sequences, prompt {options.prompt}, {options.new} new tokens"
         print(f"{size}, {shape}, {dtype}", flush=True)
-        if "nanogpt" in models and not same_tokens(ours, models["nanogpt"], idx[:1], min(32, options.new)):
+        # nanoGPT is greedy with top_k=1.
+        ids = [continued(model, idx[:1], min(32, options.new), top_k=1) for model in models.values()]
+        if not torch.equal(ids[0], ids[-1]):
             raise ValueError("the greedy tokens of both models differ: nothing was timed")
         figures = measure(models, idx, options.new, dtype, options.seconds)
         products = floor(ours, batch_size)
         with torch.no_grad(), autocast(device, dtype):
-            least = timing.interleaved({"floor": products}, device, 1.0)["floor"].median
-        cases.append({"batch_size": batch_size, "floor_ms": least, "models": figures})
+            floor_ms = timing.interleaved({"floor": products}, device, 1.0)["floor"].median
+        cases.append({"batch_size": batch_size, "floor_ms": floor_ms, "models": figures})
         for name, f in figures.items():
             prefill, decode = f"{f['prefill']:12,.0f} tokens/s", f"{f['decode']:10,.0f} tokens/s"
             print(f"  {name:12} prefill {prefill}  decode {decode}, {f['ms']:.3f} ms a token")
-        print(f"  {'floor':12} {'':37}{1e3 * batch_size / least:10,.0f} tokens/s, {least:.3f} ms a token")
+        fastest = 1e3 * batch_size / floor_ms
+        print(f"  {'floor':12} {'':37}{fastest:10,.0f} tokens/s, {floor_ms:.3f} ms a token")
         if options.out:
             timing.write(
                 options.out, "generate", device, size=size, dtype=dtype, prompt=options.prompt,

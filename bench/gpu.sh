@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bench/gpu.sh [--out=DIR] [--nanogpt=PATH] [--commit=HASH] [--parts=NAME,NAME...]: measure what a GPU can tell.
+# bench/gpu.sh [--out=DIR] [--nanogpt=PATH] [--commit=HASH] [--parts=NAME,NAME...]: run everything that needs a GPU.
 #
 # Without --parts it runs these four, in at most six minutes with 16 processors:
 #   tests      run the tests on this GPU: the kernels against fp64, the model on the kernels
@@ -12,17 +12,19 @@
 # Ask for the others by name, in a call of their own:
 #   sweep      try tile sizes, for the tables that say "not tuned"
 #   sanitizer  run compute-sanitizer's memcheck and racecheck on small shapes, if it is installed
-#   curve      train the 124M for 1,000 steps, on our kernels and on PyTorch's, and print the losses side by side
+#   curve      train the 124M for 1,000 steps, on our kernels and on PyTorch's, and draw both losses
 #   all-kernels  time the operations at every shape
 #   headline   time the 124M beside nanoGPT for half a minute each
 #   batches    time the step by micro-batch, 8 to 128
 #   large      time the step of 350M, 774M and 1.5B
 #   generate   time prefill and decode
 #
-# It needs python with torch, triton and numpy, and for the tests pytest and better pytest-xdist; it needs no network.
+# It needs python with torch, triton and numpy, for the tests pytest and better pytest-xdist, for the curve matplotlib; it
+# needs no network.
 # PYTHON=... chooses the python. The results go to DIR (bench/results by default) as JSON files, named by GPU and commit,
 # beside one log. If the checkout has no .git, name the commit by --commit. A part that is done is not run again, so
 # repeat the command, with the same DIR, to finish a call that was cut short: `sweep` and the kernels go on where they stopped.
+# A modified tree always starts again.
 set -uo pipefail
 export PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
@@ -50,7 +52,11 @@ cd "$(dirname "$0")/.."
 
 gpu=$($python -c 'import torch; print(torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-"))' \
     2>/dev/null) || { echo "error: $python finds no torch with a GPU here" >&2; exit 1; }
-commit=$($python -c 'from bench.timing import commit; print((commit() or "")[:8])')
+commit=$($python -c 'from bench.timing import commit; print(commit() or "")')
+case "$commit" in
+    *-dirty) commit=${commit:0:8}-dirty-$(date +%H%M%S) ;; # a modified tree may have changed since its last run
+    *) commit=${commit:0:8} ;;
+esac
 mkdir -p "$out"
 prefix="$out/$gpu-${commit:-$(date +%F)}"
 processors=$(nproc)
@@ -98,7 +104,8 @@ for part in ${parts//,/ }; do
             $python -c "import xdist" 2>/dev/null && workers=(-n $(((processors + 1) / 2)))
             run tests 140 env TORCHINDUCTOR_COMPILE_THREADS=1 "${pytest[@]}" ${workers[@]+"${workers[@]}"} \
                 tests/test_model_kernels.py tests/test_kernels.py tests/test_kernels_bugs.py \
-                tests/test_kernels_checks.py &
+                tests/test_kernels_checks.py \
+                tests/test_bench.py::test_the_clock_waits_for_the_gpu_and_empties_its_cache &
             side+=($!) ;;
         warm)
             export TORCHINDUCTOR_COMPILE_THREADS=$(((processors + 2) / 3))
@@ -107,7 +114,7 @@ for part in ${parts//,/ }; do
             run warm-kernels 140 "$python" -m bench.kernels --warm --few &
             side+=($!)
             export TORCHINDUCTOR_COMPILE_THREADS=$processors ;;
-        step) run step 130 "${throughput[@]}" --ablate --batch_size 64 --seconds 5 --budget 115 \
+        step) run step 130 "${throughput[@]}" --ablate --batch_size 64 --seconds 5 --budget 105 \
             --out "$prefix-throughput.json" || failed=1 ;;
         kernels) run kernels 90 "$python" -m bench.kernels --few --seconds 0.1 --out "$prefix-kernels.json" || failed=1 ;;
         sweep) run sweep 530 "$python" -m bench.sweep --out "$prefix-sweep.json" || failed=1 ;;
@@ -119,10 +126,26 @@ for part in ${parts//,/ }; do
                 run sanitizer-$tool 265 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool \
                     --error-exitcode 9 --target-processes application-only "${pytest[@]}" "${small[@]}" || failed=1
             done ;;
-        curve) run curve 530 "$python" -m bench.curve --out "$prefix-curve.json" || failed=1 ;;
+        curve)
+            [ -f data/stdlib_char/train.bin ] || "$python" -m train.prepare stdlib_char || { failed=1; continue; }
+            # GPT-2's vocabulary, so that the loss costs what it costs in a real run. The same seed gives both the
+            # same weights and batches. The checkpoints stay out of DIR: each has 1.5 GB.
+            for spec in triton torch; do
+                folder=out-curve-$spec-${commit:-none}
+                run curve-$spec 260 "$python" -m train train_gpt2 --dataset=stdlib_char --vocab_size=50304 \
+                    --batch_size=64 --gradient_accumulation_steps=1 --max_iters=1000 --lr_decay_iters=1000 \
+                    --warmup_iters=100 --eval_interval=500 --eval_iters=20 --init_from=auto --kernels=$spec \
+                    --out_dir="$folder" || failed=1
+                cp "$folder/metrics.jsonl" "$prefix-curve-$spec.jsonl" || failed=1
+            done
+            "$python" -m train.plot out-curve-{triton,torch}-"${commit:-none}" --out="$prefix-curve.svg" || failed=1 ;;
         all-kernels) run all-kernels 530 "$python" -m bench.kernels --seconds 0.1 --out "$prefix-kernels.json" || failed=1 ;;
         headline) run headline 300 "${throughput[@]}" --batch_size 64 --seconds 30 --out "$prefix-headline.json" || failed=1 ;;
-        batches) run batches 530 "${throughput[@]}" --seconds 10 --out "$prefix-batches.json" || failed=1 ;;
+        batches)
+            for size in 8 16 32 64 128; do
+                run batch-$size 175 "${throughput[@]}" --batch_size $size --seconds 5 --budget 150 \
+                    --out "$prefix-batch-$size.json" || failed=1
+            done ;;
         large)
             for size in 350M 774M 1.5B; do
                 run large-$size 175 "${throughput[@]}" --size $size --batch_size 16 --seconds 8 --budget 150 \

@@ -2,9 +2,9 @@
 
 For each shape: milliseconds forward, backward and both, in turns with the competitors that are installed; the
 share of the limit; and the memory that the operation needs beyond its inputs. The limit is the least time
-that the operation's bytes or FLOPs (`Op.cost`) could take at the rates measured in the same run. A shape that
-fits into the L2 cache is timed once more with a warm cache. Ours and the fastest competitor also run for a
-second without a pause ("sustained"), at the clocks that the GPU's power limit then allows.
+that the operation's bytes or FLOPs (`Op.cost`) could take at the rates measured in the same run. Ours and the
+fastest competitor also run for a second without a pause ("sustained"), at the clocks that the GPU's power
+limit then allows.
 
 Each function must first agree with fp64 on fewer rows of the same shape. One that does not is reported, not
 timed. The shape of each operation that decides how fast the 124M trains comes first; `--few` stops there.
@@ -15,12 +15,12 @@ about a GPU.
 
 import importlib.util
 import json
+import math
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product, zip_longest
 from typing import Any
@@ -43,8 +43,6 @@ from kernels.op import INTERPRETED, Cost, Op, unavailable
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIRECTIONS = ("forward", "backward", "both")
 COMPILED = ("tritongpt", "compile", "flex")  # of the variants: those that --warm compiles
-
-
 Function = Callable[..., Any]
 
 
@@ -61,20 +59,16 @@ def variants(op: Op, device: str) -> dict[str, Function | str]:
         result["compile"] = torch.compile(op.reference, dynamic=False)
     if op.name == "linear_cross_entropy":
         fused = getattr(F, "linear_cross_entropy", None)
-        missing = "this PyTorch has no F.linear_cross_entropy"
-        result["torch fused"] = missing if fused is None else _without_chunks(fused)
+        result["torch fused"] = "this PyTorch has no F.linear_cross_entropy"
+        if fused is not None:  # it chooses the size of its chunks itself
+            result["torch fused"] = lambda input, linear_weight, target, chunk_size=None, **options: fused(
+                input, linear_weight, target, **options
+            )
     if op.name == "causal_attention":
         result |= attention_competitors(device)
     if op.name in LIGER:
         result["liger"] = liger(*LIGER[op.name])
     return result
-
-
-def _without_chunks(fused: Function) -> Function:
-    """PyTorch's fused loss, which chooses the size of its chunks itself."""
-    return lambda input, linear_weight, target, chunk_size=None, **options: fused(
-        input, linear_weight, target, **options
-    )
 
 
 def liger(name: str, adapt: Callable[[Function], Function]) -> Function | str:
@@ -86,40 +80,21 @@ def liger(name: str, adapt: Callable[[Function], Function]) -> Function | str:
     return f"this Liger-Kernel has no {name}" if function is None else adapt(function)
 
 
-def _norm(liger: Function) -> Function:
-    return lambda input, normalized_shape, weight, bias: liger(input, weight, bias, 1e-5)
-
-
-def _add_then_norm(liger: Function) -> Function:
-    def function(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        summed = input + residual
-        return liger(summed, weight, bias, 1e-5), summed
-
-    return function
-
-
-def _linear_loss(liger: Function) -> Function:
-    return lambda input, linear_weight, target, ignore_index: liger(
-        input, linear_weight, target, ignore_index=ignore_index
-    )
-
-
-def _loss_in_place(liger: Function) -> Function:
-    def function(input: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():  # its forward writes the gradient over the logits
-            loss = liger(input.detach().requires_grad_(), target, ignore_index=ignore_index, reduction="none")
-        return loss.detach(), input
-
-    return function
-
-
 # operation -> Liger's name for it, and what gives it our arguments
 LIGER: dict[str, tuple[str, Callable[[Function], Function]]] = {
-    "layer_norm": ("liger_layer_norm", _norm),
-    "add_layer_norm": ("liger_layer_norm", _add_then_norm),
+    "layer_norm": (
+        "liger_layer_norm",
+        lambda liger: lambda input, normalized_shape, weight, bias: liger(input, weight, bias, 1e-5),
+    ),
     "cross_entropy": ("liger_cross_entropy", lambda liger: liger),
-    "loss_and_gradient": ("liger_cross_entropy", _loss_in_place),
-    "linear_cross_entropy": ("liger_fused_linear_cross_entropy", _linear_loss),
+    "linear_cross_entropy": (
+        "liger_fused_linear_cross_entropy",
+        lambda liger: (
+            lambda input, linear_weight, target, ignore_index: liger(
+                input, linear_weight, target, ignore_index=ignore_index
+            )
+        ),
+    ),
 }
 
 
@@ -194,40 +169,7 @@ def make_inputs(op: Op, dtype: torch.dtype, device: str, sample: dict[str, Any])
 def make_call(op: Op, dtype: torch.dtype, device: str, sample: dict[str, Any]) -> dict[str, Any]:
     """The same, and the floating-point arguments require gradients."""
     call = make_inputs(op, dtype, device, sample)
-    return {k: v.requires_grad_(op.differentiable) if _floating(v) else v for k, v in call.items()}
-
-
-def errors(op: Op, call: dict[str, Any], functions: dict[str, Callable[..., Any]]) -> dict[str, Any]:
-    """{name: {output or gradient: relative error against fp64}, or the exception that it raised}."""
-    exact_call = _own(call, Tensor.double)
-    outputs = _tuple(op.reference(**exact_call))
-    # Upstream gradients are contiguous, as the next layer's are. All functions get the same layout: PyTorch
-    # builds cuDNN's backward of a shape for the layout of the first gradient, and misreads any other.
-    gradients = [torch.randn(o.shape, dtype=o.dtype, device=o.device) + 1.5 for o in outputs]
-
-    def run(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Tensor]:
-        outputs = _tuple(function(**arguments))
-        tensors = {f"output {i}": o.detach().double() for i, o in enumerate(outputs)}
-        upstream = [(o, g.to(o.dtype)) for o, g in zip(outputs, gradients) if o.requires_grad]
-        if upstream:
-            torch.autograd.backward([o for o, _ in upstream], [g for _, g in upstream])
-        grads = {f"d{k}": v.grad for k, v in arguments.items() if _floating(v)}
-        return tensors | {name: grad.double() for name, grad in grads.items() if grad is not None}
-
-    exact = run(op.reference, exact_call)
-    result: dict[str, Any] = {}
-    for name, function in functions.items():
-        try:
-            ours = run(function, _own(call))
-            result[name] = {n: relative_error(ours[n], expected) for n, expected in exact.items()}
-        except Exception as failure:  # whatever a compiler or a competitor raises is a result here
-            result[name] = failure
-    return result
-
-
-def relative_error(tensor: Tensor, expected: Tensor) -> float:
-    """0 where both are 0: the carrier of the mixed norm is."""
-    return ((tensor - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+    return {k: v.requires_grad_(op.differentiable) if floating(v) else v for k, v in call.items()}
 
 
 def fewer(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
@@ -241,50 +183,127 @@ def fewer(op: Op, sample: dict[str, Any]) -> dict[str, Any]:
     return smaller
 
 
-def wrong(op: Op, call: dict[str, Any], functions: dict[str, Callable[..., Any]]) -> dict[str, str]:
-    """{name: reason} of the functions whose error is over twice that of PyTorch in the same dtype."""
-    by_function = errors(op, call, functions | {"PyTorch": op.reference})
-    allowed = by_function.pop("PyTorch")
-    eps = torch.finfo(next(v.dtype for v in call.values() if _floating(v))).eps
+# ---- the judge: benchmarks and tests accept a result by the same rule
+
+
+def failures(op: Op, call: dict[str, Any], functions: dict[str, Function]) -> dict[str, str]:
+    """{name: reason} of the functions that raise an exception, or have a result that `faults` refuses."""
+    try:
+        gradients = upstream(op, call)
+        exact = run(op.reference, leaves(call, torch.float64), gradients)
+        peer = run(op.reference, call, gradients)
+    except Exception as error:
+        return dict.fromkeys(functions, f"PyTorch's operation fails: {timing.reason(error)}")
     reasons = {}
-    for name, by_output in by_function.items():
-        if isinstance(by_output, Exception):
-            reasons[name] = _why(by_output)
-            continue
-        for output, value in by_output.items():
-            if not value <= max(2 * allowed[output], eps / 4):  # the latter for a single number's rounding
-                error = f"{output} is off by {value:.1e}, and PyTorch's by {allowed[output]:.1e}"
-                reasons.setdefault(name, f"wrong: {error}")
+    for name, function in functions.items():
+        try:
+            wrong = faults(run(function, copied(call), gradients), exact, peer)
+        except Exception as error:  # whatever a compiler or a competitor raises is a result here
+            reasons[name] = timing.reason(error)
+        else:
+            reasons |= {name: f"wrong: {wrong[0]}"} if wrong else {}
     return reasons
 
 
-def _own(call: dict[str, Any], convert: Callable[[Tensor], Tensor] = Tensor.clone) -> dict[str, Any]:
-    """A copy, since a competitor may overwrite its inputs."""
+def faults(ours: dict[str, Tensor], exact: dict[str, Tensor], peer: dict[str, Tensor]) -> list[str]:
+    """What is wrong with the results of `run`: by PyTorch in fp64 (exact) and in the same dtype (peer).
+
+    The error may be twice PyTorch's and a rounding: the largest error, which shows one wrong element, and the
+    norm of all errors, which shows many that are slightly wrong.
+    """
+    if ours.keys() != exact.keys():
+        return [f"the results are {', '.join(ours)}, not {', '.join(exact)}"]
+    sentences = []
+    for name, expected in exact.items():
+        if ours[name].shape != expected.shape:
+            sentences.append(f"{name} is {tuple(ours[name].shape)}, not {tuple(expected.shape)}")
+        elif expected.numel():
+            eps = torch.finfo(ours[name].dtype).eps
+            for order, rounding in ((math.inf, eps), (2, eps / 4 + 5e-7)):
+                error, of_peer = distance(ours[name], expected, order), distance(peer[name], expected, order)
+                if not error <= 2 * of_peer + rounding * expected.norm(order).item() + 1e-6:
+                    what = "is off by" if order == math.inf else "has an error of norm"
+                    sentences.append(f"{name} {what} {error:.1e}, and PyTorch's {of_peer:.1e}")
+    return sentences
+
+
+def run(function: Function, call: dict[str, Any], gradients: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """Every output and, with upstream gradients, the gradient of every argument that has one, by name."""
+    call = leaves(call) if gradients else call
+    results = outputs(function(**call))
+    if gradients:
+        backpropagate(results, gradients)
+    return by_name(results, call)
+
+
+def upstream(op: Op, call: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Random gradients of the reference's outputs, in fp64, none of them 1; () for inference only."""
+    if not op.differentiable:
+        return ()
+    # They are contiguous, as the next layer's are. All functions get the same layout: PyTorch builds cuDNN's
+    # backward of a shape for the layout of the first gradient, and misreads any other.
+    results = outputs(op.reference(**call))
+    return tuple(torch.randn(r.shape, device=r.device, dtype=torch.float64) + 1.5 for r in results)
+
+
+def backpropagate(results: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """`torch.autograd.backward` from those results that have a gradient."""
+    pairs = [(r, g.to(r.dtype)) for r, g in zip(results, gradients) if r.requires_grad and g is not None]
+    torch.autograd.backward([r for r, _ in pairs], [g for _, g in pairs])
+
+
+def by_name(results: Sequence[Tensor], call: dict[str, Any]) -> dict[str, Tensor]:
+    named = {f"output {i}": r.detach() for i, r in enumerate(results)}
+    return named | {f"d{k}": v.grad for k, v in call.items() if floating(v) and v.grad is not None}
+
+
+def leaves(call: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The same call, in which every floating tensor is a leaf that requires a gradient."""
     return {
-        k: convert(v.detach()).requires_grad_(v.requires_grad) if _floating(v) else v for k, v in call.items()
+        k: (v if dtype is None else v.to(dtype)).detach().requires_grad_() if floating(v) else v
+        for k, v in call.items()
     }
 
 
-def _why(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
+def copied(call: dict[str, Any]) -> dict[str, Any]:
+    """The same call for a function that overwrites its inputs, as some competitors do."""
+    return {
+        k: v.detach().clone().requires_grad_(v.requires_grad) if floating(v) else v for k, v in call.items()
+    }
 
 
-def directions(function: Callable[..., Any], call: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+def outputs(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def distance(tensor: Tensor, expected: Tensor, order: float = math.inf) -> float:
+    """The largest difference, or another norm of all differences."""
+    return (tensor.double() - expected).norm(order).item()
+
+
+# ---- what is timed
+
+
+def directions(function: Function, call: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     """{"forward", "backward", "both": what to time}. Backward gives the gradients of all inputs."""
-    inputs = _trained(call)
+    inputs = [v for v in call.values() if floating(v) and v.requires_grad]
     if not inputs:
         return {"forward": lambda: function(**call)}
 
     def forward() -> list[Tensor]:
-        return [output for output in _tuple(function(**call)) if output.requires_grad]
+        return [output for output in outputs(function(**call)) if output.requires_grad]
 
-    outputs = forward()
-    gradients = [torch.randn(o.shape, dtype=o.dtype, device=o.device) for o in outputs]
+    results = forward()
+    gradients = [torch.randn(r.shape, dtype=r.dtype, device=r.device) for r in results]
     return {
         "forward": lambda: function(**call),
         # The mixed norm's gradient of the residual is the carrier's: autograd has none for the residual.
         "backward": lambda: torch.autograd.grad(
-            outputs, inputs, gradients, retain_graph=True, allow_unused=True
+            results, inputs, gradients, retain_graph=True, allow_unused=True
         ),
         "both": lambda: torch.autograd.grad(forward(), inputs, gradients, allow_unused=True),
     }
@@ -310,20 +329,19 @@ def prepare(
     chosen = {name: f for name, f in variants(op, device).items() if not only or name in only}
     result: dict[str, Any] = {name: reason for name, reason in chosen.items() if isinstance(reason, str)}
     functions = {name: function for name, function in chosen.items() if not isinstance(function, str)}
-    result |= wrong(op, make_call(op, dtype, device, fewer(op, sample)), functions)
+    result |= failures(op, make_call(op, dtype, device, fewer(op, sample)), functions)
     ready: dict[str, dict[str, Callable[[], Any]]] = {}
     for name in [name for name in functions if name not in result]:
         try:
             overwrites = name == "liger" or op is IN_PLACE
-            own = _own(call) if overwrites else call
-            runs = directions(functions[name], own)
-            *_, whole = runs.values()
-            result[name] = {"bytes": timing.peak_extra_bytes(whole, device)}
-            for run in runs.values():
-                run()
+            runs = directions(functions[name], copied(call) if overwrites else call)
+            *_, last = runs.values()
+            result[name] = {"bytes": timing.peak_extra_bytes(last, device)}
+            for run_once in runs.values():
+                run_once()
             ready[name] = runs
-        except Exception as failure:  # out of memory, or what a compiler raises
-            result[name] = _why(failure)
+        except Exception as error:  # out of memory, or what a compiler raises
+            result[name] = timing.reason(error)
     return {name: result[name] for name in chosen}, ready
 
 
@@ -339,25 +357,21 @@ def measure(
     result, ready = prepare(op, call, sample, dtype)
     cost = op.cost(**call)
     for direction in DIRECTIONS if op.differentiable else DIRECTIONS[:1]:
-        at_limit, moved, computed = least(cost, direction, limits)
-        calls = {name: parts[direction] for name, parts in ready.items()}
+        least_seconds, moved, computed = least_time(cost, direction, limits)
+        calls = {name: runs[direction] for name, runs in ready.items()}
         timed = timing.interleaved(calls | {"copy": _copy(moved, device)}, device, seconds)
         same_copy = timed.pop("copy").median
-        for name, figures in timing.plain(timed).items():
-            result[name][direction] = figures | {
-                "limit": 1e3 * at_limit / figures["median"],
-                "bytes_per_s": 1e3 * moved / figures["median"],
-                "flops_per_s": 1e3 * computed / figures["median"],
+        for name, t in timed.items():
+            result[name][direction] = asdict(t) | {
+                "limit": 1e3 * least_seconds / t.median,
+                "bytes_per_s": 1e3 * moved / t.median,
+                "flops_per_s": 1e3 * computed / t.median,
                 "same_copy_ms": same_copy,
             }
-        if cost.forward_bytes < timing.l2_bytes(device):
-            for name, warm in timing.interleaved(calls, device, seconds, cold=False).items():
-                result[name][direction]["warm"] = warm.median
-    whole = "both" if op.differentiable else "forward"
-    others = sorted(ready.keys() - {"tritongpt"}, key=lambda name: result[name][whole]["median"])
+    others = sorted(ready.keys() - {"tritongpt"}, key=lambda n: forward_and_backward(result[n])["median"])
     for name in [*(ready.keys() & {"tritongpt"}), *others[:1]]:
-        long = 1.0 if device == "cuda" else 0.01
-        result[name]["sustained"] = timing.sustained(ready[name][whole], device, long)
+        *_, last = ready[name].values()
+        result[name]["sustained"] = timing.sustained(last, 1.0 if device == "cuda" else 0.01)
     return result
 
 
@@ -368,10 +382,10 @@ def _copy(moved: int, device: str) -> Callable[[], Any]:
     return lambda: target.copy_(source)
 
 
-def least(cost: Cost, direction: str, limits: dict[str, float]) -> tuple[float, int, int]:
+def least_time(cost: Cost, direction: str, limits: dict[str, float]) -> tuple[float, int, int]:
     """(seconds at the slower of the two limits, bytes, FLOPs)."""
     if direction == "both":
-        forward, backward = (least(cost, d, limits) for d in ("forward", "backward"))
+        forward, backward = (least_time(cost, d, limits) for d in ("forward", "backward"))
         return forward[0] + backward[0], forward[1] + backward[1], forward[2] + backward[2]
     moved, computed = cost.forward_bytes, cost.forward_flops
     if direction == "backward":
@@ -380,16 +394,12 @@ def least(cost: Cost, direction: str, limits: dict[str, float]) -> tuple[float, 
     return seconds, moved, computed
 
 
-def _floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def forward_and_backward(variant: dict[str, Any]) -> dict[str, Any]:
+    """The figures of both together, or of forward where there is no backward."""
+    return variant["both"] if "both" in variant else variant["forward"]
 
 
-def _trained(call: dict[str, Any]) -> list[Tensor]:
-    return [v for v in call.values() if _floating(v) and v.requires_grad]
-
-
-def _tuple(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
+# ---- the command
 
 
 def rate(timed: dict[str, float], limits: dict[str, float]) -> str:
@@ -398,6 +408,12 @@ def rate(timed: dict[str, float], limits: dict[str, float]) -> str:
     if by_bytes > timed["flops_per_s"] / limits["product_flops_per_s"]:
         return f"{timed['bytes_per_s'] / 1e9:,.0f} GB/s"
     return f"{timed['flops_per_s'] / 1e12:,.1f} TFLOP/s"
+
+
+def shape_of(sample: dict[str, Any]) -> str:
+    if "shape" in sample:
+        return " x ".join(map(str, sample["shape"]))
+    return ", ".join(f"{k}={v}" for k, v in sample.items())
 
 
 ROW = "  {:12}{:>9}{:>9}{:>9}{:>9}{:>14}{:>10}{:>6}"
@@ -409,37 +425,26 @@ def _line(name: str, variant: dict[str, Any] | str, limits: dict[str, float]) ->
     if isinstance(variant, str):
         return textwrap.fill(f"  {name:12} {variant}", width=80, subsequent_indent=" " * 15)
     times = (f"{variant[d]['median']:.3f}" if d in variant else "" for d in DIRECTIONS)
-    whole = variant["both"] if "both" in variant else variant["forward"]
+    both = forward_and_backward(variant)
     sustained = f"{variant['sustained']:.3f}" if "sustained" in variant else ""
     memory = "" if variant["bytes"] is None else f"{variant['bytes'] / 2**20:,.0f}"
-    return ROW.format(name, *times, f"{whole['limit']:.0%}", rate(whole, limits), sustained, memory).rstrip()
+    return ROW.format(name, *times, f"{both['limit']:.0%}", rate(both, limits), sustained, memory).rstrip()
 
 
 def samples_to_time(ops: Collection[Op], device: str, few: bool) -> list[tuple[Op, dict[str, Any]]]:
     """The first shape of each operation, then the second of each, ...; on a CPU one small sample of each."""
+    cases = in_turns(ops, lambda op: op.benchmark_shapes[: 1 if few else None])
     if device != "cuda":
-        turns = [[(op, op.samples[0]) for op in ops]]
-    else:
-        shapes = ([(op, shape) for shape in op.benchmark_shapes] for op in ops)
-        turns = [[case for case in turn if case is not None] for turn in zip_longest(*shapes)]
-    cases = turns[0] if few else [case for turn in turns for case in turn]
+        cases = [(op, op.samples[0]) for op in ops]
     return [(op, json.loads(json.dumps(sample))) for op, sample in cases]
 
 
-def warm(samples: list[tuple[Op, dict[str, Any]]], dtypes: dict[str, torch.dtype], device: str) -> None:
-    """Compiles and checks without timing anything. The compilers' caches on disk keep what they make."""
-    for (op, sample), (name, dtype) in product(samples, dtypes.items()):
-        began = time.perf_counter()
-        with honest_compilation():
-            result, _ = prepare(op, make_call(op, dtype, device, sample), sample, dtype, COMPILED)
-        print(f"{op.name} {name} {_shape(sample)}: {time.perf_counter() - began:.1f} s", flush=True)
-        for variant, reason in result.items():
-            if isinstance(reason, str):
-                print(_line(variant, reason, {}), flush=True)
-
-
-def _shape(sample: dict[str, Any]) -> str:
-    return " ".join(f"{k}={v}" for k, v in sample.items())
+def in_turns(
+    ops: Collection[Op], shapes: Callable[[Op], Sequence[dict[str, Any]]]
+) -> list[tuple[Op, dict[str, Any]]]:
+    """The first of the shapes of each operation, then the second of each, and so on."""
+    turns = zip_longest(*([(op, shape) for shape in shapes(op)] for op in ops))
+    return [case for turn in turns for case in turn if case is not None]
 
 
 @dataclass
@@ -449,7 +454,7 @@ class KernelsConfig:
     dtype: str = "bf16"  # of the inputs: bf16, fp16, fp32, or several with commas
     seconds: float = 0.2  # for each variant and direction
     few: bool = False  # only the first shape of each operation
-    warm: bool = False  # compile and check, time nothing
+    warm: bool = False  # compile and check, time nothing; the compilers' caches on disk keep the result
     out: UserPath = ""  # a JSON file for the results
 
 
@@ -460,23 +465,24 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         print("There is no GPU: small shapes on the CPU, which say nothing about a GPU.")
-    samples = samples_to_time(ops, device, options.few)
-    if options.warm:
-        warm(samples, dtypes, device)
-        return
-    limits = timing.limits(device)
-    copy, flops = limits["copy_bytes_per_s"] / 1e9, limits["product_flops_per_s"] / 1e12
-    print(f"limits of this machine: copy {copy:,.0f} GB/s, product {flops:,.1f} TFLOP/s")
+    limits = {}
+    if not options.warm:
+        limits = timing.limits(device)
+        copy, flops = limits["copy_bytes_per_s"] / 1e9, limits["product_flops_per_s"] / 1e12
+        print(f"limits of this machine: copy {copy:,.0f} GB/s, product {flops:,.1f} TFLOP/s")
     cases = timing.of_same_commit(options.out, "cases")
     done = [(case["operation"], case["dtype"], str(case["sample"])) for case in cases]
-    for (op, sample), (name, dtype) in product(samples, dtypes.items()):
+    for (op, sample), (name, dtype) in product(samples_to_time(ops, device, options.few), dtypes.items()):
         if (op.name, name, str(sample)) in done:
             continue
+        print(f"{op.name} {name} {shape_of(sample)}", flush=True)
         with honest_compilation():
+            if options.warm:
+                prepare(op, make_call(op, dtype, device, sample), sample, dtype, COMPILED)
+                continue
             variants = measure(op, sample, dtype, device, limits, options.seconds)
         cases.append({"operation": op.name, "sample": sample, "dtype": name, "variants": variants})
-        print(f"{op.name} {name} {_shape(sample)}\n{HEADER}")
-        print(*(_line(*variant, limits) for variant in variants.items()), sep="\n", flush=True)
+        print(HEADER, *(_line(*variant, limits) for variant in variants.items()), sep="\n", flush=True)
         if options.out:  # after each case: a run that is cut short loses nothing
             timing.write(options.out, "kernels", device, limits=limits, cases=cases)
 

@@ -12,10 +12,13 @@ memory, by what it holds.
 """
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from bench import timing
 from gpt import cli
@@ -24,10 +27,11 @@ from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
 from kernels import OPS
 from kernels.linear_cross_entropy import ALIGN, chunk_rows
-from kernels.op import Cost
+from kernels.op import Cost, record
 
 Result = dict[str, Any]
-Size = Literal["124M", "350M", "774M", "1.5B", "tiny"]
+Limits = dict[str, float]  # the highest rates that a GPU reaches, as `timing.limits` measures them
+Step = tuple[GPTConfig, int, int]  # (model, micro-batch, micro-batches in a step) on one GPU
 SIZES: dict[str, tuple[int, int, int]] = {  # layers, heads, width
     "124M": (12, 12, 768),
     "350M": (24, 16, 1024),
@@ -50,15 +54,6 @@ DATASHEET = {
 
 
 @dataclass(frozen=True)
-class Limits:
-    """The highest rates that a GPU reaches."""
-
-    copy: float  # bytes/s, read and written
-    product: float  # FLOP/s of a large bf16 matrix product
-    source: str
-
-
-@dataclass(frozen=True)
 class Part:
     """A part of the step, as (FLOPs, bytes, launches) of each kind of kernel."""
 
@@ -73,9 +68,10 @@ class Part:
     def bytes(self) -> float:
         return sum(moved * times for _, moved, times in self.work)
 
-    def least(self, limits: Limits) -> float:
+    def least_time(self, limits: Limits) -> float:
         """Seconds. The slower of its two limits decides each kernel's time."""
-        return sum(max(f / limits.product, b / limits.copy) * times for f, b, times in self.work)
+        product, copy = limits["product_flops_per_s"], limits["copy_bytes_per_s"]
+        return sum(max(f / product, b / copy) * times for f, b, times in self.work)
 
 
 def parts(config: GPTConfig, batch_size: int, accumulation: int) -> list[Part]:
@@ -126,35 +122,36 @@ def parts(config: GPTConfig, batch_size: int, accumulation: int) -> list[Part]:
 
 
 def memory(config: GPTConfig, batch_size: int, available: float | None = None) -> dict[str, float]:
-    """Bytes by what they hold, at the end of a forward pass, when memory is fullest.
+    """Bytes by what they hold, at the end of a forward pass with our kernels in bf16, when memory is fullest.
 
-    For the backward pass a layer saves, for each token: twice the stream (4C bytes in fp32, 2C in bf16, 0 if
-    it is mixed) and its bf16 norm (2C), with rstd and, where the stream is saved, the mean; qkv (6C), the
-    attention's output (2C), the log-sum-exp of each head; the MLP's middle before and after GELU (8C each).
-    `available` is the memory of the GPU. The loss takes smaller chunks on a small GPU.
+    `available` is the memory of the GPU. The loss takes smaller chunks on a small GPU. Raises ValueError
+    without Triton.
     """
-    with torch.device("meta"):
-        model = GPT(config)
-    n = sum(p.numel() for p in model.parameters())
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
-    L, H, (V, C) = config.n_layer, config.n_head, model.lm_head.weight.shape
+    saved: dict[StorageWeakRef, Tensor] = {}
+
+    def save(tensor: Tensor) -> Tensor:
+        saved[StorageWeakRef(tensor.untyped_storage())] = tensor
+        return tensor
+
+    # Tensors without data, which no kernel reads. A dry run accepts our kernels without a GPU.
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        with record(assume=90):
+            model = GPT(replace(config, kernels="triton"))
+        idx = torch.zeros(batch_size, config.block_size, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            model(idx, idx)
+    weights = {StorageWeakRef(p.untyped_storage()) for p in model.parameters()}
+    n, V = sum(p.numel() for p in model.parameters()), model.lm_head.weight.shape[0]
     rows = batch_size * config.block_size
-    stream, statistics = {"float32": (4 * C, 8), "mixed": (0, 4), "bfloat16": (2 * C, 8)}[
-        config.residual_dtype
-    ]
     return {
         "weights, fp32": 4 * n,
         "gradients, fp32": 4 * n,
         "AdamW, fp32": 8 * n,
-        "weights, bf16": 2 * matrices,
-        "activations, stream and norms": rows * L * 2 * (stream + 2 * C + statistics),
-        "activations, attention": rows * L * (6 * C + 2 * C + 4 * H),
-        "activations, MLP": rows * L * 2 * 8 * C,
-        # what the last norm keeps, the stream or its output, the gradient that the loss has for it, the ids
-        "activations, after the blocks": rows * ((stream or 2 * C) + 2 * C + statistics + 8),
+        # activations, weights in bf16, and the gradients that the loss has computed already
+        "saved for the backward pass": sum(
+            tensor.untyped_storage().nbytes() for storage, tensor in saved.items() if storage not in weights
+        ),
         "logits, a chunk": 2 * chunk_rows(rows, V, 2, available) * -(-V // ALIGN) * ALIGN,
-        # dW in fp32 from the loss's chunks, before it is added to the gradient
-        "gradient of lm_head": 4 * V * C,
     }
 
 
@@ -170,8 +167,8 @@ def device_of(result: Result) -> str:
     return result["environment"]["device"]
 
 
-def limits_of(gpu: str, results: list[Result]) -> Limits:
-    """The limits measured on a GPU of this kind, or else predicted from its datasheet.
+def limits_of(gpu: str, results: list[Result]) -> tuple[Limits, str]:
+    """The limits measured on a GPU of this kind, or else predicted from its datasheet; and their source.
 
     A prediction takes the share of the datasheet's rates that another GPU reached. Raises ValueError for a
     GPU without a datasheet, and where no limits were measured.
@@ -183,34 +180,17 @@ def limits_of(gpu: str, results: list[Result]) -> Limits:
     if not measured:
         raise ValueError("no limits were measured: run python -m bench.kernels --out=... on a GPU")
     result = max(reversed(measured), key=lambda r: kind_of(device_of(r)) == kind)
-    copy, product = result["limits"]["copy_bytes_per_s"], result["limits"]["product_flops_per_s"]
     other = kind_of(device_of(result)) or ""
     if other == kind:
-        return Limits(copy, product, f"measured, {result['file']}")
-    copy_share = copy / DATASHEET[other][0]
-    product_share = product / (peak_flops(other, "bfloat16") or 0.0)
-    shares = f"{copy_share:.0%} of the datasheet's bytes/s and {product_share:.0%} of its FLOP/s"
-    return Limits(
-        copy_share * DATASHEET[kind][0],
-        product_share * (peak_flops(kind, "bfloat16") or 0.0),
-        f"predicted: {shares}, as an {other} reached, {result['file']}",
-    )
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step on one GPU: `accumulation` micro-batches of `batch_size` sequences."""
-
-    config: GPTConfig
-    batch_size: int
-    accumulation: int
-
-    @property
-    def tokens(self) -> int:
-        return self.accumulation * self.batch_size * self.config.block_size
-
-    def parts(self) -> list[Part]:
-        return parts(self.config, self.batch_size, self.accumulation)
+        return result["limits"], f"measured, {result['file']}"
+    copy = result["limits"]["copy_bytes_per_s"] / DATASHEET[other][0]
+    product = result["limits"]["product_flops_per_s"] / (peak_flops(other, "bfloat16") or 0.0)
+    predicted = {
+        "copy_bytes_per_s": copy * DATASHEET[kind][0],
+        "product_flops_per_s": product * (peak_flops(kind, "bfloat16") or 0.0),
+    }
+    shares = f"{copy:.0%} of the datasheet's bytes/s and {product:.0%} of its FLOP/s"
+    return predicted, f"predicted: {shares}, as an {other} reached, {result['file']}"
 
 
 def step_of(result: Result) -> Step:
@@ -221,58 +201,71 @@ def step_of(result: Result) -> Step:
     config.residual_dtype = result["model"].get("residual_dtype", "float32")
     ours, batch_size = result["variants"]["tritongpt"], result["batch_size"]["tritongpt"]
     sequences = ours["tokens_per_s"] * ours["step_ms"] / 1e3 / config.block_size
-    return Step(config, batch_size, round(sequences / batch_size))
+    return config, batch_size, round(sequences / batch_size)
 
 
-def measured_step(kind: str | None, results: list[Result]) -> Result:
-    """The newest step by part, on this kind of GPU if there is one. Raises ValueError if there is none."""
+def measured_step(kind: str | None, step: Step | None, results: list[Result]) -> Result:
+    """The newest step by part. One on this kind of GPU is preferred, and then one that is this very step.
+
+    Raises ValueError if no step was measured by part.
+    """
     steps = [r for r in results if r["benchmark"] == "throughput" and kind_of(device_of(r))]
     by_part = [r for r in steps if "tritongpt" in r.get("parts", {})]
     if not by_part:
         raise ValueError("no step was measured by part: run python -m bench.throughput --out=... on a GPU")
-    return max(reversed(by_part), key=lambda r: kind_of(device_of(r)) == kind)
+    return max(
+        reversed(by_part),
+        key=lambda r: (
+            kind_of(device_of(r)) == kind,
+            step is not None and parts(*step_of(r)) == parts(*step),
+        ),
+    )
 
 
 def print_step(step: Step, gpu: str, results: list[Result]) -> None:
     """Prints the step by part, its total and its memory: measured if this very step was, else expected."""
-    limits, measured = limits_of(gpu, results), measured_step(kind_of(gpu), results)
-    device, ms = device_of(measured), measured["parts"]["tritongpt"]
-    reached, its_parts = limits_of(device, results), step_of(measured).parts()
-    shares = {part.name: 1e3 * part.least(reached) / ms[part.name] for part in its_parts}
-    between = ms["between kernels"] / sum(ms[name] for name in shares)
-    same = kind_of(device) == kind_of(gpu) and its_parts == step.parts()
-    copy, product = f"{limits.copy / 1e9:,.0f} GB/s", f"{limits.product / 1e12:,.1f} TFLOP/s"
-    print(f"limits: copy {copy}, product {product} ({limits.source})")
-    print(f"shares: measured on {device}, {measured['file']}\n")
+    limits, source = limits_of(gpu, results)
+    result = measured_step(kind_of(gpu), step, results)
+    device, measured_ms = device_of(result), result["parts"]["tritongpt"]
+    measured_limits, _ = limits_of(device, results)
+    measured_parts = parts(*step_of(result))
+    least_ms = {part.name: 1e3 * part.least_time(limits) for part in parts(*step)}
+    # A part takes as many times its least time as in the measured step.
+    expected_ms = {
+        part.name: least_ms[part.name] * measured_ms[part.name] / (1e3 * part.least_time(measured_limits))
+        for part in measured_parts
+    }
+    between = measured_ms["between kernels"] / sum(measured_ms[name] for name in expected_ms)
+    same = kind_of(device) == kind_of(gpu) and measured_parts == parts(*step)
+    copy, product = limits["copy_bytes_per_s"] / 1e9, limits["product_flops_per_s"] / 1e12
+    print(f"limits: copy {copy:,.0f} GB/s, product {product:,.1f} TFLOP/s ({source})")
+    print(f"shares: measured on {device}, {result['file']}\n")
     last = "measured" if same else "expected"
     print(f"{'part':20} {'TFLOP':>8} {'GB':>8} {'least ms':>9} {'share':>6} {last:>9}")
-    least = expected = 0.0
-    for part in step.parts():
-        at_least = 1e3 * part.least(limits)
-        took = at_least / shares[part.name]
-        least, expected = least + at_least, expected + took
-        print(
-            f"{part.name:20} {part.flops / 1e12:8.2f} {part.bytes / 1e9:8.1f} {at_least:9.2f} "
-            f"{shares[part.name]:6.1%} {took:9.2f}"
-        )
-    print(f"{'between kernels':20} {'':26} {'':7}{between * expected:10.2f}\n")
+    for part in parts(*step):
+        least, ms = least_ms[part.name], expected_ms[part.name]
+        # The profiler may have found no kernel of a part, under a name that `bench.throughput` knows.
+        share = f"{least / ms:.1%}" if ms else ""
+        work = f"{part.flops / 1e12:8.2f} {part.bytes / 1e9:8.1f}"
+        print(f"{part.name:20} {work} {least:9.2f} {share:>6} {ms:9.2f}")
+    total = sum(expected_ms.values())
+    print(f"{'between kernels':20} {'':26} {'':7}{between * total:10.2f}\n")
+    config, batch_size, accumulation = step
     with torch.device("meta"):
-        flops_per_token = GPT(step.config).flops_per_token()
+        flops_per_token = GPT(config).flops_per_token()
     peak = peak_flops(gpu, "bfloat16") or float("nan")
-    totals = {"at least": least, "expected, predicted": (1 + between) * expected}
-    if same:
-        totals = {"at least": least, "measured": measured["variants"]["tritongpt"]["step_ms"]}
-    for what, total in totals.items():
-        rate = 1e3 * step.tokens / total
+    step_ms = result["variants"]["tritongpt"]["step_ms"] if same else (1 + between) * total
+    for what, ms in (("at least", sum(least_ms.values())), (last, step_ms)):
+        rate = 1e3 * accumulation * batch_size * config.block_size / ms
         mfu = rate * flops_per_token / peak
-        print(f"{what:20} {total:8.2f} ms a step, {rate:,.0f} tokens/s, MFU {mfu:.1%}")
+        print(f"{what:20} {ms:8.2f} ms a step, {rate:,.0f} tokens/s, MFU {mfu:.1%}")
     available = DATASHEET[kind_of(gpu) or ""][1]
-    sizes = memory(step.config, step.batch_size, available)
+    sizes = memory(config, batch_size, available)
     needed = sum(sizes.values())
     fits = "fits" if needed < available else "does not fit"
     print(f"\nmemory, predicted: {needed / 1e9:.1f} GB, which {fits} into {available / 1e9:.0f} GB")
     if same:
-        print(f"memory, measured: {measured['variants']['tritongpt']['peak_bytes'] / 1e9:.1f} GB")
+        print(f"memory, measured: {result['variants']['tritongpt']['peak_bytes'] / 1e9:.1f} GB")
     print(*(f"  {what:30} {size / 1e9:8.2f} GB" for what, size in sizes.items()), sep="\n")
 
 
@@ -281,7 +274,7 @@ class RooflineConfig:
     """Predict the least time of a training step on a GPU, and the time that it will take."""
 
     gpu: str = ""  # A100, H100, H200 or B200; default: the one that was measured last
-    size: Size = "124M"  # of the model
+    size: str = "124M"  # of the model: 124M, 350M, 774M, 1.5B or tiny
     batch_size: int = 64  # sequences in a micro-batch
     block_size: int = 1024  # tokens in a sequence
     residual_dtype: Literal["", "mixed", "float32", "bfloat16"] = ""  # default: that of the measured step
@@ -294,20 +287,20 @@ def main() -> None:
     if min(batch_size, block_size) < 1:
         raise ValueError(f"--batch_size={batch_size} and --block_size={block_size} must be at least 1")
     results = timing.read(options.results)
-    measured = measured_step(None, results)
-    gpu = options.gpu or device_of(measured)
-    layers, heads, width = SIZES[options.size]
+    newest = measured_step(None, None, results)
+    gpu = options.gpu or device_of(newest)
+    layers, heads, width = cli.choose(SIZES, options.size, "size")
     config = GPTConfig(
         block_size, 50304, layers, heads, width,
         bias=False, kernels="torch",
-        residual_dtype=options.residual_dtype or step_of(measured).config.residual_dtype,
+        residual_dtype=options.residual_dtype or step_of(newest)[0].residual_dtype,
     )  # fmt: skip
     accumulation = max(1, round(TOKENS_PER_STEP / (batch_size * block_size)))
     print(
         f"{layers} layers, {width} wide, {accumulation} micro-batches of {batch_size} x {block_size} tokens "
         f"on one {gpu}"
     )
-    print_step(Step(config, batch_size, accumulation), gpu, results)
+    print_step((config, batch_size, accumulation), gpu, results)
 
 
 if __name__ == "__main__":

@@ -11,23 +11,23 @@ Nothing is written into the tables. Put the winner there by hand, with the name 
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Executor, ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import CancelledError, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import torch
 
 from bench import timing
-from bench.kernels import TIMED, fewer, make_call, make_inputs, wrong
+from bench.kernels import TIMED, failures, fewer, in_turns, make_call, make_inputs
 from gpt import cli
 from gpt.cli import UserPath
 from kernels.op import INTERPRETED, Op, Slot, unavailable
 
 DEVICE = "cuda"
+PATIENCE = 60.0  # seconds for a candidate to compile and run
 
 
 def arguments(op: Op, sample: dict[str, Any], make: Callable[..., dict[str, Any]]) -> dict[str, Any]:
@@ -49,27 +49,26 @@ def attempt(name: str, sample: dict[str, Any], position: int, tile: Any) -> str 
             slot.set(tile)
             op.run_all(**call)
             torch.cuda.synchronize()
-            reasons = wrong(op, arguments(op, sample, make_call), {"triton": op.implementations["triton"]})
-            return reasons.get("triton")
+            triton = {"triton": op.implementations["triton"]}
+            return failures(op, arguments(op, sample, make_call), triton).get("triton")
         finally:
             slot.set(before)
     except Exception as error:  # a tile that does not compile, or needs more than there is
         if "CUDA error" in str(error):  # this process has lost its GPU
             os._exit(1)
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        return timing.reason(error)
 
 
 class Pool:
     """Processes that try candidates. When one dies or hangs, the pool is replaced by a new one."""
 
-    def __init__(
-        self,
-        make: Callable[[], Executor],
-        patience: float = 60.0,
-        attempt: Callable[..., str | None] = attempt,
-    ):
-        self.make, self.patience, self.attempt = make, patience, attempt
-        self.executor = make()
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        # Each process has a GPU context of its own, about half a GB.
+        processes = max(1, min(14, (os.cpu_count() or 2) - 2))
+        self.executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
 
     def attempts(
         self, op: Op, sample: dict[str, Any], position: int, tiles: list[Any]
@@ -85,23 +84,21 @@ class Pool:
         self, op: Op, sample: dict[str, Any], position: int, tiles: list[Any]
     ) -> tuple[dict[Any, str | None], list[Any]]:
         """(answers, tiles without an answer)."""
-        futures = {
-            tile: self.executor.submit(self.attempt, op.name, sample, position, tile) for tile in tiles
-        }
+        futures = {tile: self.executor.submit(attempt, op.name, sample, position, tile) for tile in tiles}
         answers: dict[Any, str | None] = {}
         lost: list[Any] = []
         for tile, future in futures.items():
             try:
-                answers[tile] = future.result(self.patience if not lost else 0)
+                answers[tile] = future.result(PATIENCE if not lost else 0)
             except (BrokenProcessPool, TimeoutError, CancelledError):
                 lost.append(tile)
         if lost:
             self.close()
-            self.executor = self.make()
+            self.start()
         return answers, lost
 
     def close(self) -> None:
-        for process in getattr(self.executor, "_processes", {}).values():  # nothing else ends one that hangs
+        for process in self.executor._processes.values():  # nothing else ends one that hangs
             process.kill()
         self.executor.shutdown(wait=False, cancel_futures=True)
 
@@ -140,11 +137,12 @@ def main() -> None:
         raise ValueError(f"bench.sweep needs a GPU: {reason or 'TRITON_INTERPRET is set'}")
     results = timing.of_same_commit(options.out, "sweeps")
     done = [(r["operation"], r["sample"], r["slot"]) for r in results]
-    # each process has a GPU context of its own, about half a GB
-    processes = max(1, min(14, (os.cpu_count() or 2) - 2))
-    pool = Pool(partial(ProcessPoolExecutor, processes, multiprocessing.get_context("spawn")))
+    pool = Pool()
     seen = set()
-    for op, sample in samples_to_sweep(ops):
+    # The shapes of the 124M come first. These two share entries with add_layer_norm and loss_and_gradient,
+    # which decide, because a training runs those.
+    ops.sort(key=lambda op: op.name in ("layer_norm", "cross_entropy"))
+    for op, sample in in_turns(ops, lambda op: op.production_shapes):
         call = arguments(op, sample, make_inputs)
         for position, slot in enumerate(op.slots(**call)):
             entry = id(slot.table), slot.key, slot.index
@@ -169,15 +167,6 @@ def main() -> None:
                 timing.write(options.out, "sweep", "cuda", sweeps=results)
         del call
     pool.close()
-
-
-def samples_to_sweep(ops: list[Op]) -> Iterator[tuple[Op, dict[str, Any]]]:
-    """The shapes of `ops` that the 124M launches, then their other production shapes."""
-    # These two share entries with add_layer_norm and loss_and_gradient, which decide: a training runs those.
-    last = "layer_norm", "cross_entropy"
-    in_order = sorted(ops, key=lambda op: op.name in last)
-    for turn in zip_longest(*([(op, shape) for shape in op.production_shapes] for op in in_order)):
-        yield from (case for case in turn if case is not None)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.kernels import DTYPES, directions, fewer, honest_compilation, make_call, variants, wrong
+from bench.kernels import DTYPES, directions, failures, fewer, honest_compilation, make_call, variants
 from kernels import OPS
 from kernels.op import Op
 
@@ -31,7 +31,7 @@ def test_operation(benchmark: Any, op: Op, function: Callable[..., Any] | str, d
         pytest.skip(function)
     sample = op.benchmark_shapes[0] if DEVICE == "cuda" else op.samples[0]
     with honest_compilation():
-        if reasons := wrong(op, make_call(op, DTYPE, DEVICE, fewer(op, sample)), {"it": function}):
+        if reasons := failures(op, make_call(op, DTYPE, DEVICE, fewer(op, sample)), {"it": function}):
             pytest.fail(reasons["it"])
         call = directions(function, make_call(op, DTYPE, DEVICE, sample))[direction]
 

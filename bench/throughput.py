@@ -1,19 +1,19 @@
-"""python -m bench.throughput: tokens/s, MFU and memory of the training step, each kernel taken away in turn.
+"""python -m bench.throughput: tokens/s, MFU and memory of the training step, with and without our kernels.
 
 The step is `train_step`, which trains, on random tokens: forward and backward in mixed precision,
 accumulation to about half a million tokens, clipping, AdamW. The variants take turns in one process, so that
 they run at the same clocks and temperature. With --nanogpt=PATH, a checkout of nanoGPT, its own model and
 step take part. Under torchrun the figures are of all GPUs together.
 
-On one GPU it ends with the milliseconds of a step by part, ours and nanoGPT's, beside the least that the
-GPU's limits allow. torch's profiler times each kernel, and KERNELS says to which part a kernel belongs.
+On one GPU it ends with the milliseconds of a step by part, ours and nanoGPT's, beside the least time that
+the GPU's limits allow. torch's profiler times each kernel, and KERNELS says to which part a kernel belongs.
 
 Without a GPU the model is tiny, and the figures say nothing about a GPU.
 """
 
 import importlib.util
 import math
-import random
+import os
 import re
 import sys
 import time
@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -35,12 +35,12 @@ from gpt.cli import UserPath
 from gpt.device import autocast, resolve_dtype
 from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
+from kernels import FAMILIES
 from train import distributed, fit
 from train.config import TrainConfig
 from train.distributed import Ranks
 from train.loop import set_up, train_step
 
-ABLATIONS = ("layer_norm", "attention", "activation", "cross_entropy")
 OUT_OF_MEMORY = "out of memory"
 # The name of a kernel says to which part of the step it belongs. The first pattern that matches decides. The
 # others are the "rest": embeddings, casts, clipping, AdamW. The names are those of our kernels, of cuBLAS,
@@ -70,7 +70,6 @@ class Variant:
     name: str
     step: Callable[[], Any]
     tokens: int
-    flops_per_token: int
     peak_bytes: int | None = None
 
 
@@ -81,8 +80,8 @@ def our_variant(
     config: GPTConfig,
     dtype: str,
     ranks: Ranks,
+    step_tokens: int,
     batch_size: int,
-    step_tokens: int = TOKENS_PER_STEP,
 ) -> Variant:
     torch.manual_seed(0)
     model = GPT(replace(config, **changes), ranks.device, dtype).to(ranks.device)
@@ -95,17 +94,11 @@ def our_variant(
     def step() -> None:
         train_step(trained, optimizer, scaler, repeat(batch, accumulation), accumulation, 1.0, precision)
 
-    tokens = accumulation * ranks.world_size * batch_size * config.block_size
-    return Variant(name, step, tokens, model.flops_per_token())
+    return Variant(name, step, accumulation * ranks.world_size * batch_size * config.block_size)
 
 
 def nanogpt_variant(
-    checkout: Path,
-    config: GPTConfig,
-    dtype: str,
-    ranks: Ranks,
-    batch_size: int,
-    step_tokens: int = TOKENS_PER_STEP,
+    checkout: Path, config: GPTConfig, dtype: str, ranks: Ranks, step_tokens: int, batch_size: int
 ) -> Variant:
     """nanoGPT's model in the step of its train.py, compiled, with its default attention."""
     if ranks.world_size > 1:
@@ -130,43 +123,19 @@ def nanogpt_variant(
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
-    flops = 6 * raw.get_num_params() + 12 * config.n_layer * config.n_embd * config.block_size
-    return Variant("nanogpt", step, accumulation * batch_size * config.block_size, flops)
-
-
-def our_variants(ablate: bool, on_gpu: bool) -> Iterator[tuple[str, dict[str, Any], bool]]:
-    """(name, fields of GPTConfig, compiled) of each of our variants."""
-    yield "tritongpt", {"kernels": "triton" if on_gpu else "torch"}, on_gpu
-    if ablate and on_gpu:
-        for family in ABLATIONS:
-            yield f"without {family}", {"kernels": f"triton,{family}=torch"}, True
-        # PyTorch's norms have a float32 stream: compare "without layer_norm" with residual_dtype=float32.
-        for residual_dtype in ("float32", "bfloat16"):
-            changes = {"kernels": "triton", "residual_dtype": residual_dtype}
-            yield f"residual_dtype={residual_dtype}", changes, True
-        yield "torch compiled", {"kernels": "torch"}, True
-        yield "tritongpt eager", {"kernels": "triton"}, False
-        yield "torch eager", {"kernels": "torch"}, False
+    return Variant("nanogpt", step, accumulation * batch_size * config.block_size)
 
 
 def warmed_up(build: Callable[[], Variant], ranks: Ranks) -> Variant | str:
     """The variant after two steps, with its peak memory; or the reason why it does not run."""
-    on_gpu = ranks.device_type == "cuda"
-    before = torch.cuda.memory_allocated() if on_gpu else 0
+    before = torch.cuda.memory_allocated() if ranks.device_type == "cuda" else 0
     try:
         variant = build()
         variant.step()  # compiles, and makes the optimizer's state
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        variant.step()
-        if on_gpu:
-            torch.cuda.synchronize()
-            variant.peak_bytes = torch.cuda.max_memory_allocated() - before
+        variant.peak_bytes = timing.peak_extra_bytes(variant.step, ranks.device, before)
         return variant
-    except Exception as failure:  # a kernel that does not compile here is a result too
-        reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
-        if fit.out_of_memory(failure):
-            reason = OUT_OF_MEMORY
+    except Exception as error:  # a kernel that does not compile here is a result too
+        reason = OUT_OF_MEMORY if fit.out_of_memory(error) else timing.reason(error)
     fit.release(ranks.device)
     return reason
 
@@ -181,68 +150,38 @@ def largest_that_fits(
 
 
 def measure(
-    variants: list[Variant],
-    seconds: float,
-    ranks: Ranks,
-    after_round: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> dict[str, dict[str, Any]]:
+    variants: list[Variant], seconds: float, flops_per_token: int, ranks: Ranks
+) -> Iterator[dict[str, dict[str, Any]]]:
     """Makes steps of all variants in turns, about `seconds` of each and at least three.
 
-    `after_round` gets the figures so far, by variant, after each round.
+    Yields the figures so far, by variant, after each round.
     """
-    if not variants:
-        return {}
+    clock = partial(timing.host_clock, synchronize=partial(_synchronize, ranks))
 
-    def timed(variant: Variant) -> float:
-        _synchronize(ranks)
-        start = time.perf_counter()
-        variant.step()
-        _synchronize(ranks)
-        return time.perf_counter() - start
+    def mean(milliseconds: float) -> float:
+        return ranks.sum(torch.tensor(milliseconds, device=ranks.device)).item() / ranks.world_size
 
-    slowest = torch.tensor(max(map(timed, variants)), device=ranks.device)
-    slowest = ranks.sum(slowest) / ranks.world_size  # the same number of rounds on every rank
-    rounds = max(3, round(seconds / slowest.item()))
-    times: dict[str, list[float]] = {v.name: [] for v in variants}
-    order, shuffle = list(variants), random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(order)
-        for variant in order:
-            times[variant.name].append(timed(variant))
-        figures = {v.name: figures_of(v, times[v.name], ranks) for v in variants}
-        after_round(figures)
-    return figures
+    steps = {variant.name: variant.step for variant in variants}
+    for times in timing.in_turns(steps, clock, seconds, fewest=3, agree=mean):
+        yield {v.name: figures_of(v, times[v.name], flops_per_token, ranks) for v in variants}
 
 
-def figures_of(variant: Variant, times: list[float], ranks: Ranks) -> dict[str, Any]:
-    rates = timing.summary([1000 * t for t in times])
-    tokens_per_s = variant.tokens / (rates.median / 1000)
+def figures_of(
+    variant: Variant, milliseconds: list[float], flops_per_token: int, ranks: Ranks
+) -> dict[str, Any]:
+    ms = timing.summary(milliseconds)
+    tokens_per_s = variant.tokens / (ms.median / 1000)
     peak = peak_flops(torch.cuda.get_device_name(), "bfloat16") if ranks.device_type == "cuda" else None
-    mfu = None if peak is None else tokens_per_s * variant.flops_per_token / (peak * ranks.world_size)
+    mfu = None if peak is None else tokens_per_s * flops_per_token / (peak * ranks.world_size)
     return {
         "tokens_per_s": tokens_per_s,
         "mfu": mfu,
-        "step_ms": rates.median,
-        "step_ms_low": rates.low,
-        "step_ms_high": rates.high,
-        "steps": rates.runs,
+        "step_ms": ms.median,
+        "step_ms_low": ms.low,
+        "step_ms_high": ms.high,
+        "steps": ms.runs,
         "peak_bytes": variant.peak_bytes,
     }
-
-
-def by_batch(
-    build: Callable[[int], Variant], sizes: tuple[int, ...], ranks: Ranks
-) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(micro-batch, figures of the variant with it), until it does not fit into memory."""
-    for size in sizes:
-        torch._dynamo.reset()  # else the second size compiles a graph for every size, as no training does
-        variant = warmed_up(partial(build, size), ranks)
-        if isinstance(variant, str):
-            yield size, variant
-            return
-        (figures,) = measure([variant], 2.0, ranks).values()
-        del variant
-        yield size, figures
 
 
 def profile(variant: Variant, ranks: Ranks) -> dict[str, float]:
@@ -266,11 +205,11 @@ def by_part(kernels: Iterable[tuple[str, float]], wall: float) -> dict[str, floa
     return parts
 
 
-def print_parts(parts: dict[str, dict[str, float]], least: dict[str, float]) -> None:
-    """`parts` by variant, `least` by part: the roofline has no least time for some parts."""
+def print_parts(parts: dict[str, dict[str, float]], least_ms: dict[str, float]) -> None:
+    """`parts` by variant, `least_ms` by part: the roofline has no least time for some parts."""
     print(f"\n{'ms a step':20}" + "".join(f"{name:>12}" for name in (*parts, "at least")))
     for part in PARTS:
-        limit = f"{least[part]:12.1f}" if part in least else ""
+        limit = f"{least_ms[part]:12.1f}" if part in least_ms else ""
         print(f"{part:20}" + "".join(f"{ms[part]:12.1f}" for ms in parts.values()) + limit)
     print(f"{'step':20}" + "".join(f"{sum(ms.values()):12.1f}" for ms in parts.values()), flush=True)
 
@@ -285,6 +224,12 @@ def _batch(config: GPTConfig, batch_size: int, device: str) -> tuple[torch.Tenso
     assert config.vocab_size is not None
     tokens = torch.randint(config.vocab_size, (batch_size, config.block_size + 1), device=device)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def _three_steps(variant: Variant, ranks: Ranks) -> None:
+    for _ in range(3):
+        variant.step()
+    _synchronize(ranks)
 
 
 def _synchronize(ranks: Ranks) -> None:
@@ -309,15 +254,14 @@ def nanogpt_model(checkout: Path, config: GPTConfig) -> Any:
 class Session:
     """The variants of a run and their figures, in a file after each round: a run cut short loses nothing."""
 
-    def __init__(self, config: GPTConfig, dtype: str, ranks: Ranks, out: str):
-        self.config, self.dtype, self.ranks, self.out = config, dtype, ranks, out
+    def __init__(
+        self, model: GPT, dtype: str, ranks: Ranks, builds: dict[str, Callable[[int], Variant]], out: str
+    ):
+        self.config, self.flops_per_token = model.config, model.flops_per_token()
+        self.dtype, self.ranks, self.builds, self.out = dtype, ranks, builds, out
         self.variants: dict[str, Variant | str] = {}  # or the reason why it cannot be timed
-        self.results: dict[str, Any] = {"batch_size": {}, "sweep": {}, "variants": {}}
-        self.results |= {"parts": {}, "least": {}, "clocks": {}}
-
-    def print(self, text: str) -> None:
-        if self.ranks.is_main:
-            print(text, flush=True)
+        self.results: dict[str, Any] = {"batch_size": {}, "variants": {}}
+        self.results |= {"parts": {}, "least_ms": {}, "clocks": {}}
 
     def save(self) -> None:
         if self.out and self.ranks.is_main:
@@ -326,50 +270,56 @@ class Session:
                 model=vars(self.config), dtype=self.dtype, **self.results,
             )  # fmt: skip
 
-    def find_batch_size(self, name: str, build: Callable[[int], Variant]) -> int:
-        """The micro-batch with the most tokens/s."""
-        figures = self.results["sweep"][name] = {}
-        for size, figures[size] in by_batch(build, (8, 16, 32, 64, 128), self.ranks):
-            self.print(_line(f"{name} micro-batch {size}", figures[size]))
-            self.save()
-        torch._dynamo.reset()
-        rates = {size: f["tokens_per_s"] for size, f in figures.items() if not isinstance(f, str)}
-        return max(rates, key=lambda size: rates[size], default=1)
-
-    def add(self, name: str, build: Callable[[int], Variant], batch_size: int) -> None:
+    def add(self, name: str, batch_size: int) -> None:
         began = time.monotonic()
-        self.variants[name], batch_size = largest_that_fits(build, batch_size, self.ranks)
+        self.variants[name], batch_size = largest_that_fits(self.builds[name], batch_size, self.ranks)
         self.results["batch_size"][name] = batch_size
-        self.print(_warmed_up(name, self.variants[name], time.monotonic() - began))
+        print(_warmed_up(name, self.variants[name], time.monotonic() - began), flush=True)
+
+    def fit_together(self) -> None:
+        """Halves the micro-batch of a variant that does not fit beside the weights of those built later."""
+        for name in self.variants:
+            if self._runs_out_of_memory(name):
+                self.variants[name] = OUT_OF_MEMORY  # the old one holds no memory when the new one is built
+                fit.release(self.ranks.device)
+                self.add(name, max(1, self.results["batch_size"][name] // 2))
+
+    def _runs_out_of_memory(self, name: str) -> bool:
+        variant = self.variants[name]
+        try:
+            if isinstance(variant, Variant):
+                variant.step()
+        except Exception as error:
+            if not fit.out_of_memory(error):
+                raise
+            return True
+        return False
 
     def measure(self, seconds: float) -> None:
-        def save_figures(figures: dict[str, Any]) -> None:
-            self.results["variants"] = {
-                name: variant if isinstance(variant, str) else figures[name]
-                for name, variant in self.variants.items()
-            }
-            self.save()
-
+        if len(self.variants) > 1:
+            self.fit_together()
         ready = [variant for variant in self.variants.values() if isinstance(variant, Variant)]
-        save_figures(measure(ready, seconds, self.ranks, save_figures))
-        for name, figures in self.results["variants"].items():
-            self.print(_line(name, figures))
+        reasons = {name: reason for name, reason in self.variants.items() if isinstance(reason, str)}
+        self.results["variants"] = reasons
+        for figures in measure(ready, seconds, self.flops_per_token, self.ranks):
+            self.results["variants"] = {name: reasons.get(name) or figures[name] for name in self.variants}
+            self.save()
+        for name, line in self.results["variants"].items():
+            print(_line(name, line), flush=True)
 
     def profile(self) -> None:
         """Runs ours and nanoGPT's alone, reads clocks and power, and takes a step of each apart."""
-        rates = timing.limits("cuda")
-        limits = roofline.Limits(rates["copy_bytes_per_s"], rates["product_flops_per_s"], "measured now")
-        batch_size = self.results["batch_size"]["tritongpt"]
-        accumulation = _accumulation(TOKENS_PER_STEP, batch_size * self.config.block_size, self.ranks)
-        parts = roofline.parts(self.config, batch_size, accumulation)
-        self.results["least"] = {part.name: 1e3 * part.least(limits) for part in parts}
+        limits = timing.limits("cuda")
         for name in ("tritongpt", "nanogpt"):
             if isinstance(variant := self.variants.get(name), Variant):
-                with timing.clocks(self.ranks.device) as self.results["clocks"][name]:
-                    for _ in range(3):
-                        variant.step()
-                    _synchronize(self.ranks)
+                work = partial(_three_steps, variant, self.ranks)
+                self.results["clocks"][name] = timing.clocks(work, self.ranks.device)
                 self.results["parts"][name] = profile(variant, self.ranks)
+        if "tritongpt" in self.results["parts"]:
+            batch_size = self.results["batch_size"]["tritongpt"]
+            accumulation = _accumulation(TOKENS_PER_STEP, batch_size * self.config.block_size, self.ranks)
+            parts = roofline.parts(self.config, batch_size, accumulation)
+            self.results["least_ms"] = {part.name: 1e3 * part.least_time(limits) for part in parts}
         self.save()
 
 
@@ -393,88 +343,90 @@ def _line(name: str, figures: dict[str, Any] | str) -> str:
 class ThroughputConfig:
     """Time the training step, and with --ablate the step without each of our kernels."""
 
-    size: Literal["", "124M", "350M", "774M", "1.5B", "tiny"] = ""  # of the model; default: 124M on a GPU
-    batch_size: int = 0  # sequences in a micro-batch; 0 tries 8 to 128 and takes the fastest
+    size: str = ""  # of the model: 124M, 350M, 774M, 1.5B or tiny; default: 124M on a GPU, tiny on a CPU
+    batch_size: int = 0  # sequences in a micro-batch, halved until it fits; 0: 64 on a GPU, 2 on a CPU
     block_size: int = 1024  # tokens in a sequence
     ablate: bool = False  # take each kernel away in turn; not compiled as well
     seconds: float = 30.0  # of each variant
     budget: float = math.inf  # seconds in all: variants for which no time is left are not timed
-    warm: bool = False  # compile every variant, time nothing
+    warm: bool = False  # compile every variant, time nothing; the compilers' caches on disk keep the result
     nanogpt: UserPath = ""  # a checkout of nanoGPT, to time beside ours
     out: UserPath = ""  # a JSON file for the results
 
 
 def builders(
     options: ThroughputConfig, config: GPTConfig, dtype: str, ranks: Ranks
-) -> dict[str, Callable[..., Variant]]:
+) -> dict[str, Callable[[int], Variant]]:
     """{name: function of a micro-batch} of every variant, the most important first."""
-    builds: dict[str, Callable[..., Variant]] = {
-        name: partial(our_variant, name, changes, compiled, config, dtype, ranks)
-        for name, changes, compiled in our_variants(options.ablate, ranks.device_type == "cuda")
-    }
+    on_gpu = ranks.device_type == "cuda"
+    # A warm-up needs one micro-batch.
+    step_tokens = 0 if options.warm else TOKENS_PER_STEP
+    builds: dict[str, Callable[[int], Variant]] = {}
+
+    def ours(name: str, compiled: bool = True, **changes: str) -> None:
+        builds[name] = partial(our_variant, name, changes, compiled, config, dtype, ranks, step_tokens)
+
+    ours("tritongpt", on_gpu, kernels="triton" if on_gpu else "torch")
     if options.nanogpt:
-        builds["nanogpt"] = partial(nanogpt_variant, Path(options.nanogpt), config, dtype, ranks)
-    first = ("tritongpt", "nanogpt", "torch compiled")
-    return {name: builds[name] for name in sorted(builds, key=lambda name: name not in first)}
+        builds["nanogpt"] = partial(nanogpt_variant, Path(options.nanogpt), config, dtype, ranks, step_tokens)
+    if options.ablate and on_gpu:
+        ours("torch compiled", kernels="torch")
+        for family in FAMILIES:
+            ours(f"without {family}", kernels=f"triton,{family}=torch")
+        # PyTorch's norms have a float32 stream: compare "without layer_norm" with residual_dtype=float32.
+        for residual_dtype in ("float32", "bfloat16"):
+            ours(f"residual_dtype={residual_dtype}", kernels="triton", residual_dtype=residual_dtype)
+        if not options.warm:
+            ours("tritongpt eager", compiled=False, kernels="triton")
+            ours("torch eager", compiled=False, kernels="torch")
+    return builds
 
 
-def warm(builds: dict[str, Callable[..., Variant]], batch_size: int, block_size: int, ranks: Ranks) -> None:
-    """Compiles each variant on a step of one micro-batch; the compilers' caches on disk keep the result."""
-    for name, build in builds.items():
-        began = time.monotonic()
-        torch._dynamo.reset()  # it compiles a function for a few variants only
-        variant = warmed_up(partial(build, batch_size, batch_size * block_size * ranks.world_size), ranks)
-        if ranks.is_main:
-            print(_warmed_up(name, variant, time.monotonic() - began), flush=True)
-        del variant
-        fit.release(ranks.device)
-
-
+# Dynamo compiles a function for 8 models only, and after a second micro-batch for any. A training has one.
+@torch._dynamo.config.patch(
+    automatic_dynamic_shapes=False, recompile_limit=64, fail_on_recompile_limit_hit=True
+)
 def main() -> None:
     options = cli.parse(ThroughputConfig, sys.argv[1:], prog="python -m bench.throughput")
     started = time.monotonic()
     ranks = distributed.start("auto", "auto")
+    if not ranks.is_main:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     on_gpu = ranks.device_type == "cuda"
     dtype = resolve_dtype("auto", ranks.device)
-    shape = SIZES[options.size or ("124M" if on_gpu else "tiny")]
+    shape = cli.choose(SIZES, options.size or ("124M" if on_gpu else "tiny"), "size")
     block_size = options.block_size if on_gpu else 64
     config = GPTConfig(block_size, 50304 if on_gpu else 512, *shape, bias=False)
     with torch.device("meta"):
         model = GPT(config, ranks.device, dtype)  # its config has what "auto" stands for
-    session = Session(model.config, dtype, ranks, options.out)
-    if not on_gpu:
-        session.print("There is no GPU: a tiny model on the CPU, whose figures say nothing about a GPU.")
     builds = builders(options, config, dtype, ranks)
-    batch_sizes = dict.fromkeys(builds, options.batch_size or 2)
-    if options.warm:
-        compiled = {name: build for name, build in builds.items() if not name.endswith("eager")}
-        warm(compiled, options.batch_size or 2, block_size, ranks)
-        distributed.stop(ranks)
-        return
-    if on_gpu and not options.batch_size:
-        batch_sizes = dict.fromkeys(builds, session.find_batch_size("tritongpt", builds["tritongpt"]))
-        if "nanogpt" in builds:
-            batch_sizes["nanogpt"] = session.find_batch_size("nanogpt", builds["nanogpt"])
+    session = Session(model, dtype, ranks, builds, options.out)
+    if not on_gpu:
+        print("There is no GPU: a tiny model on the CPU, whose figures say nothing about a GPU.", flush=True)
     one_gpu = on_gpu and ranks.world_size == 1
     longest = 0.0  # seconds that a variant took to compile so far
-    for position, (name, build) in enumerate(builds.items()):
+    for position, name in enumerate(builds):
         began = time.monotonic()
         needed = began - started + longest + options.seconds * (position + 2)
-        late = torch.tensor(float(needed > options.budget), device=ranks.device)
-        if ranks.sum(late).item():
+        if ranks.any(needed > options.budget):
             session.variants[name] = "no time was left for it"
-            continue
-        session.add(name, build, batch_sizes[name])
+        else:
+            session.add(name, options.batch_size or (64 if on_gpu else 2))
         longest = max(longest, time.monotonic() - began)
-        if position == 1:  # ours and nanoGPT's: the figures that matter most, before anything else can fail
+        if options.warm:
+            session.variants.clear()
+            fit.release(ranks.device)
+        elif on_gpu and len(builds) > 2 and name == ("nanogpt" if options.nanogpt else "tritongpt"):
+            # The figures that matter most, ours and nanoGPT's, before anything else can fail.
             session.measure(min(options.seconds, 3.0))
             if one_gpu:
                 session.profile()
-    session.measure(options.seconds if on_gpu else min(options.seconds, 1.0))
-    if one_gpu:
-        if len(builds) == 1:
+    if not options.warm:
+        session.measure(options.seconds if on_gpu else min(options.seconds, 1.0))
+        if one_gpu and not session.results["parts"]:
             session.profile()
-        print_parts(session.results["parts"], session.results["least"])
+        if session.results["parts"]:
+            print_parts(session.results["parts"], session.results["least_ms"])
     distributed.stop(ranks)
 
 

@@ -14,25 +14,25 @@ import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend
+from torch.utils.benchmark import Timer
 
 from gpt.atomic import replacing
+from kernels.op import triton
 
 FLUSH_BYTES = 512 << 20  # several times the largest L2
 HEAD_START_CYCLES = 1_000_000  # about half a millisecond
 CYCLES_A_SECOND = 2e9  # upper bound
-# Old and new drivers know the last field by this name.
+# MHz, watts, degrees, and the bits of the reasons for lower clocks: 4 is the power limit. Old and new drivers
+# know the last field by this name.
 CLOCK_FIELDS = "clocks.sm,power.draw,temperature.gpu,clocks_throttle_reasons.active"
-POWER_CAP = 0x4  # the bit of the reasons that means: the power limit lowers the clocks
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,35 @@ def interleaved(
 
     They must be compiled and known to be correct: their results are thrown away.
     """
+    clock = _GpuClock(cold) if device.startswith("cuda") else host_clock
+    for call in calls.values():
+        clock(call)  # the first call allocates, and tells the clock how long the host takes
+    times = [{}, *in_turns(calls, clock, seconds)][-1]  # after the last round
+    return {name: summary(values) for name, values in times.items()}
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]],
+    clock: Callable[[Callable[[], Any]], float],
+    seconds: float,
+    fewest: int = 5,
+    agree: Callable[[float], float] = lambda milliseconds: milliseconds,
+) -> Iterator[dict[str, list[float]]]:
+    """Times each call once a round, in an order that changes. Yields all milliseconds so far, each round.
+
+    There are as many rounds as fit into `seconds` for the slowest call, from `fewest` to 200. `agree` gives
+    all processes of a group the same time of the slowest call.
+    """
     if not calls:
-        return {}
-    clock = _GpuClock(cold) if device.startswith("cuda") else _HostClock()
-    longest = max(statistics.median(clock(call) for _ in range(3)) for call in calls.values())
-    rounds = max(5, min(200, int(seconds * 1000 / max(longest, 1e-3))))
+        return
+    slowest = agree(max(clock(call) for call in calls.values()))
     times: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle
-    for _ in range(rounds):
+    for _ in range(max(fewest, min(200, int(1e3 * seconds / max(slowest, 1e-3))))):
         shuffle(order)
         for name in order:
             times[name].append(clock(calls[name]))
-    return {name: summary(values) for name, values in times.items()}
+        yield times
 
 
 def summary(milliseconds: list[float]) -> Timing:
@@ -93,97 +110,56 @@ class _GpuClock:
         return start.elapsed_time(end)
 
 
-class _HostClock:
-    def __call__(self, call: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        call()
-        return 1000 * (time.perf_counter() - start)
+def host_clock(call: Callable[[], Any], synchronize: Callable[[], Any] = lambda: None) -> float:
+    """Milliseconds of a call by the host's clock, from one `synchronize` to the next."""
+    synchronize()
+    began = time.perf_counter()
+    call()
+    synchronize()
+    return 1e3 * (time.perf_counter() - began)
 
 
-def sustained(call: Callable[[], Any], device: str, seconds: float) -> float:
+def sustained(call: Callable[[], Any], seconds: float) -> float:
     """Milliseconds of a call when calls run for `seconds` without a pause.
 
     If the GPU finishes a call sooner than the host queues the next, this is the host's time.
     """
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-
-    def repeat(times: int) -> float:
-        synchronize()
-        began = time.perf_counter()
-        for _ in range(times):
-            call()
-        synchronize()
-        return time.perf_counter() - began
-
-    # The host waits for the GPU twenty times in all, which costs little beside the calls.
-    at_once = max(1, int(seconds / 20 / max(repeat(3) / 3, 1e-7)))
-    count, elapsed = 0, 0.0
-    while elapsed < seconds:
-        elapsed += repeat(at_once)
-        count += at_once
-    return 1e3 * elapsed / count
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return 1e3 * timer.blocked_autorange(min_run_time=seconds).mean
 
 
-@contextmanager
-def clocks(device: str) -> Iterator[dict[str, Any]]:
-    """Yields a dictionary that has, after the block, the clock and power that nvidia-smi read in the block.
+def clocks(work: Callable[[], Any], device: str) -> list[str]:
+    """Runs `work`. Returns the lines that nvidia-smi printed meanwhile, ten a second, with CLOCK_FIELDS.
 
-    nvidia-smi reads ten times a second. Without a GPU or nvidia-smi the dictionary stays empty.
+    Without nvidia-smi there are none.
     """
-    result: dict[str, Any] = {}
-    sampler = None
-    with tempfile.TemporaryFile("w+") as output:
-        if device.startswith("cuda"):
-            with suppress(OSError, AttributeError):  # no nvidia-smi, or a PyTorch without uuid
-                # By uuid: nvidia-smi numbers the GPUs of a machine differently from CUDA.
-                gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-                command = ["nvidia-smi", f"--id={gpu}", f"--query-gpu={CLOCK_FIELDS}"]
-                command += ["--format=csv,noheader,nounits", "--loop-ms=100"]
-                sampler = subprocess.Popen(command, stdout=output, stderr=subprocess.DEVNULL)
-        try:
-            yield result
-        finally:
-            if sampler is not None:
-                sampler.terminate()
-                try:
-                    sampler.wait(5)
-                except subprocess.TimeoutExpired:
-                    sampler.kill()
-                output.seek(0)
-                result |= summary_of_clocks(output.read())
+    # By uuid: nvidia-smi numbers the GPUs of a machine differently from CUDA.
+    gpu = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    flags = f"--id={gpu} --query-gpu={CLOCK_FIELDS} --format=csv,noheader --loop-ms=100".split()
+    try:
+        sampler = subprocess.Popen(["nvidia-smi", *flags], stdout=subprocess.PIPE, text=True)
+    except OSError:
+        work()
+        return []
+    try:
+        work()
+    finally:
+        sampler.terminate()
+        lines = sampler.communicate()[0].splitlines()
+    return lines
 
 
-def summary_of_clocks(text: str) -> dict[str, Any]:
-    """nvidia-smi's lines -> MHz, watts, degrees, and the share of samples at the power limit."""
-    rows = []
-    for line in text.splitlines(keepends=True):
-        # A field can be "[N/A]", and the last line can be cut short.
-        with suppress(ValueError):
-            mhz, watts, celsius, reasons = line.split(",")
-            if line.endswith("\n"):
-                rows.append((float(mhz), float(watts), float(celsius), int(reasons, 16) & POWER_CAP))
-    if not rows:
-        return {}
-    *readings, capped = zip(*rows)
-    figures = {name: asdict(summary(list(v))) for name, v in zip(("mhz", "watts", "celsius"), readings)}
-    return figures | {"power_capped": sum(map(bool, capped)) / len(capped)}
-
-
-def peak_extra_bytes(call: Callable[[], Any], device: str) -> int | None:
-    """The peak memory of `call` beyond what was allocated before it; None on a CPU."""
+def peak_extra_bytes(call: Callable[[], Any], device: str, before: int | None = None) -> int | None:
+    """The peak memory of `call` beyond `before`, by default what is allocated now; None on a CPU."""
     if not device.startswith("cuda"):
+        call()
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated() if before is None else before
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def l2_bytes(device: str) -> int:
-    """Size of the GPU's L2 cache; 0 on a CPU, where the caches are never emptied."""
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.startswith("cuda") else 0
 
 
 def limits(device: str) -> dict[str, float]:
@@ -207,18 +183,16 @@ def limits(device: str) -> dict[str, float]:
 def environment(device: str, command: list[str]) -> dict[str, Any]:
     """What is needed to repeat a measurement."""
     on_gpu = device.startswith("cuda")
-    smi = [
-        "nvidia-smi",
-        "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit",
-        "--format=csv,noheader",
-    ]
+    smi = (
+        "nvidia-smi --query-gpu=driver_version,clocks.sm,clocks.mem,power.limit --format=csv,noheader".split()
+    )
     return {
         "device": torch.cuda.get_device_name()
         if on_gpu
         else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "driver, clocks, power": _output(smi) if on_gpu else None,
         "torch": torch.__version__,
-        "triton": _triton_version(),
+        "triton": getattr(triton, "__version__", None),
         "cudnn": torch.backends.cudnn.version(),
         "sdpa": sdpa_backend(device),
         "python": platform.python_version(),
@@ -256,10 +230,12 @@ def write(path: str | Path, benchmark: str, device: str, **results: Any) -> None
 
 def of_same_commit(path: str | Path, name: str) -> list[dict[str, Any]]:
     """The list `name` of a file that the same commit wrote: a run that was cut short resumes from it."""
-    if not Path(path).is_file() or commit() is None:
+    now = commit()
+    # A modified tree has the name "...-dirty" before and after each edit.
+    if not Path(path).is_file() or now is None or now.endswith("dirty"):
         return []
     before = json.loads(Path(path).read_text())
-    return before[name] if before["environment"]["commit"] == commit() else []
+    return before[name] if before["environment"]["commit"] == now else []
 
 
 def read(folder: str | Path) -> list[dict[str, Any]]:
@@ -270,17 +246,9 @@ def read(folder: str | Path) -> list[dict[str, Any]]:
     return sorted(results, key=lambda result: result["environment"]["date"])
 
 
-def plain(timings: Mapping[str, Timing]) -> dict[str, dict[str, float]]:
-    """For JSON."""
-    return {name: asdict(timing) for name, timing in timings.items()}
-
-
-def _triton_version() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return None
-    return triton.__version__
+def reason(error: Exception) -> str:
+    """One line for an exception that is a result: a compiler's, a competitor's."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _output(command: list[str]) -> str | None:

@@ -665,7 +665,7 @@ def _candidates(C: int, most: int) -> Iterator[tuple[int, int, int]]:
 
 _SAMPLES = (
     {"shape": (2, 5, 111)},
-    {"shape": (1, 1)},
+    {"shape": (1, 3)},
     {"shape": (300, 59), "bias": False},  # a program has several rows one after another
     {"shape": (7, 768)},
     {"shape": (2, 1600)},
@@ -721,7 +721,7 @@ ADD_LAYER_NORM_MIXED = Op(
     run_all=_mixed_run_all,
     samples=(
         {"shape": (2, 5, 111)},
-        {"shape": (1, 1)},
+        {"shape": (1, 3)},
         {"shape": (7, 768), "zeros": True},
         {"shape": (2, 5, 111), "add": False},
         {"shape": (2, 1600)},

@@ -154,6 +154,8 @@ def unavailable(device: torch.device) -> str | None:
     """The reason why Triton kernels cannot run on `device`, or None if they can."""
     if triton is None:
         return "Triton is not installed (on Linux: pip install triton)"
+    if _assumed:  # a dry run needs no GPU
+        return None
     if INTERPRETED:
         return _interpreter_fault()
     if device.type != "cuda":

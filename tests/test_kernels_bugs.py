@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from bench.kernels import distance, floating, leaves, run, upstream
 from kernels.attention import TILES, Tile
 from kernels.cross_entropy import loss_and_gradient_
 from kernels.gelu import APPROXIMATIONS, GELU
 from kernels.linear_cross_entropy import chunk_rows
 from kernels.op import architecture, launch
-from tests.kernel_cases import BY_NAME, distance, floating, judge, leaves, make, run, upstream
+from tests.kernel_cases import BY_NAME, judge, make
 
 # ---- int32 offsets: Liger 803, FlashAttention 714 and 1500, PyTorch 190857. A huge tensor that is touched
 # in few places costs nothing; what lies below 2^31 elements before it is where a wrapped offset would read
