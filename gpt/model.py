@@ -181,7 +181,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         # For positions 0, 1, 2, ... a slice of wpe is enough. Its gradient is a sum, not a scatter.
         positions = self.wpe.weight[: idx.size(1)] if position is None else self.wpe(position)
-        x = self.drop(self.ops.embedding(idx, self.wte.weight) + positions)
+        x = self.drop(kernels.embedding(idx, self.wte.weight) + positions)
         residual, update = self._to_residual_dtype(x), None
         for i, block in enumerate(self.h):
             arguments = residual, update, None if attend is None else attend[i]

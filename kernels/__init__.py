@@ -3,17 +3,18 @@
 """The operations of a GPT, and the choice between their implementations.
 
 `kernels.<name>` is the Triton operation, even if a file has the same name: `kernels.gelu` is the function,
-and `from kernels.gelu import TILES` imports from the file.
+and `from kernels.gelu import TILES` imports from the file. `kernels.embedding` is PyTorch's, with a gradient
+that has the same bits every run.
 
 A model calls `load(spec)` once and uses the operations that it returns:
 
-    "auto"                       Triton on an NVIDIA GPU of sm_80 or newer, otherwise PyTorch. Attention is
-                                 PyTorch's where `attention.used_by_auto` says no: where
-                                 Triton's cannot run or is slower
+    "auto"                       Triton on an NVIDIA GPU of sm_80 or newer, otherwise PyTorch. It uses
+                                 PyTorch's attention where ours cannot run or is slower (see
+                                 `attention.used_by_auto`)
     "triton"                     the kernels of this folder
     "torch"                      PyTorch's operations
     "triton,attention=torch"     a default, then exceptions by family: layer_norm, attention,
-                                 activation, cross_entropy, embedding
+                                 activation, cross_entropy
     "triton,attention=flash_attn"    attention of the flash-attn package
 
 `load` never replaces an explicit choice. It raises ValueError if the chosen implementation cannot run.
@@ -36,7 +37,7 @@ import torch
 from kernels.attention import CAUSAL_ATTENTION, MAX_D, MIN_D, causal_attention, used_by_auto
 from kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from kernels.decode import DECODE_ATTENTION, decode_attention
-from kernels.embedding import EMBEDDING, embedding
+from kernels.embedding import embedding
 from kernels.gelu import GELU, gelu
 from kernels.layer_norm import (
     ADD_LAYER_NORM,
@@ -57,7 +58,6 @@ OPS: tuple[Op, ...] = (
     CAUSAL_ATTENTION,
     CROSS_ENTROPY,
     LINEAR_CROSS_ENTROPY,
-    EMBEDDING,
     DECODE_ATTENTION,
     GELU,
 )

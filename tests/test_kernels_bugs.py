@@ -37,7 +37,6 @@ def _far_apart(x, dim=0):
         ("causal_attention", {"B": 4, "T": 2, "H": 1, "D": 16}, 0),
         ("causal_attention", {"B": 1, "T": 160, "H": 1, "D": 16}, 1),
         ("cross_entropy", {"N": 4, "V": 65, "reduction": "none"}, 0),
-        ("embedding", {"shape": (4,), "V": 3, "C": 64}, 0),
         ("decode_attention", {"B": 4, "H": 2, "T": 3, "D": 16}, 0),
     ],
 )
@@ -48,6 +47,30 @@ def test_offsets_beyond_int32(name, sample, dim, device):
     far = {k: _far_apart(v, dim) if floating(v) and v.dim() > 1 else v for k, v in call.items()}
     apart = [_far_apart(g.bfloat16(), dim) if g.dim() > 1 else g for g in gradients]
     judge(op, run(op.implementations["triton"], far, apart), call, gradients)
+
+
+# ---- the embedding
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradient_of_an_embedding_is_summed_in_fp32_or_better(dtype, ids_dtype, device):
+    """A stream in bfloat16 sends a gradient in bfloat16, but an fp32 weight gets an unrounded sum.
+
+    The sums of these gradients have at most 18 bits, so fp32 is exact. The result is rounded once at most.
+    """
+    torch.manual_seed(0)
+    weight = torch.randn(5, 40, device=device).to(dtype).requires_grad_()
+    ids = torch.randint(4, (7, 300), device=device)  # row 4 is not used
+    dout = (torch.rand(7, 300, 40, device=device) + 1).bfloat16()
+    out = kernels.embedding(ids.to(ids_dtype), weight)
+    assert torch.equal(out, weight[ids])
+    out.bfloat16().backward(dout)
+    exact = torch.zeros(5, 40, device=device, dtype=torch.float64)
+    exact.index_add_(0, ids.flatten(), dout.double().flatten(0, 1))
+    assert torch.equal(weight.grad, exact.to(dtype))
+    gradient = torch.randn(7, 300, 40, device=device, dtype=dtype)
+    torch.library.opcheck(torch.ops.tritongpt.embedding_backward.default, (gradient, ids, 5))
 
 
 # ---- the norms
