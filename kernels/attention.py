@@ -642,12 +642,6 @@ def _cost(qkv: Tensor, **_: Any) -> Cost:
     return Cost(4 * out, 8 * out, 2 * product, 5 * product)
 
 
-def _run_all(qkv, dropout_p=0.0):
-    seed = torch.empty(1, dtype=torch.int64, device=qkv.device) if dropout_p else None
-    out, lse = _launch_forward(qkv, seed, dropout_p)
-    _launch_backward(out, qkv, out, lse, seed, dropout_p)
-
-
 def _slots(qkv: Tensor, dropout_p: float = 0.0) -> Iterator[Slot]:
     """The entries of the tile tables that this call uses, with the tiles that bench.sweep tries.
 
@@ -682,7 +676,6 @@ CAUSAL_ATTENTION = Op(
     reference=causal_attention_reference,
     make=_inputs,
     cost=_cost,
-    run_all=_run_all,
     samples=(
         {"B": 1, "T": 33, "H": 1, "D": 24},
         {"B": 1, "T": 1, "H": 1, "D": 16},

@@ -440,11 +440,6 @@ def _cost(input: Tensor, **_: Any) -> Cost:
     return Cost(tensor, 2 * tensor, 4 * input.numel(), 4 * input.numel())
 
 
-def _run_all(input, target, ignore_index=-100, **_):
-    losses, lse = _launch_forward(input, target, ignore_index)
-    _launch_backward(losses, input, target, lse, ignore_index)
-
-
 def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
     if input.shape[1] <= 2048:
         return
@@ -464,7 +459,6 @@ CROSS_ENTROPY = Op(
     reference=cross_entropy_reference,
     make=_inputs,
     cost=_cost,
-    run_all=_run_all,
     samples=(
         {"N": 7, "V": 65, "reduction": "none", "ignore_index": -1},
         {"N": 1, "V": 1},

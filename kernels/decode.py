@@ -287,10 +287,6 @@ def _cost(q: Tensor, k_cache: Tensor, v_cache: Tensor, **_: Any) -> Cost:
     return Cost(2 * q.nbytes + k_cache.nbytes + v_cache.nbytes, 0, 4 * k_cache.numel(), 0)
 
 
-def _run_all(q, k_cache, v_cache, lengths=None):
-    _launch_forward(q, k_cache, v_cache, lengths)
-
-
 def _slots(q: Tensor, **_: Any) -> Iterator[Slot]:
     width = head_width(q.shape[-1])
     # A thread has 16 or 32 values of a tile. More would spill, and fewer leave too few loads in flight.
@@ -313,7 +309,6 @@ DECODE_ATTENTION = Op(
     reference=decode_attention_reference,
     make=_inputs,
     cost=_cost,
-    run_all=_run_all,
     samples=(
         {"B": 2, "H": 2, "T": 97, "D": 24},
         {"B": 1, "H": 1, "T": 1, "D": 16},

@@ -251,10 +251,6 @@ def _cost(input: Tensor, **_: Any) -> Cost:
     return Cost(2 * input.nbytes, 3 * input.nbytes, 15 * input.numel(), 18 * input.numel())
 
 
-def _run_all(input, approximate="none"):
-    _launch_backward(_launch_forward(input, approximate), input, approximate)
-
-
 def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
     tiles = tuple(Tile(32 * warps * each, warps) for warps in (2, 4, 8) for each in (8, 16, 32))
     for direction in ("forward", "backward"):
@@ -268,7 +264,6 @@ GELU = Op(
     reference=gelu_reference,
     make=_inputs,
     cost=_cost,
-    run_all=_run_all,
     samples=(
         {"shape": (2, 5, 111)},
         {"shape": (1, 1)},

@@ -39,6 +39,7 @@ from kernels.op import (
     Op,
     Slot,
     autocast_dtype,
+    autocast_enabled,
     check_tensors,
     jit,
     launch,
@@ -101,7 +102,7 @@ def add_layer_norm(
         )
     _check("add_layer_norm", input, weight, bias, residual)
     dtype = torch.promote_types(input.dtype, residual.dtype)
-    if torch.is_autocast_enabled(input.device.type):
+    if autocast_enabled(input):
         dtype = autocast_dtype(input)
     return _forward_op(input, residual, weight, bias, eps, dtype, None)[:2]
 
@@ -629,19 +630,6 @@ def _mixed_cost(residual: Tensor, carrier: Tensor, **_: Any) -> Cost:
     return Cost((2 * half + 8) * n, 4 * half * n, 8 * n, 12 * n)
 
 
-def _mixed_run_all(input, residual, carrier, weight, eps=1e-5):
-    normed, _, _, rstd, _ = _launch_forward(input, residual, weight, None, eps, carrier.dtype, carrier)
-    _launch_backward(normed, normed, normed, weight, None, None, rstd, carrier.dtype, carrier.dtype)
-
-
-def _run_all(input, residual=None, weight=None, bias=None, eps=1e-5, normalized_shape=None):
-    normed, summed, mean, rstd, _ = _launch_forward(input, residual, weight, bias, eps, input.dtype)
-    x, ds = (input, None) if residual is None else (summed, summed)
-    residual_dtype = input.dtype if residual is None else residual.dtype
-    bias_dtype = None if bias is None else bias.dtype
-    _launch_backward(normed, ds, x, weight, bias_dtype, mean, rstd, input.dtype, residual_dtype)
-
-
 def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
     C, table = input.shape[-1], tiles_for(input, TILES)
     yield Slot("forward (rows, warps, columns)", table, _width(C), tuple(_candidates(C, 64)), 0)
@@ -683,7 +671,6 @@ LAYER_NORM = Op(
     reference=layer_norm_reference,
     make=_inputs,
     cost=_cost,
-    run_all=_run_all,
     samples=(*_SAMPLES, {"shape": (5, 33), "weight": False, "bias": False}),
     launches=_LAUNCHES,
     large_sample={"shape": (4099, 1600)},
@@ -699,7 +686,6 @@ ADD_LAYER_NORM = Op(
     reference=add_layer_norm_reference,
     make=_add_inputs,
     cost=_cost,
-    run_all=_run_all,
     samples=(*_SAMPLES, {"shape": (5, 111), "mixed": True}),
     launches=_LAUNCHES,
     large_sample={"shape": (4099, 1600)},
@@ -718,7 +704,6 @@ ADD_LAYER_NORM_MIXED = Op(
     reference=add_layer_norm_mixed_reference,
     make=_mixed_inputs,
     cost=_mixed_cost,
-    run_all=_mixed_run_all,
     samples=(
         {"shape": (2, 5, 111)},
         {"shape": (1, 1)},

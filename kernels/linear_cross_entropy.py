@@ -32,7 +32,7 @@ from kernels.cross_entropy import (
     reduce,
     write_gradient,
 )
-from kernels.op import Cost, Op, autocast_dtype, check_tensors, device_memory, operator
+from kernels.op import Cost, Op, autocast_dtype, autocast_enabled, check_tensors, device_memory, operator
 
 # The logits of a chunk use at most 2 GiB and at most 1/50 of the GPU's memory. In half precision, 65536 rows
 # of 50304 logits are 6.1 GiB, so they become 4 chunks of 16384 rows. Large chunks are faster, because each
@@ -77,7 +77,7 @@ def linear_cross_entropy(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"linear_cross_entropy: chunk_size={chunk_size} must be at least 1 row")
     dtype = autocast_dtype(input)
-    if not torch.is_autocast_enabled(input.device.type) and input.dtype != linear_weight.dtype:
+    if not autocast_enabled(input) and input.dtype != linear_weight.dtype:
         raise ValueError(
             f"linear_cross_entropy: input is {input.dtype} and linear_weight {linear_weight.dtype}; "
             "without autocast they must be the same"
@@ -309,13 +309,6 @@ def _cost(input: Tensor, linear_weight: Tensor, **_: Any) -> Cost:
     return Cost(tensors, 2 * tensors, product, 2 * product)
 
 
-def _run_all(input, linear_weight, target, ignore_index=-100, **_):
-    options = ignore_index, None, input.dtype, True, True
-    _launch_sum(input, linear_weight, target, *options)
-    losses, lse = _launch_rows(input, linear_weight, target, *options)
-    _launch_rows_backward(losses, input, linear_weight, target, lse, *options)
-
-
 LINEAR_CROSS_ENTROPY = Op(
     name="linear_cross_entropy",
     family="cross_entropy",
@@ -323,7 +316,6 @@ LINEAR_CROSS_ENTROPY = Op(
     reference=linear_cross_entropy_reference,
     make=_inputs,
     cost=_cost,
-    run_all=_run_all,
     samples=(
         {"N": 6, "C": 32, "V": 111, "chunk_size": 2, "reduction": "sum", "ignore_index": -1},
         {"N": 1, "C": 1, "V": 2},
@@ -338,5 +330,8 @@ LINEAR_CROSS_ENTROPY = Op(
     benchmark_shapes=tuple(
         {"N": N, "C": C, "V": 50304} for N in (65536, 16384) for C in (768, 1024, 1280, 1600)
     ),
-    production_shapes=({"N": 65536, "C": 768, "V": 50304},),
+    production_shapes=(
+        {"N": 65536, "C": 768, "V": 50304},
+        {"N": 65536, "C": 768, "V": 50304, "reduction": "none"},
+    ),
 )

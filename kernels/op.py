@@ -84,8 +84,6 @@ class Op:
     reference: Callable[..., Any]
     make: Callable[..., dict[str, Any]]
     cost: Callable[..., Cost]  # cost(**call)
-    # run_all(**call) launches the forward and the backward kernels once. It accepts meta tensors.
-    run_all: Callable[..., Any]
     # Small, awkward sizes for the tests. Tests that do not depend on the shape use only the first.
     samples: tuple[dict[str, Any], ...]
     # The kernels that samples[0] launches: (forward, backward).
@@ -103,6 +101,22 @@ class Op:
     # Kernel name -> the most instructions per element allowed in half precision on sm_90. bench.aot checks
     # the limit; the kernel's argument BLOCK must be the number of elements per program.
     instructions: Mapping[str, float] = field(default_factory=dict)
+
+    def run_all(self, **call: Any) -> None:
+        """Runs the Triton implementation once, forward and backward. A dry run has meta tensors in `call`."""
+        floats = {k: v.detach() for k, v in call.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        inputs = [tensor.requires_grad_(self.differentiable) for tensor in floats.values()]
+        # Arguments of two dtypes occur only under autocast: fp32, and the autocast dtype.
+        dtypes = {tensor.dtype for tensor in inputs}
+        half = min(dtypes, key=lambda dtype: dtype.itemsize)
+        with torch.autocast(_autocast_device(inputs[0]), half, enabled=len(dtypes) > 1):
+            results = self.implementations["triton"](**call | floats)
+        results = results if isinstance(results, tuple) else (results,)
+        results = [result for result in results if result.requires_grad]
+        if results:
+            # The results can be their own gradients: of the right shape and not 0, which some kernels skip.
+            gradients = [result.detach().contiguous() for result in results]
+            torch.autograd.grad(results, inputs, gradients, allow_unused=True)
 
 
 @dataclass(frozen=True)
@@ -226,6 +240,8 @@ def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) 
 
     @op.register_fake
     def _(*args):
+        if _assumed:  # a dry run with meta tensors, which records the launches
+            return function(*args)
         # torch.compile calls the fake before it lowers the operator.
         _lower_explicitly(getattr(torch.ops.tritongpt, name).default)
         return fake(*args)
@@ -253,8 +269,17 @@ def device_memory(tensor: Tensor) -> int | None:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The autocast dtype of the tensor's device, or the tensor's dtype if autocast is off."""
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+    return torch.get_autocast_dtype(_autocast_device(tensor)) if autocast_enabled(tensor) else tensor.dtype
+
+
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device."""
+    return torch.is_autocast_enabled(_autocast_device(tensor))
+
+
+def _autocast_device(tensor: Tensor) -> str:
+    """The device whose autocast applies. The meta tensors of a dry run have none, and use the CPU's."""
+    return "cpu" if tensor.is_meta else tensor.device.type
 
 
 def check_tensors(name: str, **tensors: Tensor | None) -> None:
