@@ -673,7 +673,6 @@ CAUSAL_ATTENTION = Op(
         "torch": causal_attention_reference,
         "flash_attn": causal_attention_flash,
     },
-    reference=causal_attention_reference,
     make=_inputs,
     cost=_cost,
     samples=(

@@ -65,13 +65,6 @@ def cross_entropy(
     return losses if reduction == "none" else reduce(losses.sum(), target, ignore_index, reduction)
 
 
-def cross_entropy_reference(
-    input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
-) -> Tensor:
-    """PyTorch's `F.cross_entropy`."""
-    return F.cross_entropy(input, target, ignore_index=ignore_index, reduction=reduction)
-
-
 def reduce(total: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
     """`total`, or the mean over the targets that are not ignored. Their count stays on the GPU."""
     return total / (target != ignore_index).sum() if reduction == "mean" else total
@@ -455,8 +448,7 @@ def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
 CROSS_ENTROPY = Op(
     name="cross_entropy",
     family="cross_entropy",
-    implementations={"triton": cross_entropy, "torch": cross_entropy_reference},
-    reference=cross_entropy_reference,
+    implementations={"triton": cross_entropy, "torch": F.cross_entropy},
     make=_inputs,
     cost=_cost,
     samples=(

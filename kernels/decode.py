@@ -306,7 +306,6 @@ DECODE_ATTENTION = Op(
         "torch": decode_attention_reference,
         "flash_attn": decode_attention_flash,
     },
-    reference=decode_attention_reference,
     make=_inputs,
     cost=_cost,
     samples=(

@@ -75,17 +75,6 @@ def layer_norm(
     return _forward_op(input, None, weight, bias, eps, autocast_dtype(input), None)[0]
 
 
-def layer_norm_reference(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """PyTorch's `F.layer_norm`."""
-    return F.layer_norm(input, normalized_shape, weight, bias, eps)
-
-
 def add_layer_norm(
     input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
@@ -667,8 +656,7 @@ _BENCHMARK_SHAPES = tuple(
 LAYER_NORM = Op(
     name="layer_norm",
     family="layer_norm",
-    implementations={"triton": layer_norm, "torch": layer_norm_reference},
-    reference=layer_norm_reference,
+    implementations={"triton": layer_norm, "torch": F.layer_norm},
     make=_inputs,
     cost=_cost,
     samples=(*_SAMPLES, {"shape": (5, 33), "weight": False, "bias": False}),
@@ -683,7 +671,6 @@ ADD_LAYER_NORM = Op(
     name="add_layer_norm",
     family="layer_norm",
     implementations={"triton": add_layer_norm, "torch": add_layer_norm_reference},
-    reference=add_layer_norm_reference,
     make=_add_inputs,
     cost=_cost,
     samples=(*_SAMPLES, {"shape": (5, 111), "mixed": True}),
@@ -701,7 +688,6 @@ ADD_LAYER_NORM_MIXED = Op(
     name="add_layer_norm_mixed",
     family="layer_norm",
     implementations={"triton": add_layer_norm_mixed, "torch": add_layer_norm_mixed_reference},
-    reference=add_layer_norm_mixed_reference,
     make=_mixed_inputs,
     cost=_mixed_cost,
     samples=(

@@ -313,7 +313,6 @@ LINEAR_CROSS_ENTROPY = Op(
     name="linear_cross_entropy",
     family="cross_entropy",
     implementations={"triton": linear_cross_entropy, "torch": linear_cross_entropy_reference},
-    reference=linear_cross_entropy_reference,
     make=_inputs,
     cost=_cost,
     samples=(

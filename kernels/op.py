@@ -73,15 +73,15 @@ class Slot:
 class Op:
     """Everything that tests and benchmarks need to know about an operation.
 
-    A *call* is a dict of keyword arguments for every implementation and for the reference. A *sample* is a
-    dict of sizes and options: `make(dtype, device, **sample)` returns a call with random inputs.
+    A *call* is a dict of keyword arguments for every implementation. A *sample* is a dict of sizes and
+    options: `make(dtype, device, **sample)` returns a call with random inputs.
     """
 
     name: str
     # The group of operations in a load spec, such as "attention".
     family: str
+    # "triton", "torch" and, if there are others, theirs.
     implementations: Mapping[str, Callable[..., Any]]
-    reference: Callable[..., Any]
     make: Callable[..., dict[str, Any]]
     cost: Callable[..., Cost]  # cost(**call)
     # Small, awkward sizes for the tests. Tests that do not depend on the shape use only the first.
@@ -101,6 +101,11 @@ class Op:
     # Kernel name -> the most instructions per element allowed in half precision on sm_90. bench.aot checks
     # the limit; the kernel's argument BLOCK must be the number of elements per program.
     instructions: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """PyTorch's implementation. In fp64 it says what is right."""
+        return self.implementations["torch"]
 
     def run_all(self, **call: Any) -> None:
         """Runs the Triton implementation once, forward and backward. A dry run has meta tensors in `call`."""
