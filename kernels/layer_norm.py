@@ -51,7 +51,6 @@ from kernels.op import (
 )
 
 MAX_C = 8192  # the longest row that fits into a program's registers
-SUM_COLUMNS = 32  # per program of `_norm_sum_kernel`: 128 bytes of each partial sum
 
 
 def layer_norm(
@@ -267,7 +266,7 @@ def _norm_forward_kernel(
 
 # dweight and dbias are sums over all rows. One program per row would need atomics, whose order changes from
 # run to run. So the grid is persistent: each program walks over many rows and keeps its sums in registers,
-# and at the end `_norm_sum_kernel` adds up the sums of the programs. The bits are the same every run.
+# and at the end torch.sum adds up the sums of the programs. The bits are the same every run.
 @jit
 def _norm_backward_kernel(
     DY,  # (rows, C) in
@@ -347,35 +346,6 @@ def _norm_backward_kernel(
             tl.store(DW + program * C + col, tl.sum(dws[i], 0), mask=col < C)
         if DB is not None:
             tl.store(DB + program * C + col, tl.sum(dbs[i], 0), mask=col < C)
-
-
-@jit
-def _norm_sum_kernel(
-    PARTIAL_SUMS,  # (1 or 2, programs, C) in, fp32: of dweight and dbias
-    DW,  # (C,) out, or None
-    DB,  # (C,) out, or None
-    programs,
-    C,
-    COLUMNS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-):
-    """Adds up the partial sums and rounds the result. PyTorch would need four launches."""
-    col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    which = tl.program_id(1)
-    total = tl.zeros((PROGRAMS, COLUMNS), tl.float32)
-    for first in range(0, programs, PROGRAMS):
-        program = first + tl.arange(0, PROGRAMS)
-        offsets = (which * programs + program[:, None]) * C + col[None, :]
-        mask = (program < programs)[:, None] & (col < C)[None, :]
-        total += tl.load(PARTIAL_SUMS + offsets, mask=mask, other=0)
-    gradient = tl.sum(total, 0)
-    # Branches, because the interpreter of Triton 3.9 turns a scalar condition in a mask into an int32.
-    if DW is not None:
-        if which == 0:
-            tl.store(DW + col, round_to(gradient, DW.dtype.element_ty), mask=col < C)
-    if DB is not None:
-        if which == tl.num_programs(1) - 1:
-            tl.store(DB + col, round_to(gradient, DB.dtype.element_ty), mask=col < C)
 
 
 # Widest row -> forward:  (rows per program, warps, columns per tile)
@@ -467,21 +437,20 @@ def _launch_backward(
     rows, C = x.shape
     tile, warps, columns, programs, stages = tiles_for(x, TILES)[_width(C)][1]
     programs = max(1, min(programs * multiprocessors(x), -(-rows // tile)))
-    sums = [out if out.numel() else None for out in (dweight, dbias)]
-    partial_sums = x.new_empty(sum(out is not None for out in sums), programs, C, dtype=torch.float32)
+    dweights, dbiases = (
+        x.new_empty(programs, C, dtype=torch.float32) if out.numel() else None for out in (dweight, dbias)
+    )
     launch(
         _norm_backward_kernel, (programs,),
         dy, ds, x, _dense(weight), mean, rstd, dinput,
-        dresidual if dresidual.numel() else None,
-        None if sums[0] is None else partial_sums[0], None if sums[1] is None else partial_sums[-1],
+        dresidual if dresidual.numel() else None, dweights, dbiases,
         rows, dy.stride(0), 0 if ds is None else ds.stride(0), x.stride(0),
         C=C, COLUMNS=columns, ROWS=tile, STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    if partial_sums.numel():
-        launch(
-            _norm_sum_kernel, (-(-C // SUM_COLUMNS), len(partial_sums)),
-            partial_sums, *sums, programs, C, COLUMNS=SUM_COLUMNS, PROGRAMS=128, num_warps=8,
-        )  # fmt: skip
+    if dweights is not None:
+        dweight = dweights.sum(0).to(dweight.dtype)
+    if dbiases is not None:
+        dbias = dbiases.sum(0).to(dbias.dtype)
     return dinput, dresidual, dweight, dbias
 
 
@@ -648,7 +617,7 @@ _SAMPLES = (
     {"shape": (2, 1600)},
     {"shape": (0, 64)},
 )
-_LAUNCHES = [_norm_forward_kernel], [_norm_backward_kernel, _norm_sum_kernel]
+_LAUNCHES = [_norm_forward_kernel], [_norm_backward_kernel]
 _BENCHMARK_SHAPES = tuple(
     {"shape": (rows, C)} for rows in (65536, 16384) for C in (768, 1024, 1280, 1600, 2048, 4096, 8192)
 )

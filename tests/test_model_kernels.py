@@ -17,9 +17,7 @@ from train.metrics import read
 
 # kernel -> launches in one forward and backward of a model of L layers
 LAUNCHES = {
-    "layer_norm": dict.fromkeys(
-        ("_norm_forward_kernel", "_norm_backward_kernel", "_norm_sum_kernel"), lambda L: 2 * L + 1
-    ),
+    "layer_norm": dict.fromkeys(("_norm_forward_kernel", "_norm_backward_kernel"), lambda L: 2 * L + 1),
     "attention": dict.fromkeys(
         ("_attention_forward_kernel", "_attention_dq_kernel", "_attention_dkdv_kernel"), lambda L: L
     ),
