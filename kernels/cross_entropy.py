@@ -36,6 +36,7 @@ from kernels.op import (
     Slot,
     check_tensors,
     jit,
+    key_for,
     launch,
     multiprocessors,
     operator,
@@ -278,11 +279,6 @@ TILES = {
 }
 
 
-def _width(V: int) -> int:
-    """The key of V columns in a table of tiles."""
-    return next(widest for widest in _UNTUNED if widest >= V)
-
-
 def loss_and_gradient_(
     logits: Tensor,
     target: Tensor,
@@ -298,7 +294,8 @@ def loss_and_gradient_(
     N, V = logits.shape
     losses = logits.new_empty(N, dtype=torch.float32)
     _check_range(target, V, ignore_index)
-    block, warps, programs = tiles_for(logits, TILES)[_width(V)]
+    tiles = tiles_for(logits, TILES)
+    block, warps, programs = tiles[key_for(tiles, V)]
     align = 16 // logits.element_size()
     if N:
         launch(
@@ -385,7 +382,8 @@ def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
         for block, warps, programs in sizes
         if 8 <= block // (32 * warps) <= 32 and (programs == A_ROW_EACH or 16 <= warps * programs <= 64)
     )
-    yield Slot("(BLOCK, warps, programs)", tiles_for(input, TILES), _width(input.shape[1]), tiles)
+    table = tiles_for(input, TILES)
+    yield Slot("(BLOCK, warps, programs)", table, key_for(table, input.shape[1]), tiles)
 
 
 CROSS_ENTROPY = Op(

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import check_head_size, head_constants, head_width
+from kernels.attention import check_head_size, head_constants
 from kernels.op import (
     INTERPRETER,
     LOG2E,
@@ -35,6 +35,7 @@ from kernels.op import (
     autocast_dtype,
     check_tensors,
     jit,
+    key_for,
     launch,
     multiprocessors,
     operator,
@@ -242,7 +243,8 @@ def _launch_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor
     out = _fake_forward(q, k_cache, v_cache, lengths)
     q, k, v = _dense(q), _dense(k_cache), _dense(v_cache)
     B, H, T, D = k.shape
-    tile = tiles_for(q, TILES)[head_width(D)]
+    tiles = tiles_for(q, TILES)
+    tile = tiles[key_for(tiles, D)]
     # Enough splits to fill the GPU, but each with at least one tile of keys.
     splits = -(-tile.programs * multiprocessors(q) // (B * H)) if B * H else 1
     splits = min(splits, -(-T // tile.n), MAX_SPLITS)
@@ -288,14 +290,15 @@ def _cost(q: Tensor, k_cache: Tensor, v_cache: Tensor, **_: Any) -> Cost:
 
 
 def _slots(q: Tensor, **_: Any) -> Iterator[Slot]:
-    width = head_width(q.shape[-1])
+    table = tiles_for(q, TILES)
+    width = key_for(table, q.shape[-1])
     # A thread has 16 or 32 values of a tile. More would spill, and fewer leave too few loads in flight.
     settings = product((16, 32), (2, 4, 8), (3, 4), (2, 3, 4))
     tiles = tuple(
         Tile(values * 32 * warps // width, warps, stages, programs)
         for values, warps, stages, programs in settings
     )
-    yield Slot("(n, warps, stages, programs)", tiles_for(q, TILES), width, tiles)
+    yield Slot("(n, warps, stages, programs)", table, width, tiles)
 
 
 DECODE_ATTENTION = Op(

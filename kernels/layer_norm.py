@@ -42,6 +42,7 @@ from kernels.op import (
     autocast_enabled,
     check_tensors,
     jit,
+    key_for,
     launch,
     multiprocessors,
     operator,
@@ -380,11 +381,6 @@ def _dense(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
 
-def _width(C: int) -> int:
-    """The key of C columns in a table of tiles."""
-    return next(widest for widest in _UNTUNED if widest >= C)
-
-
 def _launch_forward(
     input: Tensor,
     residual: Tensor | None,
@@ -402,7 +398,8 @@ def _launch_forward(
     normed, summed, mean, rstd, next_carrier = outputs
     x, r = _rows(input), None if residual is None else _rows(residual)
     rows, C = x.shape
-    tile, warps, columns = tiles_for(x, TILES)[_width(C)][0]
+    tiles = tiles_for(x, TILES)
+    tile, warps, columns = tiles[key_for(tiles, C)][0]
     if rows:
         launch(
             _norm_forward_kernel, (-(-rows // tile),),
@@ -435,7 +432,8 @@ def _launch_backward(
     dy, x = _rows(dnormed), _rows(x)
     ds = None if dsummed is None else _rows(dsummed)
     rows, C = x.shape
-    tile, warps, columns, programs, stages = tiles_for(x, TILES)[_width(C)][1]
+    tiles = tiles_for(x, TILES)
+    tile, warps, columns, programs, stages = tiles[key_for(tiles, C)][1]
     programs = max(1, min(programs * multiprocessors(x), -(-rows // tile)))
     dweights, dbiases = (
         x.new_empty(programs, C, dtype=torch.float32) if out.numel() else None for out in (dweight, dbias)
@@ -590,14 +588,15 @@ def _mixed_cost(residual: Tensor, carrier: Tensor, **_: Any) -> Cost:
 
 def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
     C, table = input.shape[-1], tiles_for(input, TILES)
-    yield Slot("forward (rows, warps, columns)", table, _width(C), tuple(_candidates(C, 64)), 0)
+    key = key_for(table, C)
+    yield Slot("forward (rows, warps, columns)", table, key, tuple(_candidates(C, 64)), 0)
     # Backward needs six registers for each column of a thread, so a warp has 256 columns of one row. It waits
     # for two sums per row. To fill that time, 8 to 16 warps share a multiprocessor, or there are two stages.
     lean = [tile for tile in _candidates(C, 56) if tile[0] * tile[2] == 256 * tile[1] and tile[0] <= 2]
     resident = tuple(
         (*t, p, s) for t, p, s in product(lean, (1, 2, 3, 4, 6, 8), (1, 2)) if 8 <= t[1] * p <= 16
     )
-    yield Slot("backward (rows, warps, columns, programs, stages)", table, _width(C), resident, 1)
+    yield Slot("backward (rows, warps, columns, programs, stages)", table, key, resident, 1)
 
 
 def _candidates(C: int, most: int) -> Iterator[tuple[int, int, int]]:

@@ -230,6 +230,11 @@ def tiles_for(tensor: Tensor, table: dict[int, dict[Any, Any]]) -> dict[Any, Any
     return table.get(architecture(tensor), table[UNTUNED])
 
 
+def key_for(tiles: dict[int, Any], size: int) -> int:
+    """The key of `size` in a row of a table whose keys are the largest sizes, in order."""
+    return next(largest for largest in tiles if largest >= size)
+
+
 def multiprocessors(tensor: Tensor) -> int:
     return 132 if _assumed else _gpu(tensor.device)[1]
 
