@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels.attention import TILES, Tile
+from kernels.attention import TILES
 from kernels.cross_entropy import loss_and_gradient_
 from kernels.gelu import APPROXIMATIONS, GELU
 from kernels.linear_cross_entropy import chunk_rows
-from kernels.op import architecture, launch
+from kernels.op import INTERPRETER, launch
 from tests.kernel_cases import BY_NAME, distance, floating, judge, leaves, make, run, upstream
 
 # ---- int32 offsets: Liger 803, FlashAttention 714 and 1500, PyTorch 190857. A huge tensor that is touched
@@ -238,25 +238,6 @@ def test_scores_far_from_zero(order, device, poisoned):
 # ---- attention with dropout, which has no reference
 
 
-def test_dropout_does_not_depend_on_the_tiles(device, poisoned, monkeypatch):
-    """FlashAttention 2337: the tiles of the preprocessing and of the main kernel disagreed. A mask that is
-    drawn in tiles would change with them, too."""
-    op = BY_NAME["causal_attention"]
-    call = make(op, torch.float32, device, {"B": 1, "T": 77, "H": 1, "D": 16, "dropout_p": 0.4})
-    gradients = upstream(op, call)
-    results = []
-    for tiles in (  # forward, dq, dk and dv
-        (Tile(16, 16, 4, 1), Tile(64, 16, 4, 1), Tile(16, 64, 4, 1)),
-        (Tile(64, 32, 4, 1), Tile(16, 16, 4, 1), Tile(32, 32, 4, 1)),
-    ):
-        monkeypatch.setitem(TILES, architecture(call["qkv"]), {64: tiles})
-        monkeypatch.setattr("kernels.attention.FP32_TILES", tiles)  # a GPU has these in fp32
-        torch.manual_seed(3)
-        results.append(run(op.implementations["triton"], call, gradients))
-    for name, tensor in results[0].items():
-        torch.testing.assert_close(results[1][name], tensor, atol=2e-6, rtol=2e-5)
-
-
 def _mask(B, T, H, D, p, seed, device):
     """Which weights remain (B, H, T, T), read off with values that are unit vectors."""
     qkv = torch.zeros(B, T, 3, H, D, device=device)
@@ -265,8 +246,13 @@ def _mask(B, T, H, D, p, seed, device):
     return kernels.causal_attention(qkv, p).permute(0, 2, 1, 3)[..., :T] != 0
 
 
-def test_dropout_against_an_explicit_mask(device, poisoned):
-    """The same mask forward and backward: the results are those of attention with that mask, in fp64."""
+def test_dropout_against_an_explicit_mask(device, poisoned, monkeypatch):
+    """The same mask forward and backward: the results are those of attention with that mask, in fp64.
+
+    FlashAttention 2337: the tiles of two kernels disagreed. Here forward and dq have other tiles than dk and
+    dv, so a mask that depended on the tile would differ. On a GPU all tiles of fp32 are the same.
+    """
+    monkeypatch.setattr("kernels.attention.FP32_TILES", TILES[INTERPRETER][64])
     B, T, H, D, p = 2, 33, 2, 48, 0.3
     mask = _mask(B, T, H, D, p, 1, device)
     torch.manual_seed(0)
@@ -345,15 +331,6 @@ def test_gelu_of_numbers_of_any_size(approximate, dtype, device):
     ).to(dtype)
     ours = _value_and_slope(kernels.gelu, x, approximate)
     torch.testing.assert_close(list(ours), expected, rtol=0, atol=1e-20, equal_nan=True)
-
-
-def test_gelu_saves_its_input_alone(device):
-    """The next product saves the output anyway."""
-    saved = []
-    x = torch.randn(4, 32, device=device).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        kernels.gelu(x)
-    assert [t.data_ptr() for t in saved] == [x.data_ptr()]
 
 
 @pytest.mark.gpu
