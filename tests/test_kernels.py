@@ -181,17 +181,6 @@ def test_attention_reads_by_descriptor_what_it_can(layout, device, poisoned):
     assert (launches[0].arguments["DESC"] is not None) == (readable and has_descriptors)
 
 
-def test_attention_reads_by_pointers_where_they_are_faster(device):
-    for D, dtype, dropout_p in (
-        (80, torch.bfloat16, 0.0),
-        (32, torch.float32, 0.0),
-        (32, torch.float16, 0.5),
-    ):
-        with record() as launches:
-            kernels.causal_attention(torch.randn(1, 20, 3, 1, D, device=device).to(dtype), dropout_p)
-        assert launches[0].arguments["DESC"] is None
-
-
 # ---- torch.library, torch.compile, autocast
 
 

@@ -170,22 +170,19 @@ def test_a_run_with_loss_scaling_has_the_losses_of_pytorchs_operations(workplace
 
 
 def test_auto_asks_for_the_heads_of_the_model_and_for_its_precision(monkeypatch):
-    """As on an H100: at 128, and in float32, attention is PyTorch's, and the model's config says so."""
+    """As on an H100, where attention is PyTorch's at a head size of 128 and in float32."""
     monkeypatch.setattr("kernels.unavailable", lambda device: None)
     monkeypatch.setattr("kernels.op._gpu", lambda device: (90, 132))
-    size = dict(block_size=8, vocab_size=9, n_layer=1, n_embd=128)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
+    on_gpu, no_attention = Ranks(0, 1, "cuda:0", None), "triton,attention=torch"
     for n_head, dtype, spec in (
-        (2, "bfloat16", "triton"),
-        (1, "bfloat16", "triton,attention=torch"),
-        (2, "float32", "triton,attention=torch"),
-    ):
-        assert GPT(GPTConfig(**size, n_head=n_head), "cuda", dtype).config.kernels == spec
+        (2, "bfloat16", "triton"), (1, "bfloat16", no_attention), (2, "float32", no_attention),
+    ):  # fmt: skip
         config, _ = parse([f"--n_head={n_head}", "--n_embd=128", f"--dtype={dtype}", "--compile=False"])
-        on_gpu = Ranks(0, 1, "cuda:0", None)
-        with monkeypatch.context() as patch:
-            patch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
-            assert resolve(config, on_gpu).model.kernels == spec
-            assert resolve(replace(config, init_from="resume"), on_gpu).model.kernels == "auto"
+        assert resolve(config, on_gpu).model.kernels == spec
+        model = GPT(replace(config.model, vocab_size=9, n_layer=1), "cuda", dtype)
+        assert model.config.kernels == spec
+        assert resolve(replace(config, init_from="resume"), on_gpu).model.kernels == "auto"
 
 
 @pytest.mark.gpu
