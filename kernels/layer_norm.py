@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated"
 # (a Triton kernel's arguments have no Python types)
-# ruff: noqa: RUF005, SIM102
-# (Triton has no starred tuples, and a compile-time condition needs a separate `if`)
+# ruff: noqa: RUF005
+# (Triton has no starred tuples)
 """LayerNorm over the last dimension, alone or fused with the residual add before it.
 
 A block of a GPT adds each branch to the residual stream and normalises the sum for the next branch:
@@ -216,7 +216,6 @@ def _norm_forward_kernel(
     SUMMED,  # (rows, C) out, or None without RESIDUAL
     MEAN,  # (rows,) out, fp32, or None if backward recovers xhat from Y
     RSTD,  # (rows,) out, fp32
-    CARRIER,  # (1,) out: 0, or None
     rows,
     x_stride,
     residual_stride,
@@ -260,9 +259,6 @@ def _norm_forward_kernel(
     if MEAN is not None:
         tl.store(MEAN + row, mean, mask=row < rows)
     tl.store(RSTD + row, rstd, mask=row < rows)
-    if CARRIER is not None:
-        if tl.program_id(0) == 0:
-            tl.store(CARRIER, 0.0)
 
 
 # dweight and dbias are sums over all rows. One program per row would need atomics, whose order changes from
@@ -395,7 +391,7 @@ def _launch_forward(
     summed is empty without a residual, mean with a carrier, and next carrier without a carrier.
     """
     outputs = _fake_forward(input, residual, weight, bias, eps, dtype, carrier)
-    normed, summed, mean, rstd, next_carrier = outputs
+    normed, summed, mean, rstd, _ = outputs
     x, r = _rows(input), None if residual is None else _rows(residual)
     rows, C = x.shape
     tiles = tiles_for(x, TILES)
@@ -404,7 +400,7 @@ def _launch_forward(
         launch(
             _norm_forward_kernel, (-(-rows // tile),),
             x, r, _dense(weight), _dense(bias), normed, None if r is None else summed,
-            mean if carrier is None else None, rstd, None if carrier is None else next_carrier,
+            mean if carrier is None else None, rstd,
             rows, x.stride(0), 0 if r is None else r.stride(0), eps,
             C=C, COLUMNS=columns, ROWS=tile, num_warps=warps,
         )  # fmt: skip
@@ -460,7 +456,7 @@ def _fake_forward(input, residual, weight, bias, eps, dtype, carrier=None):
     mean = input.new_empty(rows if carrier is None else 0, dtype=torch.float32)
     rstd = input.new_empty(rows, dtype=torch.float32)
     # A carrier is one 0, expanded to the full shape. Only its gradient uses memory.
-    next_carrier = input.new_empty(0) if carrier is None else carrier.new_empty(1).expand(carrier.shape)
+    next_carrier = input.new_empty(0) if carrier is None else carrier.new_zeros(1).expand(carrier.shape)
     return input.new_empty(input.shape, dtype=dtype), summed, mean, rstd, next_carrier
 
 
