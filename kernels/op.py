@@ -174,7 +174,7 @@ def unavailable(device: torch.device) -> str | None:
     if triton is None:
         return "Triton is not installed (on Linux: pip install triton)"
     if INTERPRETED:
-        return _interpreter_fault()
+        return None
     if device.type != "cuda":
         return (
             f"Triton needs a GPU and the device is {device}; to use Triton's interpreter instead, "
@@ -185,17 +185,6 @@ def unavailable(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the GPU {device} is sm_{major}{minor} and the Triton kernels need sm_80 (A100) or newer"
-    return None
-
-
-def _interpreter_fault() -> str | None:
-    """The reason why Triton's interpreter fails here, or None."""
-    import numpy
-
-    # The interpreter of Triton 3.6 passes arrays of one element to range(), which NumPy 2.4 refuses.
-    version, other = triton.__version__, numpy.__version__
-    if version.startswith("3.6.") and numpy.lib.NumpyVersion(other) >= "2.4.0":
-        return f"the interpreter of Triton {version} fails with numpy {other}; install numpy<2.4"
     return None
 
 
