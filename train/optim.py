@@ -13,14 +13,20 @@ from train.config import TrainConfig
 
 
 class AdamW(torch.optim.AdamW):
-    """nanoGPT's AdamW: matrices and embeddings are decayed, norms and biases are not."""
+    """nanoGPT's AdamW, in two groups: matrices and embeddings are decayed, norms and biases are not."""
 
     name = "adamw"
 
     def __init__(self, model: GPT, config: TrainConfig, device_type: str):
-        lr, betas = config.learning_rate, (config.beta1, config.beta2)
-        nanogpts = model.configure_optimizers(config.weight_decay, lr, betas, device_type)
-        super().__init__(nanogpts.param_groups, lr, betas, fused=nanogpts.defaults["fused"])
+        params = [p for p in model.parameters() if p.requires_grad]
+        # Decay would only pull the gain of a norm away from 1.
+        groups = [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        # One kernel for all tensors, instead of several launches for each.
+        fused = device_type in ("cuda", "cpu")
+        super().__init__(groups, config.learning_rate, (config.beta1, config.beta2), fused=fused)
 
     @staticmethod
     def moments(group: dict[str, Any]) -> tuple[str, ...]:
