@@ -277,5 +277,4 @@ GELU = Op(
         {"shape": (65536, 3072), "dtype": torch.float32, "approximate": "tanh"},
     ),
     slots=_slots,
-    instructions={"_gelu_forward_kernel": 19, "_gelu_backward_kernel": 24},
 )

@@ -11,7 +11,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -98,9 +98,6 @@ class Op:
     differentiable: bool = True
     # slots(**call) yields the tiles that bench.sweep may tune for this call.
     slots: Callable[..., Iterable[Slot]] = lambda **_: ()
-    # Kernel name -> the most instructions per element allowed in half precision on sm_90. bench.aot checks
-    # the limit; the kernel's argument BLOCK must be the number of elements per program.
-    instructions: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def reference(self) -> Callable[..., Any]:
