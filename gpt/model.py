@@ -236,10 +236,12 @@ class GPT(nn.Module):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("vocab_size is not set: give the vocabulary size, such as 50304")
-        if config.n_embd % config.n_head:
+        if config.n_head < 1 or config.n_embd % config.n_head:
             raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
         if config.activation not in ACTIVATIONS:
             raise ValueError(f"activation={config.activation!r} must be {' or '.join(ACTIVATIONS)}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} must be {', '.join(DTYPES)}")
         # This fails here, not in the first step, if attention does not support the head size.
         head_size = config.n_embd // config.n_head
         self.ops = kernels.load(config.kernels, for_device, head_size, DTYPES[dtype])

@@ -10,7 +10,7 @@ A model calls `load(spec)` once and uses the operations that it returns:
 
     "auto"                       Triton on an NVIDIA GPU of sm_80 or newer, otherwise PyTorch. It uses
                                  PyTorch's attention where ours cannot run or is slower (see
-                                 `attention.used_by_auto`)
+                                 `attention.used_by_auto`). With TRITON_INTERPRET=1 it uses PyTorch
     "triton"                     the kernels of this folder
     "torch"                      PyTorch's operations
     "triton,attention=torch"     a default, then exceptions by family: layer_norm, attention,
@@ -48,7 +48,7 @@ from kernels.layer_norm import (
     layer_norm,
 )
 from kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
-from kernels.op import Op, architecture_of, unavailable
+from kernels.op import INTERPRETED, Op, architecture_of, unavailable
 
 # To add an operation: write its file, import it above and list it here.
 OPS: tuple[Op, ...] = (
@@ -85,7 +85,8 @@ def load(
     """
     default, *exceptions = spec.split(",")
     obstacle = unavailable(torch.device(device))
-    on_gpu = torch.device(device).type == "cuda" and obstacle is None
+    # The interpreter is far too slow for training, so only an explicit "triton" uses it.
+    on_gpu = torch.device(device).type == "cuda" and obstacle is None and not INTERPRETED
     if default == "auto":
         choice = dict.fromkeys(FAMILIES, "triton" if on_gpu else "torch")
         if on_gpu and not used_by_auto(architecture_of(torch.device(device)), head_size, dtype):
@@ -108,10 +109,23 @@ def load(
                 f"kernels={spec!r}: attention takes head sizes n_embd / n_head from {MIN_D} to {MAX_D}, not "
                 f"{head_size}; choose another n_head, or --kernels={_canonical(choice | {family: 'torch'})}"
             )
-        if implementation == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
-            raise ValueError(f"kernels={spec!r}: the package is not installed (pip install flash-attn)")
+        if implementation == "flash_attn" and (reason := _no_flash_attn(device, head_size, dtype)):
+            raise ValueError(f"kernels={spec!r}: flash-attn {reason}")
         operations |= FAMILIES[family][implementation]
     return Kernels(spec=_canonical(choice), **operations)
+
+
+def _no_flash_attn(device: str, head_size: int, dtype: torch.dtype) -> str | None:
+    """The reason why the flash-attn package cannot run, or None."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "is not installed (pip install flash-attn)"
+    if torch.device(device).type != "cuda":
+        return f"needs a GPU, and the device is {device}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"computes in float16 or bfloat16, not in {str(dtype).removeprefix('torch.')}"
+    if head_size > 256:
+        return f"takes head sizes n_embd / n_head up to 256, not {head_size}"
+    return None
 
 
 def _canonical(choice: dict[str, str]) -> str:

@@ -293,7 +293,6 @@ def loss_and_gradient_(
     """
     N, V = logits.shape
     losses = logits.new_empty(N, dtype=torch.float32)
-    _check_range(target, V, ignore_index)
     tiles = tiles_for(logits, TILES)
     block, warps, programs = tiles[key_for(tiles, V)]
     align = 16 // logits.element_size()
@@ -307,18 +306,19 @@ def loss_and_gradient_(
     return losses
 
 
-def _check_range(target: Tensor, V: int, ignore_index: int) -> None:
+def check_range(name: str, target: Tensor, V: int, ignore_index: int) -> None:
     """Raises ValueError for a target out of range on a CPU. On a GPU the check would synchronise."""
     if target.device.type == "cpu":
         invalid = target[(target != ignore_index) & ((target < 0) | (target >= V))]
         if invalid.numel():
             raise ValueError(
-                f"cross_entropy: target {int(invalid[0])} is neither a class from 0 to {V - 1} "
+                f"{name}: target {int(invalid[0])} is neither a class from 0 to {V - 1} "
                 f"nor ignore_index {ignore_index}"
             )
 
 
 def _launch_forward(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    check_range("cross_entropy", target, logits.shape[1], ignore_index)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     return loss_and_gradient_(logits, target, ignore_index, gradient=None)
 

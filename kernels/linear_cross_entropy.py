@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kernels.cross_entropy import (
     CROSS_ENTROPY,
+    check_range,
     check_targets,
     loss_and_gradient_,
     random_target,
@@ -143,6 +144,7 @@ def _launch_rows(
     # Casting to `dtype` here makes autocast a no-op below.
     weight = weight.to(dtype)
     N, V = input.shape[0], weight.shape[0]
+    check_range("linear_cross_entropy", target, V, ignore_index)
     rows = min(N, chunk_size or chunk_rows(N, V, dtype.itemsize, device_memory(input)))
     buffer = input.new_empty(rows, -(-V // ALIGN) * ALIGN, dtype=dtype)[:, :V]
     if not N:

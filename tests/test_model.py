@@ -212,6 +212,7 @@ def test_peak_is_that_of_the_named_gpu():
     ("changes", "message"),
     [
         ({"n_embd": 65}, "n_embd=65 is not divisible by n_head=4"),
+        ({"n_head": 0}, "n_embd=64 is not divisible by n_head=0"),
         ({"activation": "relu"}, "activation='relu' must be gelu or gelu_tanh"),
         ({"vocab_size": None}, "vocab_size is not set"),
     ],
@@ -219,3 +220,8 @@ def test_peak_is_that_of_the_named_gpu():
 def test_a_config_that_makes_no_model_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)
+
+
+def test_a_dtype_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="dtype='bf16' must be float32, bfloat16, float16"):
+        GPT(SMALL, "cpu", "bf16")

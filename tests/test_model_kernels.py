@@ -172,6 +172,7 @@ def test_a_run_with_loss_scaling_has_the_losses_of_pytorchs_operations(workplace
 def test_auto_asks_for_the_heads_of_the_model_and_for_its_precision(monkeypatch):
     """As on an H100, where attention is PyTorch's at a head size of 128 and in float32."""
     monkeypatch.setattr("kernels.unavailable", lambda device: None)
+    monkeypatch.setattr("kernels.INTERPRETED", False)
     monkeypatch.setattr("kernels.op._gpu", lambda device: (90, 132))
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
     on_gpu, no_attention = Ranks(0, 1, "cuda:0", None), "triton,attention=torch"
