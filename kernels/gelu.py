@@ -242,7 +242,8 @@ def _cost(input: Tensor, **_: Any) -> Cost:
 
 
 def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
-    tiles = tuple(Tile(32 * warps * each, warps) for warps in (2, 4, 8) for each in (8, 16, 32))
+    per_thread = (8, 16, 32)
+    tiles = tuple(Tile(32 * warps * n, warps) for warps in (2, 4, 8) for n in per_thread)
     for direction in ("forward", "backward"):
         yield Slot(f"{direction} (block, warps)", tiles_for(input, TILES), direction, tiles)
 

@@ -588,19 +588,23 @@ def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
     yield Slot("forward (rows, warps, columns)", table, key, tuple(_candidates(C, 64)), 0)
     # Backward needs six registers for each column of a thread, so a warp has 256 columns of one row. It waits
     # for two sums per row. To fill that time, 8 to 16 warps share a multiprocessor, or there are two stages.
-    lean = [tile for tile in _candidates(C, 56) if tile[0] * tile[2] == 256 * tile[1] and tile[0] <= 2]
-    resident = tuple(
-        (*t, p, s) for t, p, s in product(lean, (1, 2, 3, 4, 6, 8), (1, 2)) if 8 <= t[1] * p <= 16
+    shapes = [tile for tile in _candidates(C, 56) if tile[0] * tile[2] == 256 * tile[1] and tile[0] <= 2]
+    tiles = tuple(
+        (*t, p, s) for t, p, s in product(shapes, (1, 2, 3, 4, 6, 8), (1, 2)) if 8 <= t[1] * p <= 16
     )
-    yield Slot("backward (rows, warps, columns, programs, stages)", table, key, resident, 1)
+    yield Slot("backward (rows, warps, columns, programs, stages)", table, key, tiles, 1)
 
 
-def _candidates(C: int, most: int) -> Iterator[tuple[int, int, int]]:
-    """(rows, warps, columns) with 8 to `most` values per thread and at most a quarter of them unused."""
+def _candidates(C: int, max_values: int) -> Iterator[tuple[int, int, int]]:
+    """(rows, warps, columns) with 8 to `max_values` values per thread, at most a quarter of them unused."""
     for rows, warps, columns in product((1, 2, 4), (1, 2, 4, 8), (256, 512, 1024, 2048)):
         tiles = -(-C // columns)
         values = rows * columns * tiles // (32 * warps)
-        if warps <= rows * columns // 256 and 8 <= values <= most and tiles * columns <= max(256, 1.34 * C):
+        if (
+            warps <= rows * columns // 256
+            and 8 <= values <= max_values
+            and tiles * columns <= max(256, 1.34 * C)
+        ):
             yield rows, warps, columns
 
 

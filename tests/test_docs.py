@@ -145,7 +145,7 @@ def test_the_python_of_the_readme_runs(device):
 
     ids = torch.zeros(B, T, dtype=torch.int64, device=device)
     names = {
-        "C": C, "x": tensor(N, C), "update": tensor(N, C), "branch": tensor(N, C), "residual": tensor(N, C),
+        "C": C, "x": tensor(N, C), "branch": tensor(N, C), "residual": tensor(N, C),
         "carrier": tensor(N, C),
         "weight": tensor(C), "bias": tensor(C), "qkv": tensor(B, T, 3, H, D), "logits": tensor(N, V),
         "target": ids.flatten()[:N], "lm_head": torch.nn.Linear(C, V).to(device), "q": tensor(B, H, D),
@@ -157,7 +157,7 @@ def test_the_python_of_the_readme_runs(device):
             results = dict(names)
             exec(program.replace('"cuda"', repr(device)), results)
             if "normed" in results:  # the last of the norms that the page shows
-                summed = names["update"] + names["residual"]
+                summed = names["branch"] + names["residual"]
                 expected = torch.nn.functional.layer_norm(summed, (C,), names["weight"])
                 torch.testing.assert_close(results["summed"], summed)
                 torch.testing.assert_close(results["normed"], expected, rtol=1e-4, atol=1e-5)

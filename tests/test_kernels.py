@@ -1,7 +1,6 @@
 """Every operation and every sample against fp64, strided, compiled; on a GPU the same bits every time.
 
-bfloat16 has a right path in Triton's interpreter (`kernels.op.round_to` and `dot`), so it is tested there
-too.
+bfloat16 works in Triton's interpreter through `kernels.op.round_to` and `dot`, so it is tested there too.
 """
 
 import pytest
@@ -114,7 +113,7 @@ def test_backward_scales_with_the_upstream_gradient_and_runs_again(op, device, p
 
 @every_trained_op
 def test_each_gradient_alone_has_the_same_bits(op, device, poisoned):
-    """unsloth: a gradient was silently None when nobody needed another one."""
+    """unsloth: a gradient was silently None when no other gradient was asked for."""
     call = make(op, torch.float32, device, op.samples[0])
     gradients = upstream(op, call)
     full = run(op.implementations["triton"], call, gradients)

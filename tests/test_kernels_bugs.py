@@ -20,7 +20,7 @@ from tests.kernel_cases import BY_NAME, distance, floating, judge, leaves, make,
 # and write.
 
 
-def _far_apart(x, dim=0):
+def _beyond_int32(x, dim=0):
     """The same values, so far from each other along `dim` that the last ones lie beyond 2^31 elements."""
     strides = list(x.contiguous().stride())
     # Attention makes a copy from a stride of 2^24 on, and its last tile must begin beyond 2^31, too.
@@ -44,9 +44,9 @@ def test_offsets_beyond_int32(name, sample, dim, device):
     op = BY_NAME[name]
     call = make(op, torch.bfloat16, device, sample)
     gradients = upstream(op, call)
-    far = {k: _far_apart(v, dim) if floating(v) and v.dim() > 1 else v for k, v in call.items()}
-    apart = [_far_apart(g.bfloat16(), dim) if g.dim() > 1 else g for g in gradients]
-    judge(op, run(op.implementations["triton"], far, apart), call, gradients)
+    strided_call = {k: _beyond_int32(v, dim) if floating(v) and v.dim() > 1 else v for k, v in call.items()}
+    strided_gradients = [_beyond_int32(g.bfloat16(), dim) if g.dim() > 1 else g for g in gradients]
+    judge(op, run(op.implementations["triton"], strided_call, strided_gradients), call, gradients)
 
 
 # ---- the embedding
@@ -108,7 +108,7 @@ def test_gradient_written_over_logits(V, device):
     expected = torch.softmax(logits.double(), 1) - F.one_hot(target.clamp(0), V)
     expected[4] = 0
     logits[4] = torch.nan  # whatever an ignored row holds, its gradient is 0
-    logits = _far_apart(logits) if V == 65 else logits
+    logits = _beyond_int32(logits) if V == 65 else logits
     losses = loss_and_gradient_(logits, target, -1, gradient=logits)
     assert distance(losses, exact) < 1e-5
     assert distance(logits, expected) < 1e-3
@@ -174,7 +174,7 @@ def test_a_frozen_argument_costs_no_product(reduction, products, device):
 
 
 def test_weight_gradient_is_accumulated_in_fp32(device, poisoned):
-    """llm.c 476: in bf16 a sum over many chunks stops growing. A fp32 weight gets it unrounded."""
+    """llm.c 476: in bf16 a sum over many chunks stops growing. An fp32 weight gets the fp32 sum."""
     torch.manual_seed(0)
     N, C, V = 64, 4, 8
     x = torch.randn(N, C, device=device).abs().bfloat16()
@@ -227,7 +227,7 @@ def test_what_lies_beyond_a_length_is_never_read(device, poisoned):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_scores_far_from_zero(order, device, poisoned):
-    """Maxima are subtracted within a tile, between tiles and between parts, whichever comes first."""
+    """Scores from -300 to 300, rising or falling: each tile and each split has another maximum."""
     op = BY_NAME["decode_attention"]
     call = make(op, torch.float32, device, {"B": 1, "H": 1, "T": 130, "D": 16})
     scores = torch.linspace(-300, 300, 130, device=device) * order

@@ -68,9 +68,7 @@ def reference_losses(logits, targets):
     return losses * (targets != -1)
 
 
-OPTIONS = [
-    {"bias": True}, {"activation": "gelu_tanh"}, {"bias": False, "qk_norm": True},
-]  # fmt: skip
+OPTIONS = [{"bias": True}, {"activation": "gelu_tanh"}, {"bias": False, "qk_norm": True}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -113,7 +113,7 @@ def test_a_mixed_stream_has_the_bits_of_fp32_forward_and_saves_no_fp32_activatio
 
 
 def test_weights_of_bfloat16_have_a_stream_of_bfloat16(device):
-    """As shards have them."""
+    """As under FSDP."""
     losses = []
     for model in (build(NORMS, device, **MIXED), build(NORMS, device, **MIXED).bfloat16()):
         with torch.autocast(device, torch.bfloat16):
