@@ -14,7 +14,6 @@ launch. The rules:
 - Every half-precision product uses the architecture's best tensor-core instruction throughout, and does not
   wait after each of them.
 - There are loads of 16 bytes.
-- An element takes no more instructions than `Op.instructions` allows.
 
 The counts are of the SASS from ptxas. LDL and STL are spills; HMMA, HGMMA (wgmma) and UTCHMMA (tcgen05) are
 tensor-core instructions.
@@ -76,7 +75,6 @@ GPUS = {
 class Build:
     architecture: int
     launch: Launch
-    most_instructions: float | None = None  # allowed for an element, from `Op.instructions`
 
     @property
     def source(self) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
@@ -146,7 +144,7 @@ def builds() -> list[Build]:
                 with record(assume=architecture) as launches:
                     op.run_all(**op.make(**{"dtype": torch.bfloat16, "device": "meta"} | sample))
                 for launch in launches:
-                    build = Build(architecture, launch, op.instructions.get(launch.kernel.__name__))
+                    build = Build(architecture, launch)
                     distinct[build.key] = build
     return list(distinct.values())
 
@@ -269,22 +267,6 @@ def _expected(build: Build, ttir: str) -> int:
     return total
 
 
-def instructions_an_element(build: Build, figures: Figures) -> float:
-    """Instructions of the loop, or of the whole kernel if it has no loop, for one element."""
-    elements = build.launch.arguments["BLOCK"] / (32 * build.launch.num_warps)
-    return (figures.loop_instructions or figures.instructions) / elements
-
-
-def _too_many_instructions(build: Build, figures: Figures) -> str | None:
-    """The broken rule where arithmetic limits a kernel that memory should limit: sm_90, half precision."""
-    dtype = next((a.dtype for a in build.launch.arguments.values() if isinstance(a, Tensor)), None)
-    if build.most_instructions is None or build.architecture != 90 or dtype == torch.float32:
-        return None
-    count = instructions_an_element(build, figures)
-    sentence = f"{count:.1f} instructions an element, of {build.most_instructions} at most"
-    return sentence if count > build.most_instructions else None
-
-
 def faults(build: Build, figures: Figures) -> list[str]:
     """The rules that a kernel breaks."""
     gpu, architecture = GPUS[build.architecture], build.architecture
@@ -304,8 +286,7 @@ def faults(build: Build, figures: Figures) -> list[str]:
         "no load of 16 bytes": figures.wide_loads == 0,
         "not one block fits": figures.blocks == 0,
     }
-    too_many = _too_many_instructions(build, figures)
-    return [rule for rule, broken in rules.items() if broken] + ([too_many] if too_many else [])
+    return [rule for rule, broken in rules.items() if broken]
 
 
 def _attempt(position: int) -> Figures | str:
@@ -350,8 +331,6 @@ def main() -> None:
                     f"{figures.tensor_memory} columns of tensor memory, "
                     f"{figures.blocks} blocks = {figures.occupancy:.0%}"
                 )
-                if build.most_instructions is not None:
-                    line += f", {instructions_an_element(build, figures):.1f} instructions an element"
             broken += bool(broken_rules)
             print(build, line, *(f"    FAULT: {fault}" for fault in broken_rules), sep="\n", flush=True)
     print(f"{len(_BUILDS)} kernels, {broken} with faults, {time.perf_counter() - start:.0f} s")

@@ -51,7 +51,7 @@ KERNELS = (
     (r"_attention_d\w+_kernel|sdpa.*bprop|flash_bwd|fmha_cutlassB", "attention, backward"),
     (r"compute_dot_do_o|convert_dq_to|^triton_\w+_fused_(cat|clone_stack)_", "attention, backward"),
     (r"_norm_forward_kernel", "norms, forward"),
-    (r"_norm_(backward|sum)_kernel|embedding_dense_backward\w*native_layer_norm", "norms, backward"),
+    (r"_norm_backward_kernel|embedding_dense_backward\w*native_layer_norm", "norms, backward"),
     # This is a forward pass. Its name includes what it saves for the backward pass.
     (r"native_layer_norm_native_layer_norm_backward", "norms, forward"),
     (r"native_layer_norm_backward", "norms, backward"),

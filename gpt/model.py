@@ -70,7 +70,7 @@ class Stream(NamedTuple):
 
 
 class AddNorm(nn.Module):
-    """Adds an update to the residual stream and applies LayerNorm to the sum. The bias is optional."""
+    """Adds the output of a branch to the residual stream, and normalises the sum. The bias is optional."""
 
     def __init__(self, config: GPTConfig, ops: kernels.Kernels):
         super().__init__()
@@ -78,14 +78,14 @@ class AddNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
         self.ops = ops
 
-    def forward(self, residual: Residual, update: Tensor | None) -> tuple[Tensor, Residual]:
-        """(B, T, C) each -> (norm(residual + update), residual + update). None as update adds nothing."""
+    def forward(self, residual: Residual, branch: Tensor | None) -> tuple[Tensor, Residual]:
+        """(B, T, C) each -> (norm(residual + branch), residual + branch). None as branch adds nothing."""
         if isinstance(residual, Stream):
-            normed, *stream = self.ops.add_layer_norm_mixed(update, *residual, self.weight)
+            normed, *stream = self.ops.add_layer_norm_mixed(branch, *residual, self.weight)
             return normed, Stream(*stream)
-        if update is None:
+        if branch is None:
             return self.ops.layer_norm(residual, self.weight.shape, self.weight, self.bias), residual
-        return self.ops.add_layer_norm(update, residual, self.weight, self.bias)
+        return self.ops.add_layer_norm(branch, residual, self.weight, self.bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -138,7 +138,7 @@ class Block(nn.Module):
 
     One kernel computes an addition and the norm that follows it, in one pass over memory instead of two. The
     last addition of a block is done by the first norm of the next block. So x comes as two tensors that are
-    still to be added, x = residual + update, and y is returned in the same way.
+    still to be added, x = residual + branch, and y is returned in the same way.
     """
 
     def __init__(self, config: GPTConfig, ops: kernels.Kernels):
@@ -149,10 +149,10 @@ class Block(nn.Module):
         self.mlp = MLP(config, ops)
 
     def forward(
-        self, residual: Residual, update: Tensor | None, attend: Attend | None = None
+        self, residual: Residual, branch: Tensor | None, attend: Attend | None = None
     ) -> tuple[Residual, Tensor]:
-        """(residual, update) of x, (B, T, C) each -> (residual, update) of y."""
-        normed, x = self.ln_1(residual, update)
+        """(residual, branch) of x, (B, T, C) each -> (residual, branch) of y."""
+        normed, x = self.ln_1(residual, branch)
         normed, h = self.ln_2(x, self.attn(normed, attend))
         return h, self.mlp(normed)
 
@@ -181,15 +181,15 @@ class Transformer(nn.Module):
     ) -> Tensor:
         # For positions 0, 1, 2, ... a slice of wpe is enough. Its gradient is a sum, not a scatter.
         positions = self.wpe.weight[: idx.size(1)] if position is None else self.wpe(position)
-        x = self.drop(self.ops.embedding(idx, self.wte.weight) + positions)
-        residual, update = self._to_residual_dtype(x), None
+        x = self.drop(kernels.embedding(idx, self.wte.weight) + positions)
+        residual, branch = self._to_residual_dtype(x), None
         for i, block in enumerate(self.h):
-            arguments = residual, update, None if attend is None else attend[i]
+            arguments = residual, branch, None if attend is None else attend[i]
             if self.activation_checkpointing and torch.is_grad_enabled():
-                residual, update = checkpoint(block, *arguments, use_reentrant=False)
+                residual, branch = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                residual, update = block(*arguments)
-        x, _ = self.ln_f(residual, update)
+                residual, branch = block(*arguments)
+        x, _ = self.ln_f(residual, branch)
         return x
 
     def _to_residual_dtype(self, x: Tensor) -> Residual:
@@ -236,10 +236,12 @@ class GPT(nn.Module):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("vocab_size is not set: give the vocabulary size, such as 50304")
-        if config.n_embd % config.n_head:
+        if config.n_head < 1 or config.n_embd % config.n_head:
             raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
         if config.activation not in ACTIVATIONS:
             raise ValueError(f"activation={config.activation!r} must be {' or '.join(ACTIVATIONS)}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} must be {', '.join(DTYPES)}")
         # This fails here, not in the first step, if attention does not support the head size.
         head_size = config.n_embd // config.n_head
         self.ops = kernels.load(config.kernels, for_device, head_size, DTYPES[dtype])
@@ -348,21 +350,6 @@ class GPT(nn.Module):
                 )
         self.load_state_dict(weights)
 
-    def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
-    ) -> torch.optim.AdamW:
-        """AdamW in nanoGPT's two groups."""
-        # Matrices and embeddings are decayed. Norms and biases are not: decay would only pull the gain of a
-        # norm away from 1.
-        params = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        # One kernel for all tensors, instead of several launches for each.
-        fused = device_type in ("cuda", "cpu")
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
-
     def flops_per_token(self) -> int:
         """FLOPs of forward and backward for one token, as nanoGPT and PaLM count them.
 
@@ -393,8 +380,9 @@ class GPT(nn.Module):
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
-        generator: torch.Generator | None = None,
+        *,
         top_p: float | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Appends `max_new_tokens` sampled ids to idx (B, T) -> (B, T + max_new_tokens).
 

@@ -3,17 +3,18 @@
 """The operations of a GPT, and the choice between their implementations.
 
 `kernels.<name>` is the Triton operation, even if a file has the same name: `kernels.gelu` is the function,
-and `from kernels.gelu import TILES` imports from the file.
+and `from kernels.gelu import TILES` imports from the file. `kernels.embedding` is PyTorch's, with a gradient
+that has the same bits every run.
 
 A model calls `load(spec)` once and uses the operations that it returns:
 
-    "auto"                       Triton on an NVIDIA GPU of sm_80 or newer, otherwise PyTorch. Attention is
-                                 PyTorch's where `attention.used_by_auto` says no: where
-                                 Triton's cannot run or is slower
+    "auto"                       Triton on an NVIDIA GPU of sm_80 or newer, otherwise PyTorch. It uses
+                                 PyTorch's attention where ours cannot run or is slower (see
+                                 `attention.used_by_auto`). With TRITON_INTERPRET=1 it uses PyTorch
     "triton"                     the kernels of this folder
     "torch"                      PyTorch's operations
     "triton,attention=torch"     a default, then exceptions by family: layer_norm, attention,
-                                 activation, cross_entropy, embedding
+                                 activation, cross_entropy
     "triton,attention=flash_attn"    attention of the flash-attn package
 
 `load` never replaces an explicit choice. It raises ValueError if the chosen implementation cannot run.
@@ -36,7 +37,7 @@ import torch
 from kernels.attention import CAUSAL_ATTENTION, MAX_D, MIN_D, causal_attention, used_by_auto
 from kernels.cross_entropy import CROSS_ENTROPY, cross_entropy
 from kernels.decode import DECODE_ATTENTION, decode_attention
-from kernels.embedding import EMBEDDING, embedding
+from kernels.embedding import embedding
 from kernels.gelu import GELU, gelu
 from kernels.layer_norm import (
     ADD_LAYER_NORM,
@@ -47,7 +48,7 @@ from kernels.layer_norm import (
     layer_norm,
 )
 from kernels.linear_cross_entropy import LINEAR_CROSS_ENTROPY, linear_cross_entropy
-from kernels.op import Op, architecture_of, unavailable
+from kernels.op import INTERPRETED, Op, architecture_of, unavailable
 
 # To add an operation: write its file, import it above and list it here.
 OPS: tuple[Op, ...] = (
@@ -57,7 +58,6 @@ OPS: tuple[Op, ...] = (
     CAUSAL_ATTENTION,
     CROSS_ENTROPY,
     LINEAR_CROSS_ENTROPY,
-    EMBEDDING,
     DECODE_ATTENTION,
     GELU,
 )
@@ -85,7 +85,8 @@ def load(
     """
     default, *exceptions = spec.split(",")
     obstacle = unavailable(torch.device(device))
-    on_gpu = torch.device(device).type == "cuda" and obstacle is None
+    # The interpreter is far too slow for training, so only an explicit "triton" uses it.
+    on_gpu = torch.device(device).type == "cuda" and obstacle is None and not INTERPRETED
     if default == "auto":
         choice = dict.fromkeys(FAMILIES, "triton" if on_gpu else "torch")
         if on_gpu and not used_by_auto(architecture_of(torch.device(device)), head_size, dtype):
@@ -108,10 +109,23 @@ def load(
                 f"kernels={spec!r}: attention takes head sizes n_embd / n_head from {MIN_D} to {MAX_D}, not "
                 f"{head_size}; choose another n_head, or --kernels={_canonical(choice | {family: 'torch'})}"
             )
-        if implementation == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
-            raise ValueError(f"kernels={spec!r}: the package is not installed (pip install flash-attn)")
+        if implementation == "flash_attn" and (reason := _no_flash_attn(device, head_size, dtype)):
+            raise ValueError(f"kernels={spec!r}: flash-attn {reason}")
         operations |= FAMILIES[family][implementation]
     return Kernels(spec=_canonical(choice), **operations)
+
+
+def _no_flash_attn(device: str, head_size: int, dtype: torch.dtype) -> str | None:
+    """The reason why the flash-attn package cannot run, or None."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "is not installed (pip install flash-attn)"
+    if torch.device(device).type != "cuda":
+        return f"needs a GPU, and the device is {device}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"computes in float16 or bfloat16, not in {str(dtype).removeprefix('torch.')}"
+    if head_size > 256:
+        return f"takes head sizes n_embd / n_head up to 256, not {head_size}"
+    return None
 
 
 def _canonical(choice: dict[str, str]) -> str:

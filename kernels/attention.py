@@ -42,6 +42,7 @@ from kernels.op import (
     check_tensors,
     dot,
     jit,
+    key_for,
     launch,
     operator,
     round_to,
@@ -515,16 +516,11 @@ def _choose_tiles(qkv: Tensor, seed: Tensor | None) -> tuple[Tile, Tile, Tile]:
         return FP32_TILES
     T, D = qkv.shape[1], qkv.shape[-1]
     tiles = TILES[arch] if seed is None or arch == INTERPRETER else DROPOUT_TILES
-    forward, dq, dkdv = tiles[head_width(D)]
+    forward, dq, dkdv = tiles[key_for(tiles, D)]
     masked = T % dkdv.n > 0 or D & (D - 1) > 0
     if seed is None and D <= 64 and masked:
         dkdv = MASKED_TILES.get(arch, dkdv)
     return forward, dq, dkdv
-
-
-def head_width(D: int) -> int:
-    """D rounded up to 64 or 128: its key in a table of tiles."""
-    return 64 if D <= 64 else 128
 
 
 def head_constants(D: int) -> dict[str, int]:
@@ -642,12 +638,6 @@ def _cost(qkv: Tensor, **_: Any) -> Cost:
     return Cost(4 * out, 8 * out, 2 * product, 5 * product)
 
 
-def _run_all(qkv, dropout_p=0.0):
-    seed = torch.empty(1, dtype=torch.int64, device=qkv.device) if dropout_p else None
-    out, lse = _launch_forward(qkv, seed, dropout_p)
-    _launch_backward(out, qkv, out, lse, seed, dropout_p)
-
-
 def _slots(qkv: Tensor, dropout_p: float = 0.0) -> Iterator[Slot]:
     """The entries of the tile tables that this call uses, with the tiles that bench.sweep tries.
 
@@ -655,7 +645,8 @@ def _slots(qkv: Tensor, dropout_p: float = 0.0) -> Iterator[Slot]:
     """
     if qkv.dtype == torch.float32 or dropout_p:
         return
-    arch, width = architecture(qkv), head_width(qkv.shape[-1])
+    arch = architecture(qkv)
+    width = key_for(TILES[arch], qkv.shape[-1])
     entries, used = TILES[arch][width], _choose_tiles(qkv, None)
     by_descriptor = descriptor(qkv, None) is not None
     if by_descriptor:  # q, k and v have one block size
@@ -679,10 +670,8 @@ CAUSAL_ATTENTION = Op(
         "torch": causal_attention_reference,
         "flash_attn": causal_attention_flash,
     },
-    reference=causal_attention_reference,
     make=_inputs,
     cost=_cost,
-    run_all=_run_all,
     samples=(
         {"B": 1, "T": 33, "H": 1, "D": 24},
         {"B": 1, "T": 1, "H": 1, "D": 16},

@@ -11,8 +11,9 @@ Backward, from the upstream gradient dloss:
 
     dlogits_i = dloss_i * (softmax(logits_i) - one_hot(target_i))
 
-`cross_entropy` saves lse in forward and reads the logits again in backward. `loss_and_gradient_` is for
-linear_cross_entropy.py: it computes the loss and writes the gradient over the logits, in one kernel.
+One kernel does both. It reads a row for lse and the loss, and then again, from the L2 cache, for the
+gradient. linear_cross_entropy.py lets it write the gradient over the logits. The backward pass of
+`cross_entropy` runs it a second time and computes lse again.
 
 Source: Milakov and Gimelshein, 2018, https://arxiv.org/abs/1805.02867 (online softmax)
 """
@@ -35,6 +36,7 @@ from kernels.op import (
     Slot,
     check_tensors,
     jit,
+    key_for,
     launch,
     multiprocessors,
     operator,
@@ -61,15 +63,8 @@ def cross_entropy(
     if input.dim() != 2 or input.shape[1] == 0:
         raise ValueError(f"cross_entropy: input {tuple(input.shape)} must be (N, V) with V at least 1")
     check_targets("cross_entropy", input, target, reduction)
-    losses, _ = _forward_op(input, target, ignore_index)
+    losses = _forward_op(input, target, ignore_index)
     return losses if reduction == "none" else reduce(losses.sum(), target, ignore_index, reduction)
-
-
-def cross_entropy_reference(
-    input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
-) -> Tensor:
-    """PyTorch's `F.cross_entropy`."""
-    return F.cross_entropy(input, target, ignore_index=ignore_index, reduction=reduction)
 
 
 def reduce(total: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
@@ -232,13 +227,14 @@ def _gradient(
 def _loss_kernel(
     X,  # (rows, V) in
     TARGET,  # (rows,) in, int64
-    LOSS,  # (rows,) out, fp32
-    LSE,  # (rows,) out, fp32; 0 for an ignored row
-    DX,  # X, out: its gradient for dloss = 1; or None
+    DLOSS,  # (rows,) in, or None if all are 1
+    LOSS,  # (rows,) out, fp32; 0 for an ignored row
+    DX,  # (rows, V) out, with the strides of X; may be X; or None
     rows,
     V,
     x_stride,
     target_stride,
+    dloss_stride,
     ignore_index,
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -258,51 +254,17 @@ def _loss_kernel(
         lse2 = tl.where(ignored, 0.0, float("nan"))
         if valid:
             lse2 = _lse2(x, lead, end, BLOCK, ALIGN, FRINGE)
-        lse = lse2 * LN2
-        tl.store(LOSS + row, tl.where(ignored, 0.0, lse - x_target))
-        tl.store(LSE + row, lse)
+        tl.store(LOSS + row, tl.where(ignored, 0.0, lse2 * LN2 - x_target))
         if DX is not None:
+            g = 1.0
+            is_zero = ignored
+            if DLOSS is not None:
+                g = tl.load(DLOSS + row * dloss_stride).to(tl.float32)
+                is_zero = ignored | (g == 0)
             _gradient(
-                x, DX + aligned, lead, end, lead + target, valid, x_target, lse2, ignored, 1.0,
+                x, DX + aligned, lead, end, lead + target, valid, x_target, lse2, is_zero, g,
                 BLOCK, ALIGN, FRINGE,
             )  # fmt: skip
-
-
-@jit
-def _gradient_kernel(
-    X,  # (rows, V) in
-    TARGET,  # (rows,) in, int64
-    LSE,  # (rows,) in, fp32
-    DLOSS,  # (rows,) in
-    DX,  # (rows, V) out; may be X
-    rows,
-    V,
-    x_stride,
-    dx_stride,
-    target_stride,
-    dloss_stride,
-    ignore_index,
-    BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
-    FRINGE: tl.constexpr,
-    SAME_STRIDE: tl.constexpr,
-    LAST_FIRST: tl.constexpr,
-):
-    for i in range(tl.program_id(0), rows, tl.num_programs(0)):
-        row = tl.zeros((), tl.int64) + (rows - 1 - i if LAST_FIRST else i)
-        aligned = row * x_stride // ALIGN * ALIGN
-        lead = (row * x_stride - aligned).to(tl.int32)
-        x, end = X + aligned, lead + V
-        dx = DX + (aligned if SAME_STRIDE else row * dx_stride - lead)
-        target = tl.load(TARGET + row * target_stride)
-        valid = (target >= 0) & (target < V)
-        x_target = tl.load(x + lead + target, mask=valid, other=0).to(tl.float32)
-        g = tl.load(DLOSS + row * dloss_stride).to(tl.float32)
-        lse2 = tl.load(LSE + row) * LOG2E
-        _gradient(
-            x, dx, lead, end, lead + target, valid, x_target, lse2, (target == ignore_index) | (g == 0), g,
-            BLOCK, ALIGN, FRINGE,
-        )  # fmt: skip
 
 
 # Widest row -> (BLOCK, warps, programs per multiprocessor). Each program works on one row, and the rows of
@@ -317,89 +279,61 @@ TILES = {
 }
 
 
-def _width(V: int) -> int:
-    """The key of V columns in a table of tiles."""
-    return next(widest for widest in _UNTUNED if widest >= V)
-
-
-def _plan(logits: Tensor, *outputs: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """(grid, constants) of both kernels."""
-    N, V = logits.shape
-    block, warps, programs = tiles_for(logits, TILES)[_width(V)]
-    align = 16 // logits.element_size()
-    fringe = any(n % align for n in (V, *(t.stride(0) for t in (logits, *outputs))))
-    constants = {"BLOCK": block, "ALIGN": align, "FRINGE": fringe, "num_warps": warps}
-    return (min(N, programs * multiprocessors(logits)),), constants
-
-
 def loss_and_gradient_(
-    logits: Tensor, target: Tensor, ignore_index: int, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """(N, V) logits -> losses, lse: both (N,) fp32, and 0 for an ignored target.
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    gradient: Tensor | None,
+    dlosses: Tensor | None = None,
+) -> Tensor:
+    """(N, V) logits -> losses (N,), fp32, and 0 for an ignored target.
 
-    With `gradient`, overwrites the logits with the gradient of the sum of the losses.
+    Into `gradient` it writes the gradient of (losses * dlosses).sum() or, without dlosses (N,), of
+    losses.sum(). `gradient` has the strides of logits. If it is logits, they are overwritten.
     """
-    losses, lse = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
-    _check_range(target, logits.shape[1], ignore_index)
-    grid, constants = _plan(logits)
-    if logits.shape[0]:
+    N, V = logits.shape
+    losses = logits.new_empty(N, dtype=torch.float32)
+    tiles = tiles_for(logits, TILES)
+    block, warps, programs = tiles[key_for(tiles, V)]
+    align = 16 // logits.element_size()
+    if N:
         launch(
-            _loss_kernel, grid,
-            logits, target, losses, lse, logits if gradient else None,
-            *logits.shape, logits.stride(0), target.stride(0), ignore_index, **constants,
+            _loss_kernel, (min(N, programs * multiprocessors(logits)),),
+            logits, target, dlosses, losses, gradient, N, V, logits.stride(0), target.stride(0),
+            0 if dlosses is None else dlosses.stride(0), ignore_index, BLOCK=block, ALIGN=align,
+            FRINGE=V % align > 0 or logits.stride(0) % align > 0, num_warps=warps,
         )  # fmt: skip
-    return losses, lse
+    return losses
 
 
-def write_gradient(
-    dlosses: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int, out: Tensor
-) -> None:
-    """Writes the gradient of the logits into `out` (N, V), which may be the logits, for `dlosses` (N,)."""
-    grid, constants = _plan(logits, out)
-    if logits.shape[0]:
-        launch(
-            _gradient_kernel, grid,
-            logits, target, lse, dlosses, out,
-            *logits.shape, logits.stride(0), out.stride(0), target.stride(0), dlosses.stride(0),
-            ignore_index, SAME_STRIDE=logits.stride(0) == out.stride(0),
-            # Start with the rows that are still in the L2 cache. If out is logits, a product has just written
-            # the logits, the last row last. Otherwise the loss kernel has just read them, the first row last.
-            LAST_FIRST=out is logits, **constants,
-        )  # fmt: skip
-
-
-def _check_range(target: Tensor, V: int, ignore_index: int) -> None:
+def check_range(name: str, target: Tensor, V: int, ignore_index: int) -> None:
     """Raises ValueError for a target out of range on a CPU. On a GPU the check would synchronise."""
     if target.device.type == "cpu":
         invalid = target[(target != ignore_index) & ((target < 0) | (target >= V))]
         if invalid.numel():
             raise ValueError(
-                f"cross_entropy: target {int(invalid[0])} is neither a class from 0 to {V - 1} "
+                f"{name}: target {int(invalid[0])} is neither a class from 0 to {V - 1} "
                 f"nor ignore_index {ignore_index}"
             )
 
 
-def _rows(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 else logits.contiguous()
+def _launch_forward(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    check_range("cross_entropy", target, logits.shape[1], ignore_index)
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    return loss_and_gradient_(logits, target, ignore_index, gradient=None)
 
 
-def _launch_forward(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    return loss_and_gradient_(_rows(logits), target, ignore_index, gradient=False)
-
-
-def _launch_backward(
-    dlosses: Tensor, logits: Tensor, target: Tensor, lse: Tensor, ignore_index: int
-) -> Tensor:
+def _launch_backward(dlosses: Tensor, logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     dlogits = logits.new_empty(logits.shape)
-    write_gradient(dlosses, _rows(logits), target, lse, ignore_index, out=dlogits)
+    loss_and_gradient_(logits.contiguous(), target, ignore_index, dlogits, dlosses)
     return dlogits
 
 
 def _fake_forward(logits, target, ignore_index):
-    return tuple(logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-def _fake_backward(dlosses, logits, target, lse, ignore_index):
+def _fake_backward(dlosses, logits, target, ignore_index):
     return logits.new_empty(logits.shape)
 
 
@@ -407,13 +341,12 @@ _forward_op = operator("cross_entropy", _launch_forward, _fake_forward)
 _backward_op = operator("cross_entropy_backward", _launch_backward, _fake_backward)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logits, target, ctx.ignore_index = inputs
-    ctx.save_for_backward(logits, target, output[1])
-    ctx.set_materialize_grads(False)  # lse gets no gradient: do not make zeros for it
+    ctx.save_for_backward(logits, target)
 
 
-def _backward(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:
     return _backward_op(dlosses, *ctx.saved_tensors, ctx.ignore_index), None, None
 
 
@@ -440,11 +373,6 @@ def _cost(input: Tensor, **_: Any) -> Cost:
     return Cost(tensor, 2 * tensor, 4 * input.numel(), 4 * input.numel())
 
 
-def _run_all(input, target, ignore_index=-100, **_):
-    losses, lse = _launch_forward(input, target, ignore_index)
-    _launch_backward(losses, input, target, lse, ignore_index)
-
-
 def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
     if input.shape[1] <= 2048:
         return
@@ -454,17 +382,16 @@ def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
         for block, warps, programs in sizes
         if 8 <= block // (32 * warps) <= 32 and (programs == A_ROW_EACH or 16 <= warps * programs <= 64)
     )
-    yield Slot("(BLOCK, warps, programs)", tiles_for(input, TILES), _width(input.shape[1]), tiles)
+    table = tiles_for(input, TILES)
+    yield Slot("(BLOCK, warps, programs)", table, key_for(table, input.shape[1]), tiles)
 
 
 CROSS_ENTROPY = Op(
     name="cross_entropy",
     family="cross_entropy",
-    implementations={"triton": cross_entropy, "torch": cross_entropy_reference},
-    reference=cross_entropy_reference,
+    implementations={"triton": cross_entropy, "torch": F.cross_entropy},
     make=_inputs,
     cost=_cost,
-    run_all=_run_all,
     samples=(
         {"N": 7, "V": 65, "reduction": "none", "ignore_index": -1},
         {"N": 1, "V": 1},
@@ -473,8 +400,9 @@ CROSS_ENTROPY = Op(
         {"N": 3, "V": 333, "reduction": "none"},
         {"N": 4, "V": 9001},
         {"N": 3, "V": 8208, "reduction": "sum"},
+        {"N": 0, "V": 65, "reduction": "sum"},
     ),
-    launches=([_loss_kernel], [_gradient_kernel]),
+    launches=([_loss_kernel], [_loss_kernel]),
     large_sample={"N": 2048, "V": 50257},
     benchmark_shapes=tuple({"N": N, "V": V} for N in (8192, 32768) for V in (50304, 50257, 128256)),
     production_shapes=(

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import check_head_size, head_constants, head_width
+from kernels.attention import check_head_size, head_constants
 from kernels.op import (
     INTERPRETER,
     LOG2E,
@@ -35,6 +35,7 @@ from kernels.op import (
     autocast_dtype,
     check_tensors,
     jit,
+    key_for,
     launch,
     multiprocessors,
     operator,
@@ -242,7 +243,8 @@ def _launch_forward(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor
     out = _fake_forward(q, k_cache, v_cache, lengths)
     q, k, v = _dense(q), _dense(k_cache), _dense(v_cache)
     B, H, T, D = k.shape
-    tile = tiles_for(q, TILES)[head_width(D)]
+    tiles = tiles_for(q, TILES)
+    tile = tiles[key_for(tiles, D)]
     # Enough splits to fill the GPU, but each with at least one tile of keys.
     splits = -(-tile.programs * multiprocessors(q) // (B * H)) if B * H else 1
     splits = min(splits, -(-T // tile.n), MAX_SPLITS)
@@ -287,19 +289,16 @@ def _cost(q: Tensor, k_cache: Tensor, v_cache: Tensor, **_: Any) -> Cost:
     return Cost(2 * q.nbytes + k_cache.nbytes + v_cache.nbytes, 0, 4 * k_cache.numel(), 0)
 
 
-def _run_all(q, k_cache, v_cache, lengths=None):
-    _launch_forward(q, k_cache, v_cache, lengths)
-
-
 def _slots(q: Tensor, **_: Any) -> Iterator[Slot]:
-    width = head_width(q.shape[-1])
+    table = tiles_for(q, TILES)
+    width = key_for(table, q.shape[-1])
     # A thread has 16 or 32 values of a tile. More would spill, and fewer leave too few loads in flight.
     settings = product((16, 32), (2, 4, 8), (3, 4), (2, 3, 4))
     tiles = tuple(
         Tile(values * 32 * warps // width, warps, stages, programs)
         for values, warps, stages, programs in settings
     )
-    yield Slot("(n, warps, stages, programs)", tiles_for(q, TILES), width, tiles)
+    yield Slot("(n, warps, stages, programs)", table, width, tiles)
 
 
 DECODE_ATTENTION = Op(
@@ -310,10 +309,8 @@ DECODE_ATTENTION = Op(
         "torch": decode_attention_reference,
         "flash_attn": decode_attention_flash,
     },
-    reference=decode_attention_reference,
     make=_inputs,
     cost=_cost,
-    run_all=_run_all,
     samples=(
         {"B": 2, "H": 2, "T": 97, "D": 24},
         {"B": 1, "H": 1, "T": 1, "D": 16},

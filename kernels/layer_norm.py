@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated"
 # (a Triton kernel's arguments have no Python types)
-# ruff: noqa: RUF005, SIM102
-# (Triton has no starred tuples, and a compile-time condition needs a separate `if`)
+# ruff: noqa: RUF005
+# (Triton has no starred tuples)
 """LayerNorm over the last dimension, alone or fused with the residual add before it.
 
 A block of a GPT adds each branch to the residual stream and normalises the sum for the next branch:
@@ -39,8 +39,10 @@ from kernels.op import (
     Op,
     Slot,
     autocast_dtype,
+    autocast_enabled,
     check_tensors,
     jit,
+    key_for,
     launch,
     multiprocessors,
     operator,
@@ -50,7 +52,6 @@ from kernels.op import (
 )
 
 MAX_C = 8192  # the longest row that fits into a program's registers
-SUM_COLUMNS = 32  # per program of `_norm_sum_kernel`: 128 bytes of each partial sum
 
 
 def layer_norm(
@@ -74,17 +75,6 @@ def layer_norm(
     return _forward_op(input, None, weight, bias, eps, autocast_dtype(input), None)[0]
 
 
-def layer_norm_reference(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """PyTorch's `F.layer_norm`."""
-    return F.layer_norm(input, normalized_shape, weight, bias, eps)
-
-
 def add_layer_norm(
     input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
@@ -101,7 +91,7 @@ def add_layer_norm(
         )
     _check("add_layer_norm", input, weight, bias, residual)
     dtype = torch.promote_types(input.dtype, residual.dtype)
-    if torch.is_autocast_enabled(input.device.type):
+    if autocast_enabled(input):
         dtype = autocast_dtype(input)
     return _forward_op(input, residual, weight, bias, eps, dtype, None)[:2]
 
@@ -226,7 +216,6 @@ def _norm_forward_kernel(
     SUMMED,  # (rows, C) out, or None without RESIDUAL
     MEAN,  # (rows,) out, fp32, or None if backward recovers xhat from Y
     RSTD,  # (rows,) out, fp32
-    CARRIER,  # (1,) out: 0, or None
     rows,
     x_stride,
     residual_stride,
@@ -270,14 +259,11 @@ def _norm_forward_kernel(
     if MEAN is not None:
         tl.store(MEAN + row, mean, mask=row < rows)
     tl.store(RSTD + row, rstd, mask=row < rows)
-    if CARRIER is not None:
-        if tl.program_id(0) == 0:
-            tl.store(CARRIER, 0.0)
 
 
 # dweight and dbias are sums over all rows. One program per row would need atomics, whose order changes from
 # run to run. So the grid is persistent: each program walks over many rows and keeps its sums in registers,
-# and at the end `_norm_sum_kernel` adds up the sums of the programs. The bits are the same every run.
+# and at the end torch.sum adds up the sums of the programs. The bits are the same every run.
 @jit
 def _norm_backward_kernel(
     DY,  # (rows, C) in
@@ -359,35 +345,6 @@ def _norm_backward_kernel(
             tl.store(DB + program * C + col, tl.sum(dbs[i], 0), mask=col < C)
 
 
-@jit
-def _norm_sum_kernel(
-    PARTIAL_SUMS,  # (1 or 2, programs, C) in, fp32: of dweight and dbias
-    DW,  # (C,) out, or None
-    DB,  # (C,) out, or None
-    programs,
-    C,
-    COLUMNS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-):
-    """Adds up the partial sums and rounds the result. PyTorch would need four launches."""
-    col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    which = tl.program_id(1)
-    total = tl.zeros((PROGRAMS, COLUMNS), tl.float32)
-    for first in range(0, programs, PROGRAMS):
-        program = first + tl.arange(0, PROGRAMS)
-        offsets = (which * programs + program[:, None]) * C + col[None, :]
-        mask = (program < programs)[:, None] & (col < C)[None, :]
-        total += tl.load(PARTIAL_SUMS + offsets, mask=mask, other=0)
-    gradient = tl.sum(total, 0)
-    # Branches, because the interpreter of Triton 3.9 turns a scalar condition in a mask into an int32.
-    if DW is not None:
-        if which == 0:
-            tl.store(DW + col, round_to(gradient, DW.dtype.element_ty), mask=col < C)
-    if DB is not None:
-        if which == tl.num_programs(1) - 1:
-            tl.store(DB + col, round_to(gradient, DB.dtype.element_ty), mask=col < C)
-
-
 # Widest row -> forward:  (rows per program, warps, columns per tile)
 #               backward: (the same three, programs per multiprocessor, stages)
 #
@@ -420,11 +377,6 @@ def _dense(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
 
-def _width(C: int) -> int:
-    """The key of C columns in a table of tiles."""
-    return next(widest for widest in _UNTUNED if widest >= C)
-
-
 def _launch_forward(
     input: Tensor,
     residual: Tensor | None,
@@ -439,15 +391,16 @@ def _launch_forward(
     summed is empty without a residual, mean with a carrier, and next carrier without a carrier.
     """
     outputs = _fake_forward(input, residual, weight, bias, eps, dtype, carrier)
-    normed, summed, mean, rstd, next_carrier = outputs
+    normed, summed, mean, rstd, _ = outputs
     x, r = _rows(input), None if residual is None else _rows(residual)
     rows, C = x.shape
-    tile, warps, columns = tiles_for(x, TILES)[_width(C)][0]
+    tiles = tiles_for(x, TILES)
+    tile, warps, columns = tiles[key_for(tiles, C)][0]
     if rows:
         launch(
             _norm_forward_kernel, (-(-rows // tile),),
             x, r, _dense(weight), _dense(bias), normed, None if r is None else summed,
-            mean if carrier is None else None, rstd, None if carrier is None else next_carrier,
+            mean if carrier is None else None, rstd,
             rows, x.stride(0), 0 if r is None else r.stride(0), eps,
             C=C, COLUMNS=columns, ROWS=tile, num_warps=warps,
         )  # fmt: skip
@@ -475,23 +428,23 @@ def _launch_backward(
     dy, x = _rows(dnormed), _rows(x)
     ds = None if dsummed is None else _rows(dsummed)
     rows, C = x.shape
-    tile, warps, columns, programs, stages = tiles_for(x, TILES)[_width(C)][1]
+    tiles = tiles_for(x, TILES)
+    tile, warps, columns, programs, stages = tiles[key_for(tiles, C)][1]
     programs = max(1, min(programs * multiprocessors(x), -(-rows // tile)))
-    sums = [out if out.numel() else None for out in (dweight, dbias)]
-    partial_sums = x.new_empty(sum(out is not None for out in sums), programs, C, dtype=torch.float32)
+    dweights, dbiases = (
+        x.new_empty(programs, C, dtype=torch.float32) if out.numel() else None for out in (dweight, dbias)
+    )
     launch(
         _norm_backward_kernel, (programs,),
         dy, ds, x, _dense(weight), mean, rstd, dinput,
-        dresidual if dresidual.numel() else None,
-        None if sums[0] is None else partial_sums[0], None if sums[1] is None else partial_sums[-1],
+        dresidual if dresidual.numel() else None, dweights, dbiases,
         rows, dy.stride(0), 0 if ds is None else ds.stride(0), x.stride(0),
         C=C, COLUMNS=columns, ROWS=tile, STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    if partial_sums.numel():
-        launch(
-            _norm_sum_kernel, (-(-C // SUM_COLUMNS), len(partial_sums)),
-            partial_sums, *sums, programs, C, COLUMNS=SUM_COLUMNS, PROGRAMS=128, num_warps=8,
-        )  # fmt: skip
+    if dweights is not None:
+        dweight = dweights.sum(0).to(dweight.dtype)
+    if dbiases is not None:
+        dbias = dbiases.sum(0).to(dbias.dtype)
     return dinput, dresidual, dweight, dbias
 
 
@@ -503,7 +456,7 @@ def _fake_forward(input, residual, weight, bias, eps, dtype, carrier=None):
     mean = input.new_empty(rows if carrier is None else 0, dtype=torch.float32)
     rstd = input.new_empty(rows, dtype=torch.float32)
     # A carrier is one 0, expanded to the full shape. Only its gradient uses memory.
-    next_carrier = input.new_empty(0) if carrier is None else carrier.new_empty(1).expand(carrier.shape)
+    next_carrier = input.new_empty(0) if carrier is None else carrier.new_zeros(1).expand(carrier.shape)
     return input.new_empty(input.shape, dtype=dtype), summed, mean, rstd, next_carrier
 
 
@@ -629,37 +582,29 @@ def _mixed_cost(residual: Tensor, carrier: Tensor, **_: Any) -> Cost:
     return Cost((2 * half + 8) * n, 4 * half * n, 8 * n, 12 * n)
 
 
-def _mixed_run_all(input, residual, carrier, weight, eps=1e-5):
-    normed, _, _, rstd, _ = _launch_forward(input, residual, weight, None, eps, carrier.dtype, carrier)
-    _launch_backward(normed, normed, normed, weight, None, None, rstd, carrier.dtype, carrier.dtype)
-
-
-def _run_all(input, residual=None, weight=None, bias=None, eps=1e-5, normalized_shape=None):
-    normed, summed, mean, rstd, _ = _launch_forward(input, residual, weight, bias, eps, input.dtype)
-    x, ds = (input, None) if residual is None else (summed, summed)
-    residual_dtype = input.dtype if residual is None else residual.dtype
-    bias_dtype = None if bias is None else bias.dtype
-    _launch_backward(normed, ds, x, weight, bias_dtype, mean, rstd, input.dtype, residual_dtype)
-
-
 def _slots(input: Tensor, **_: Any) -> Iterator[Slot]:
     C, table = input.shape[-1], tiles_for(input, TILES)
-    yield Slot("forward (rows, warps, columns)", table, _width(C), tuple(_candidates(C, 64)), 0)
+    key = key_for(table, C)
+    yield Slot("forward (rows, warps, columns)", table, key, tuple(_candidates(C, 64)), 0)
     # Backward needs six registers for each column of a thread, so a warp has 256 columns of one row. It waits
     # for two sums per row. To fill that time, 8 to 16 warps share a multiprocessor, or there are two stages.
-    lean = [tile for tile in _candidates(C, 56) if tile[0] * tile[2] == 256 * tile[1] and tile[0] <= 2]
-    resident = tuple(
-        (*t, p, s) for t, p, s in product(lean, (1, 2, 3, 4, 6, 8), (1, 2)) if 8 <= t[1] * p <= 16
+    shapes = [tile for tile in _candidates(C, 56) if tile[0] * tile[2] == 256 * tile[1] and tile[0] <= 2]
+    tiles = tuple(
+        (*t, p, s) for t, p, s in product(shapes, (1, 2, 3, 4, 6, 8), (1, 2)) if 8 <= t[1] * p <= 16
     )
-    yield Slot("backward (rows, warps, columns, programs, stages)", table, _width(C), resident, 1)
+    yield Slot("backward (rows, warps, columns, programs, stages)", table, key, tiles, 1)
 
 
-def _candidates(C: int, most: int) -> Iterator[tuple[int, int, int]]:
-    """(rows, warps, columns) with 8 to `most` values per thread and at most a quarter of them unused."""
+def _candidates(C: int, max_values: int) -> Iterator[tuple[int, int, int]]:
+    """(rows, warps, columns) with 8 to `max_values` values per thread, at most a quarter of them unused."""
     for rows, warps, columns in product((1, 2, 4), (1, 2, 4, 8), (256, 512, 1024, 2048)):
         tiles = -(-C // columns)
         values = rows * columns * tiles // (32 * warps)
-        if warps <= rows * columns // 256 and 8 <= values <= most and tiles * columns <= max(256, 1.34 * C):
+        if (
+            warps <= rows * columns // 256
+            and 8 <= values <= max_values
+            and tiles * columns <= max(256, 1.34 * C)
+        ):
             yield rows, warps, columns
 
 
@@ -671,7 +616,7 @@ _SAMPLES = (
     {"shape": (2, 1600)},
     {"shape": (0, 64)},
 )
-_LAUNCHES = [_norm_forward_kernel], [_norm_backward_kernel, _norm_sum_kernel]
+_LAUNCHES = [_norm_forward_kernel], [_norm_backward_kernel]
 _BENCHMARK_SHAPES = tuple(
     {"shape": (rows, C)} for rows in (65536, 16384) for C in (768, 1024, 1280, 1600, 2048, 4096, 8192)
 )
@@ -679,11 +624,9 @@ _BENCHMARK_SHAPES = tuple(
 LAYER_NORM = Op(
     name="layer_norm",
     family="layer_norm",
-    implementations={"triton": layer_norm, "torch": layer_norm_reference},
-    reference=layer_norm_reference,
+    implementations={"triton": layer_norm, "torch": F.layer_norm},
     make=_inputs,
     cost=_cost,
-    run_all=_run_all,
     samples=(*_SAMPLES, {"shape": (5, 33), "weight": False, "bias": False}),
     launches=_LAUNCHES,
     large_sample={"shape": (4099, 1600)},
@@ -696,10 +639,8 @@ ADD_LAYER_NORM = Op(
     name="add_layer_norm",
     family="layer_norm",
     implementations={"triton": add_layer_norm, "torch": add_layer_norm_reference},
-    reference=add_layer_norm_reference,
     make=_add_inputs,
     cost=_cost,
-    run_all=_run_all,
     samples=(*_SAMPLES, {"shape": (5, 111), "mixed": True}),
     launches=_LAUNCHES,
     large_sample={"shape": (4099, 1600)},
@@ -715,10 +656,8 @@ ADD_LAYER_NORM_MIXED = Op(
     name="add_layer_norm_mixed",
     family="layer_norm",
     implementations={"triton": add_layer_norm_mixed, "torch": add_layer_norm_mixed_reference},
-    reference=add_layer_norm_mixed_reference,
     make=_mixed_inputs,
     cost=_mixed_cost,
-    run_all=_mixed_run_all,
     samples=(
         {"shape": (2, 5, 111)},
         {"shape": (1, 3)},

@@ -17,7 +17,6 @@ Arguments as in PyTorch 2.13's `F.linear_cross_entropy`.
 Source: Liger Kernel, https://arxiv.org/abs/2410.10989; Cut Cross-Entropy, https://arxiv.org/abs/2411.09009
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,13 +25,13 @@ from torch import Tensor
 
 from kernels.cross_entropy import (
     CROSS_ENTROPY,
+    check_range,
     check_targets,
     loss_and_gradient_,
     random_target,
     reduce,
-    write_gradient,
 )
-from kernels.op import Cost, Op, autocast_dtype, check_tensors, device_memory, operator
+from kernels.op import Cost, Op, autocast_dtype, autocast_enabled, check_tensors, device_memory, operator
 
 # The logits of a chunk use at most 2 GiB and at most 1/50 of the GPU's memory. In half precision, 65536 rows
 # of 50304 logits are 6.1 GiB, so they become 4 chunks of 16384 rows. Large chunks are faster, because each
@@ -77,15 +76,18 @@ def linear_cross_entropy(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"linear_cross_entropy: chunk_size={chunk_size} must be at least 1 row")
     dtype = autocast_dtype(input)
-    if not torch.is_autocast_enabled(input.device.type) and input.dtype != linear_weight.dtype:
+    if not autocast_enabled(input) and input.dtype != linear_weight.dtype:
         raise ValueError(
             f"linear_cross_entropy: input is {input.dtype} and linear_weight {linear_weight.dtype}; "
             "without autocast they must be the same"
         )
+    if reduction == "none":
+        options = None, ignore_index, chunk_size, dtype, False, False
+        losses, *_ = _rows_op(input, linear_weight, target, *options)
+        return losses
     needs_gradient = [torch.is_grad_enabled() and t.requires_grad for t in (input, linear_weight)]
-    op = _rows_op if reduction == "none" else _sum_op
-    loss, *_ = op(input, linear_weight, target, ignore_index, chunk_size, dtype, *needs_gradient)
-    return loss if reduction == "none" else reduce(loss, target, ignore_index, reduction)
+    total, *_ = _sum_op(input, linear_weight, target, ignore_index, chunk_size, dtype, *needs_gradient)
+    return reduce(total, target, ignore_index, reduction)
 
 
 def linear_cross_entropy_reference(
@@ -111,48 +113,6 @@ def chunk_rows(N: int, V: int, itemsize: int, memory: float | None = None) -> in
     return N if chunks <= 1 else -(-N // chunks // 128) * 128
 
 
-class _Chunks:
-    """The matrix products of one call, chunk by chunk, in `dtype`."""
-
-    def __init__(
-        self,
-        input: Tensor,
-        weight: Tensor,
-        chunk_size: int | None,
-        dtype: torch.dtype,
-        needs_dinput: bool,
-        needs_dweight: bool,
-    ) -> None:
-        # Casting to `dtype` here makes autocast a no-op below.
-        self.input, self.weight = input, weight.to(dtype)
-        N, V = input.shape[0], weight.shape[0]
-        self.rows = min(N, chunk_size or chunk_rows(N, V, dtype.itemsize, device_memory(input)))
-        self.logits = input.new_empty(self.rows, -(-V // ALIGN) * ALIGN, dtype=dtype)[:, :V]
-        self.dinput = input.new_empty(input.shape if needs_dinput else 0)
-        # The first chunk overwrites dweight. Without rows nothing would write it, so it starts as zeros.
-        allocate = weight.new_empty if N else weight.new_zeros
-        self.dweight = allocate(weight.shape if needs_dweight else 0, dtype=torch.float32)
-
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yields (chunk, its logits). All chunks share the logits' memory, and callers may overwrite it."""
-        for start in range(0, self.input.shape[0], max(1, self.rows)):
-            chunk = slice(start, start + self.rows)
-            x = self.input[chunk].to(self.logits.dtype)
-            yield chunk, torch.mm(x, self.weight.t(), out=self.logits[: len(x)])
-
-    def accumulate(self, chunk: slice, gradient: Tensor) -> None:
-        """Computes dinput[chunk] and adds to dweight, from the gradient of the chunk's logits."""
-        if self.dinput.numel():
-            dinput = self.dinput[chunk]
-            if dinput.dtype == gradient.dtype:
-                torch.mm(gradient, self.weight, out=dinput)
-            else:
-                dinput.copy_(torch.mm(gradient, self.weight))
-        if self.dweight.numel():
-            x = self.input[chunk].to(gradient.dtype)
-            add_product(self.dweight, gradient.t(), x, first=chunk.start == 0)
-
-
 def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """Adds a @ b to the fp32 matrix `total`, or overwrites `total` if this is the `first` product."""
     if a.dtype == torch.float32 or not a.is_cuda:  # PyTorch has `out_dtype` on GPUs only
@@ -161,6 +121,49 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.mm(a, b, out_dtype=torch.float32, out=total)
     else:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+def _launch_rows(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    dlosses: Tensor | None,
+    ignore_index: int,
+    chunk_size: int | None,
+    dtype: torch.dtype,
+    needs_dinput: bool,
+    needs_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> losses (N,) fp32, dinput, dweight in fp32. A gradient that is not needed is empty.
+
+    The gradients are those of (losses * dlosses).sum() or, if dlosses is None, of losses.sum().
+    """
+    losses, dinput, dweight = _fake_rows(
+        input, weight, target, dlosses, ignore_index, chunk_size, dtype, needs_dinput, needs_dweight
+    )
+    # Casting to `dtype` here makes autocast a no-op below.
+    weight = weight.to(dtype)
+    N, V = input.shape[0], weight.shape[0]
+    check_range("linear_cross_entropy", target, V, ignore_index)
+    rows = min(N, chunk_size or chunk_rows(N, V, dtype.itemsize, device_memory(input)))
+    buffer = input.new_empty(rows, -(-V // ALIGN) * ALIGN, dtype=dtype)[:, :V]
+    if not N:
+        dweight.zero_()  # no chunk writes it
+    for start in range(0, N, max(1, rows)):
+        chunk = slice(start, start + rows)
+        x = input[chunk].to(dtype)
+        # The logits of all chunks share this memory, and their gradient overwrites them.
+        logits = torch.mm(x, weight.t(), out=buffer[: len(x)])
+        gradient = logits if needs_dinput or needs_dweight else None
+        upstream = None if dlosses is None else dlosses[chunk]
+        losses[chunk] = loss_and_gradient_(logits, target[chunk], ignore_index, gradient, upstream)
+        if needs_dinput and dinput.dtype == dtype:
+            torch.mm(logits, weight, out=dinput[chunk])
+        elif needs_dinput:
+            dinput[chunk] = torch.mm(logits, weight)
+        if needs_dweight:
+            add_product(dweight, logits.t(), x, first=start == 0)
+    return losses, dinput, dweight
 
 
 def _launch_sum(
@@ -176,77 +179,27 @@ def _launch_sum(
     """-> the sum of the losses () fp32, dinput, dweight in fp32. A gradient that is not needed is empty."""
     # The gradients here are those of the *sum* of the losses. `_backward_of_sum` multiplies them in fp32 by
     # the upstream gradient, which includes the 1 / N of a mean. In fp16, G / N would underflow.
-    losses = input.new_empty(input.shape[0], dtype=torch.float32)
-    chunks = _Chunks(input, weight, chunk_size, dtype, needs_dinput, needs_dweight)
-    for chunk, logits in chunks:
-        needs_gradient = needs_dinput or needs_dweight
-        losses[chunk], _ = loss_and_gradient_(logits, target[chunk], ignore_index, needs_gradient)
-        chunks.accumulate(chunk, logits)  # logits now holds their gradient
-    return losses.sum(), chunks.dinput, chunks.dweight
-
-
-def _launch_rows(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    chunk_size: int | None,
-    dtype: torch.dtype,
-    needs_dinput: bool,
-    needs_dweight: bool,
-) -> tuple[Tensor, Tensor]:
-    """-> losses, lse: both (N,) fp32. Only backward uses needs_dinput and needs_dweight."""
-    # With reduction="none" every row has a different upstream gradient, which forward cannot know. So
-    # backward computes the logits of each chunk again.
-    losses, lse = (input.new_empty(input.shape[0], dtype=torch.float32) for _ in range(2))
-    for chunk, logits in _Chunks(input, weight, chunk_size, dtype, False, False):
-        losses[chunk], lse[chunk] = loss_and_gradient_(logits, target[chunk], ignore_index, gradient=False)
-    return losses, lse
-
-
-def _launch_rows_backward(
-    dlosses: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    ignore_index: int,
-    chunk_size: int | None,
-    dtype: torch.dtype,
-    needs_dinput: bool,
-    needs_dweight: bool,
-) -> tuple[Tensor, Tensor]:
-    chunks = _Chunks(input, weight, chunk_size, dtype, needs_dinput, needs_dweight)
-    for chunk, logits in chunks:
-        write_gradient(dlosses[chunk], logits, target[chunk], lse[chunk], ignore_index, out=logits)
-        chunks.accumulate(chunk, logits)  # logits now holds their gradient
-    return chunks.dinput, chunks.dweight
-
-
-def _fake_gradients(input, weight, needs_dinput, needs_dweight):
-    dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=torch.float32)
-    return input.new_empty(input.shape if needs_dinput else 0), dweight
-
-
-def _fake_sum(input, weight, target, ignore_index, chunk_size, dtype, needs_dinput, needs_dweight):
-    return input.new_empty((), dtype=torch.float32), *_fake_gradients(
-        input, weight, needs_dinput, needs_dweight
+    losses, dinput, dweight = _launch_rows(
+        input, weight, target, None, ignore_index, chunk_size, dtype, needs_dinput, needs_dweight
     )
+    return losses.sum(), dinput, dweight
 
 
-def _fake_rows(input, weight, target, ignore_index, chunk_size, dtype, needs_dinput, needs_dweight):
-    return tuple(input.new_empty(input.shape[0], dtype=torch.float32) for _ in range(2))
+def _fake_rows(input, weight, target, dlosses, ignore_index, chunk_size, dtype, needs_dinput, needs_dweight):
+    losses = input.new_empty(input.shape[0], dtype=torch.float32)
+    dinput = input.new_empty(input.shape if needs_dinput else 0)
+    dweight = weight.new_empty(weight.shape if needs_dweight else 0, dtype=torch.float32)
+    return losses, dinput, dweight
 
 
-def _fake_rows_backward(
-    dlosses, input, weight, target, lse, ignore_index, chunk_size, dtype, needs_dinput, needs_dweight
-):
-    return _fake_gradients(input, weight, needs_dinput, needs_dweight)
+def _fake_sum(input, weight, target, *options):
+    _, dinput, dweight = _fake_rows(input, weight, target, None, *options)
+    return input.new_empty((), dtype=torch.float32), dinput, dweight
 
 
 _sum_op = operator("linear_cross_entropy_sum", _launch_sum, _fake_sum)
 _rows_op = operator("linear_cross_entropy_rows", _launch_rows, _fake_rows)
-_rows_backward_op = operator("linear_cross_entropy_rows_backward", _launch_rows_backward, _fake_rows_backward)
+_rows_backward_op = operator("linear_cross_entropy_rows_backward", _launch_rows, _fake_rows)
 
 
 def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -271,19 +224,22 @@ def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(x, factor.reshape(1), out=torch.empty_like(x, dtype=dtype))
 
 
-def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, weight, target, *ctx.options = inputs
-    ctx.save_for_backward(input, weight, target, output[1])
-    ctx.set_materialize_grads(False)
+# With reduction="none" every row has a different upstream gradient, which forward cannot know. So backward
+# computes the logits of each chunk again.
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    input, weight, target, _dlosses, *ctx.options, _needs_dinput, _needs_dweight = inputs
+    ctx.save_for_backward(input, weight, target)
 
 
-def _backward_of_rows(ctx: Any, dlosses: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    *_, needs_dinput, needs_dweight = ctx.options
-    dinput, dweight = _rows_backward_op(dlosses, *ctx.saved_tensors, *ctx.options)
+def _backward_of_rows(ctx: Any, dlosses: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    needs_dinput, needs_dweight = ctx.needs_input_grad[:2]
+    _, dinput, dweight = _rows_backward_op(
+        *ctx.saved_tensors, dlosses, *ctx.options, needs_dinput, needs_dweight
+    )
     return (
         dinput if needs_dinput else None,
         dweight.to(ctx.saved_tensors[1].dtype) if needs_dweight else None,
-        *(None,) * 6,
+        *(None,) * 7,
     )
 
 
@@ -309,21 +265,12 @@ def _cost(input: Tensor, linear_weight: Tensor, **_: Any) -> Cost:
     return Cost(tensors, 2 * tensors, product, 2 * product)
 
 
-def _run_all(input, linear_weight, target, ignore_index=-100, **_):
-    options = ignore_index, None, input.dtype, True, True
-    _launch_sum(input, linear_weight, target, *options)
-    losses, lse = _launch_rows(input, linear_weight, target, *options)
-    _launch_rows_backward(losses, input, linear_weight, target, lse, *options)
-
-
 LINEAR_CROSS_ENTROPY = Op(
     name="linear_cross_entropy",
     family="cross_entropy",
     implementations={"triton": linear_cross_entropy, "torch": linear_cross_entropy_reference},
-    reference=linear_cross_entropy_reference,
     make=_inputs,
     cost=_cost,
-    run_all=_run_all,
     samples=(
         {"N": 6, "C": 32, "V": 111, "chunk_size": 2, "reduction": "sum", "ignore_index": -1},
         {"N": 1, "C": 1, "V": 2},
@@ -331,6 +278,7 @@ LINEAR_CROSS_ENTROPY = Op(
         {"N": 6, "C": 24, "V": 130, "chunk_size": 4, "reduction": "none"},
         {"N": 9, "C": 16, "V": 50, "ignore_index": 63},  # a column of the padding, which is 64 wide
         {"N": 4, "C": 8, "V": 5003, "chunk_size": 2},
+        {"N": 0, "C": 8, "V": 50, "reduction": "sum"},
     ),
     # Forward launches one kernel for each of three chunks.
     launches=([*CROSS_ENTROPY.launches[0]] * 3, []),
@@ -338,5 +286,8 @@ LINEAR_CROSS_ENTROPY = Op(
     benchmark_shapes=tuple(
         {"N": N, "C": C, "V": 50304} for N in (65536, 16384) for C in (768, 1024, 1280, 1600)
     ),
-    production_shapes=({"N": 65536, "C": 768, "V": 50304},),
+    production_shapes=(
+        {"N": 65536, "C": 768, "V": 50304},
+        {"N": 65536, "C": 768, "V": 50304, "reduction": "none"},
+    ),
 )

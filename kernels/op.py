@@ -11,7 +11,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -73,19 +73,17 @@ class Slot:
 class Op:
     """Everything that tests and benchmarks need to know about an operation.
 
-    A *call* is a dict of keyword arguments for every implementation and for the reference. A *sample* is a
-    dict of sizes and options: `make(dtype, device, **sample)` returns a call with random inputs.
+    A *call* is a dict of keyword arguments for every implementation. A *sample* is a dict of sizes and
+    options: `make(dtype, device, **sample)` returns a call with random inputs.
     """
 
     name: str
     # The group of operations in a load spec, such as "attention".
     family: str
+    # "triton", "torch" and, if there are others, theirs.
     implementations: Mapping[str, Callable[..., Any]]
-    reference: Callable[..., Any]
     make: Callable[..., dict[str, Any]]
     cost: Callable[..., Cost]  # cost(**call)
-    # run_all(**call) launches the forward and the backward kernels once. It accepts meta tensors.
-    run_all: Callable[..., Any]
     # Small, awkward sizes for the tests. Tests that do not depend on the shape use only the first.
     samples: tuple[dict[str, Any], ...]
     # The kernels that samples[0] launches: (forward, backward).
@@ -100,9 +98,27 @@ class Op:
     differentiable: bool = True
     # slots(**call) yields the tiles that bench.sweep may tune for this call.
     slots: Callable[..., Iterable[Slot]] = lambda **_: ()
-    # Kernel name -> the most instructions per element allowed in half precision on sm_90. bench.aot checks
-    # the limit; the kernel's argument BLOCK must be the number of elements per program.
-    instructions: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """PyTorch's implementation. In fp64 it says what is right."""
+        return self.implementations["torch"]
+
+    def run_all(self, **call: Any) -> None:
+        """Runs the Triton implementation once, forward and backward. A dry run has meta tensors in `call`."""
+        floats = {k: v.detach() for k, v in call.items() if isinstance(v, Tensor) and v.is_floating_point()}
+        inputs = [tensor.requires_grad_(self.differentiable) for tensor in floats.values()]
+        # Arguments of two dtypes occur only under autocast: fp32, and the autocast dtype.
+        dtypes = {tensor.dtype for tensor in inputs}
+        half = min(dtypes, key=lambda dtype: dtype.itemsize)
+        with torch.autocast(_autocast_device(inputs[0]), half, enabled=len(dtypes) > 1):
+            results = self.implementations["triton"](**call | floats)
+        results = results if isinstance(results, tuple) else (results,)
+        results = [result for result in results if result.requires_grad]
+        if results:
+            # The results can be their own gradients: of the right shape and not 0, which some kernels skip.
+            gradients = [result.detach().contiguous() for result in results]
+            torch.autograd.grad(results, inputs, gradients, allow_unused=True)
 
 
 @dataclass(frozen=True)
@@ -157,7 +173,7 @@ def unavailable(device: torch.device) -> str | None:
     if _assumed:  # a dry run needs no GPU
         return None
     if INTERPRETED:
-        return _interpreter_fault()
+        return None
     if device.type != "cuda":
         return (
             f"Triton needs a GPU and the device is {device}; to use Triton's interpreter instead, "
@@ -168,17 +184,6 @@ def unavailable(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the GPU {device} is sm_{major}{minor} and the Triton kernels need sm_80 (A100) or newer"
-    return None
-
-
-def _interpreter_fault() -> str | None:
-    """The reason why Triton's interpreter fails here, or None."""
-    import numpy
-
-    # The interpreter of Triton 3.6 passes arrays of one element to range(), which NumPy 2.4 refuses.
-    version, other = triton.__version__, numpy.__version__
-    if version.startswith("3.6.") and numpy.lib.NumpyVersion(other) >= "2.4.0":
-        return f"the interpreter of Triton {version} fails with numpy {other}; install numpy<2.4"
     return None
 
 
@@ -213,6 +218,11 @@ def tiles_for(tensor: Tensor, table: dict[int, dict[Any, Any]]) -> dict[Any, Any
     return table.get(architecture(tensor), table[UNTUNED])
 
 
+def key_for(tiles: dict[int, Any], size: int) -> int:
+    """The key of `size` in a row of a table whose keys are the largest sizes, in order."""
+    return next(largest for largest in tiles if largest >= size)
+
+
 def multiprocessors(tensor: Tensor) -> int:
     return 132 if _assumed else _gpu(tensor.device)[1]
 
@@ -228,6 +238,8 @@ def operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) 
 
     @op.register_fake
     def _(*args):
+        if _assumed:  # a dry run with meta tensors, which records the launches
+            return function(*args)
         # torch.compile calls the fake before it lowers the operator.
         _lower_explicitly(getattr(torch.ops.tritongpt, name).default)
         return fake(*args)
@@ -255,8 +267,17 @@ def device_memory(tensor: Tensor) -> int | None:
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The autocast dtype of the tensor's device, or the tensor's dtype if autocast is off."""
-    device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+    return torch.get_autocast_dtype(_autocast_device(tensor)) if autocast_enabled(tensor) else tensor.dtype
+
+
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device."""
+    return torch.is_autocast_enabled(_autocast_device(tensor))
+
+
+def _autocast_device(tensor: Tensor) -> str:
+    """The device whose autocast applies. The meta tensors of a dry run have none, and use the CPU's."""
+    return "cpu" if tensor.is_meta else tensor.device.type
 
 
 def check_tensors(name: str, **tensors: Tensor | None) -> None:

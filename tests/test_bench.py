@@ -245,7 +245,6 @@ OF_PART = {
     ],
     "norms, backward": [
         "_norm_backward_kernel",
-        "_norm_sum_kernel",
         "triton_per_fused__to_copy_add_native_layer_norm_backward_view_5",
         "triton_per_fused__to_copy_add_embedding_dense_backward_native_layer_norm_native_layer_norm_backward_nll_loss_"
         "forward_view_10",

@@ -144,7 +144,7 @@ def test_the_python_of_the_readme_runs(device):
 
     ids = torch.zeros(B, T, dtype=torch.int64, device=device)
     names = {
-        "C": C, "x": tensor(N, C), "update": tensor(N, C), "residual": tensor(N, C), "carrier": tensor(N, C),
+        "C": C, "x": tensor(N, C), "branch": tensor(N, C), "residual": tensor(N, C), "carrier": tensor(N, C),
         "weight": tensor(C), "bias": tensor(C), "qkv": tensor(B, T, 3, H, D),
         "target": ids.flatten()[:N], "lm_head": torch.nn.Linear(C, V).to(device), "q": tensor(B, H, D),
         "k_cache": tensor(B, H, T, D), "v_cache": tensor(B, H, T, D),

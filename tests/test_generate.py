@@ -85,7 +85,9 @@ def test_a_cache_changes_no_token_at_any_length(length):
     assert_same(generated(model, start, n, sampling), expected)
     # GPT.generate is the specification.
     draws = torch.Generator().manual_seed(0)
-    out = model.generate(torch.stack(start), n, sampling.temperature, sampling.top_k, draws, sampling.top_p)
+    out = model.generate(
+        torch.stack(start), n, sampling.temperature, sampling.top_k, top_p=sampling.top_p, generator=draws
+    )
     assert torch.equal(out[:, :length], torch.stack(start))
     assert_same(out[:, length:], expected)
 

@@ -6,7 +6,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 
 from bench.aot import Build, Figures, faults, instructions, waits_after_every_product
 from kernels.op import Launch
@@ -25,7 +24,6 @@ def test_every_kernel_compiles_within_the_rules():
     assert result.returncode == 0, broken + result.stdout[-200:] + result.stderr
     for architecture in ("sm_80", "sm_89", "sm_90", "sm_100"):
         assert f"{architecture} _attention_dkdv_kernel" in result.stdout
-    assert "instructions an element" in result.stdout
 
 
 GOOD = Figures(
@@ -58,14 +56,10 @@ GOOD = Figures(
         (80, {"wide_loads": 0}, "no load of 16 bytes"),
         (90, {"one_by_one": True}, "one by one"),
         (80, {"blocks": 0}, "not one block fits"),
-        (90, {"loop_instructions": 320}, "20.0 instructions an element, of 19 at most"),
-        (90, {"loop_instructions": 0, "instructions": 305}, "19.1 instructions an element"),
     ],
 )
 def test_rules(architecture, change, sentence):
-    arguments = {"X": torch.empty(0, dtype=torch.bfloat16), "BLOCK": 2048}  # 16 elements a thread
-    launch = Launch(None, arguments, num_warps=4, num_stages=1)
-    build = Build(architecture, launch, most_instructions=19)
+    build = Build(architecture, Launch(None, {}, num_warps=4, num_stages=1))
     assert not faults(build, GOOD)
     assert not faults(build, replace(GOOD, loop_spills=1))
     (fault,) = faults(build, replace(GOOD, **change))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -42,8 +43,6 @@ WRONG = [
     ("linear_cross_entropy", (X, HEAD[:, :7], TARGET), r"input \(4, 8\) and linear_weight \(6, 7\) must be"),
     ("linear_cross_entropy", (X, HEAD[:0], TARGET), r"linear_weight \(0, 8\) has no classes"),
     ("linear_cross_entropy", (X.half(), HEAD, TARGET), "input is torch.float16 and linear_weight torch.f"),
-    ("embedding", (X, HEAD), "input is torch.float32 on cpu; it must be torch.int64 or torch.int32 on cpu"),
-    ("embedding", (TARGET, W), r"weight \(8,\) must be \(V, C\)"),
     ("decode_attention", (QUERY, CACHE[:, :1], CACHE[:, :1], LENGTHS), r"k_cache \(2, 1, 9, 16\) must be"),
     ("decode_attention", (QUERY, CACHE[:, :, :0], CACHE[:, :, :0], LENGTHS), "with T at least 1"),
     ("decode_attention", (QUERY, CACHE, CACHE[:, :, :8], LENGTHS), r"\(2, 3, 8, 16\) must have one shape"),
@@ -68,16 +67,20 @@ def test_one_sentence_for_a_wrong_option_of_the_loss():
         kernels.linear_cross_entropy(X, HEAD, TARGET, chunk_size=0)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy"])
 @pytest.mark.parametrize("wrong", [-1, 8, 10**12])
-def test_target_out_of_range(wrong, device):
-    """A CPU names it. A GPU, where looking would stop the step, answers with NaN: loss and gradient."""
+def test_target_out_of_range(wrong, name, reduction, device):
+    """On a CPU it is an error. On a GPU loss and gradient are NaN, because a check would wait for the GPU."""
     x, target = X.to(device).requires_grad_(), TARGET.to(device).clone()
     target[2] = wrong
+    head = () if name == "cross_entropy" else (torch.eye(8, device=device),)
+    loss = partial(getattr(kernels, name), x, *head, target, reduction=reduction)
     if device == "cpu":
-        with pytest.raises(ValueError, match=f"cross_entropy: target {wrong} is neither a class from 0 to 7"):
-            kernels.cross_entropy(x, target)
+        with pytest.raises(ValueError, match=f"^{name}: target {wrong} is neither a class from 0 to 7"):
+            loss()
     else:
-        loss = kernels.cross_entropy(x, target)
+        loss = loss().sum()
         loss.backward()
         assert loss.isnan()
         assert x.grad[2].isnan().all()
@@ -105,6 +108,7 @@ def gpu(monkeypatch):
 
     def pretend(architecture):
         monkeypatch.setattr(kernels, "unavailable", lambda device: None)
+        monkeypatch.setattr(kernels, "INTERPRETED", False)
         monkeypatch.setattr(kernels_op, "_gpu", lambda device: (architecture, 132))
 
     return pretend
@@ -143,7 +147,7 @@ def test_an_explicit_request_is_met_or_refused(spec, gpu):
         ("tritn", "no implementation of layer_norm is called 'tritn'; did you mean 'triton'?"),
         ("torch,atention=triton", "no operation is called 'atention'; did you mean 'attention'?"),
         ("torch,attention=cudnn", "no implementation of attention is called 'cudnn'; choose one of triton"),
-        ("torch,attention=flash_attn", "the package is not installed (pip install flash-attn)"),
+        ("torch,attention=flash_attn", "flash-attn is not installed (pip install flash-attn)"),
     ],
 )
 def test_unknown_spec(spec, sentence, monkeypatch):
@@ -151,6 +155,29 @@ def test_unknown_spec(spec, sentence, monkeypatch):
     with pytest.raises(ValueError) as error:
         kernels.load(spec)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "head_size", "dtype", "sentence"),
+    [
+        ("cpu", 64, torch.bfloat16, "flash-attn needs a GPU, and the device is cpu"),
+        ("cuda", 64, torch.float32, "flash-attn computes in float16 or bfloat16, not in float32"),
+        ("cuda:0", 264, torch.float16, "flash-attn takes head sizes n_embd / n_head up to 256, not 264"),
+    ],
+)
+def test_flash_attn_that_cannot_run_is_refused(device, head_size, dtype, sentence, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "installed")
+    spec = "torch,attention=flash_attn"
+    with pytest.raises(ValueError, match=sentence):
+        kernels.load(spec, device, head_size, dtype)
+    assert kernels.load(spec, "cuda", 256, torch.bfloat16).spec == spec
+
+
+def test_auto_does_not_train_in_the_interpreter(gpu, monkeypatch):
+    gpu(90)
+    monkeypatch.setattr(kernels, "INTERPRETED", True)
+    assert kernels.load("auto", "cuda").spec == "torch"
+    assert kernels.load("triton", "cuda").spec == "triton"
 
 
 def test_old_gpu(monkeypatch):

@@ -8,6 +8,8 @@ import torch
 
 from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
+from train.config import TrainConfig
+from train.optim import optimizer_for
 
 SMALL = GPTConfig(block_size=32, vocab_size=65, n_layer=3, n_head=4, n_embd=64, bias=True, kernels="torch")
 
@@ -66,9 +68,7 @@ def reference_losses(logits, targets):
     return losses * (targets != -1)
 
 
-OPTIONS = [
-    {"bias": True}, {"activation": "gelu_tanh"}, {"bias": False, "qk_norm": True},
-]  # fmt: skip
+OPTIONS = [{"bias": True}, {"activation": "gelu_tanh"}, {"bias": False, "qk_norm": True}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -132,7 +132,8 @@ def test_ten_golden_losses_of_nanogpt():
         4.195092, 4.178197, 3.879323, 3.949849, 3.73646, 3.786206, 3.650189, 3.666365, 3.568411, 3.571745,
     ]  # fmt: skip
     model = small(seed=1337)
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    config = TrainConfig(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)
+    optimizer = optimizer_for(model, config, "cpu")
     stream = (torch.arange(10 * 4 * 33) ** 2 * 7919 % 10007) % 65
     losses = []
     for step in range(10):
@@ -210,6 +211,7 @@ def test_peak_is_that_of_the_named_gpu():
     ("changes", "message"),
     [
         ({"n_embd": 65}, "n_embd=65 is not divisible by n_head=4"),
+        ({"n_head": 0}, "n_embd=64 is not divisible by n_head=0"),
         ({"activation": "relu"}, "activation='relu' must be gelu or gelu_tanh"),
         ({"vocab_size": None}, "vocab_size is not set"),
     ],
@@ -217,3 +219,8 @@ def test_peak_is_that_of_the_named_gpu():
 def test_a_config_that_makes_no_model_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)
+
+
+def test_a_dtype_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="dtype='bf16' must be float32, bfloat16, float16"):
+        GPT(SMALL, "cpu", "bf16")

@@ -17,15 +17,12 @@ from train.metrics import read
 
 # kernel -> launches in one forward and backward of a model of L layers
 LAUNCHES = {
-    "layer_norm": dict.fromkeys(
-        ("_norm_forward_kernel", "_norm_backward_kernel", "_norm_sum_kernel"), lambda L: 2 * L + 1
-    ),
+    "layer_norm": dict.fromkeys(("_norm_forward_kernel", "_norm_backward_kernel"), lambda L: 2 * L + 1),
     "attention": dict.fromkeys(
         ("_attention_forward_kernel", "_attention_dq_kernel", "_attention_dkdv_kernel"), lambda L: L
     ),
     "activation": dict.fromkeys(("_gelu_forward_kernel", "_gelu_backward_kernel"), lambda L: L),
     "cross_entropy": {"_loss_kernel": lambda L: 1},
-    "embedding": dict.fromkeys(("_embedding_sum_kernel", "_embedding_combine_kernel"), lambda L: 1),
 }
 
 
@@ -57,7 +54,7 @@ def autocast(device, dtype):
         ("triton", torch.float16, {}),
         ("triton", torch.bfloat16, {}),
         ("triton,attention=torch", torch.bfloat16, {}),
-        ("torch,layer_norm=triton,embedding=triton", torch.bfloat16, MIXED),
+        (NORMS, torch.bfloat16, MIXED),
         ("torch", torch.bfloat16, MIXED),
         (NORMS, torch.bfloat16, {"bias": False, "residual_dtype": "bfloat16"}),
     ],
@@ -116,7 +113,7 @@ def test_a_mixed_stream_has_the_bits_of_fp32_forward_and_saves_no_fp32_activatio
 
 
 def test_weights_of_bfloat16_have_a_stream_of_bfloat16(device):
-    """As shards have them."""
+    """As under FSDP."""
     losses = []
     for model in (build(NORMS, device, **MIXED), build(NORMS, device, **MIXED).bfloat16()):
         with torch.autocast(device, torch.bfloat16):
@@ -173,29 +170,28 @@ def test_a_run_with_loss_scaling_has_the_losses_of_pytorchs_operations(workplace
 
 
 def test_auto_asks_for_the_heads_of_the_model_and_for_its_precision(monkeypatch):
-    """As on an H100: at 128, and in float32, attention is PyTorch's, and the model's config says so."""
+    """As on an H100, where attention is PyTorch's at a head size of 128 and in float32."""
     monkeypatch.setattr("kernels.unavailable", lambda device: None)
+    monkeypatch.setattr("kernels.INTERPRETED", False)
     monkeypatch.setattr("kernels.op._gpu", lambda device: (90, 132))
-    size = dict(block_size=8, vocab_size=9, n_layer=1, n_embd=128)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
+    on_gpu, no_attention = Ranks(0, 1, "cuda:0", None), "triton,attention=torch"
     for n_head, dtype, spec in (
-        (2, "bfloat16", "triton"),
-        (1, "bfloat16", "triton,attention=torch"),
-        (2, "float32", "triton,attention=torch"),
-    ):
-        assert GPT(GPTConfig(**size, n_head=n_head), "cuda", dtype).config.kernels == spec
+        (2, "bfloat16", "triton"), (1, "bfloat16", no_attention), (2, "float32", no_attention),
+    ):  # fmt: skip
         config, _ = parse([f"--n_head={n_head}", "--n_embd=128", f"--dtype={dtype}", "--compile=False"])
-        on_gpu = Ranks(0, 1, "cuda:0", None)
-        with monkeypatch.context() as patch:
-            patch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
-            assert resolve(config, on_gpu).model.kernels == spec
-            assert resolve(replace(config, init_from="resume"), on_gpu).model.kernels == "auto"
+        assert resolve(config, on_gpu).model.kernels == spec
+        model = GPT(replace(config.model, vocab_size=9, n_layer=1), "cuda", dtype)
+        assert model.config.kernels == spec
+        assert resolve(replace(config, init_from="resume"), on_gpu).model.kernels == "auto"
 
 
 @pytest.mark.gpu
 def test_two_runs_have_the_same_bits_and_a_resumed_one_too(workplace):
-    """Compiled, in bf16, on our kernels. PyTorch's attention and its embedding's gradient differ each time.
+    """Compiled, in bf16, on our kernels. PyTorch's attention differs each time.
 
-    Inductor may choose the tile of a reduction by timing it, and keeps the choice on disk: the runs share it.
+    So would the gradient of an embedding if Inductor could replace it by additions with atomics. Inductor may
+    choose the tile of a reduction by timing it, and keeps the choice on disk: the runs share it.
     """
     flags = """
         --device=cuda --dtype=bfloat16 --compile=True --kernels=triton --n_layer=4 --n_head=2 --n_embd=128
