@@ -350,6 +350,21 @@ class GPT(nn.Module):
                 )
         self.load_state_dict(weights)
 
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+    ) -> torch.optim.AdamW:
+        """AdamW in nanoGPT's two groups."""
+        # Matrices and embeddings are decayed. Norms and biases are not: decay would only pull the gain of a
+        # norm away from 1.
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        # One kernel for all tensors, instead of several launches for each.
+        fused = device_type in ("cuda", "cpu")
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
     def flops_per_token(self) -> int:
         """FLOPs of forward and backward for one token, as nanoGPT and PaLM count them.
 

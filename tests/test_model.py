@@ -8,8 +8,6 @@ import torch
 
 from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
-from train.config import TrainConfig
-from train.optim import optimizer_for
 
 SMALL = GPTConfig(block_size=32, vocab_size=65, n_layer=3, n_head=4, n_embd=64, bias=True, kernels="torch")
 
@@ -132,8 +130,7 @@ def test_ten_golden_losses_of_nanogpt():
         4.195092, 4.178197, 3.879323, 3.949849, 3.73646, 3.786206, 3.650189, 3.666365, 3.568411, 3.571745,
     ]  # fmt: skip
     model = small(seed=1337)
-    config = TrainConfig(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)
-    optimizer = optimizer_for(model, config, "cpu")
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     stream = (torch.arange(10 * 4 * 33) ** 2 * 7919 % 10007) % 65
     losses = []
     for step in range(10):

@@ -16,15 +16,8 @@ def optimizer_for(model: GPT, config: TrainConfig, device_type: str) -> torch.op
 
     To add an optimizer, write its class, and add its name here and to TrainConfig.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    # As in nanoGPT, only matrices and embeddings decay. Decay would pull the gain of a norm away from 1.
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    # fused: one kernel for all tensors, instead of several launches for each.
-    fused = device_type in ("cuda", "cpu")
-    adamw = torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), fused=fused)
+    betas = (config.beta1, config.beta2)
+    adamw = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device_type)
     return Muon(model, adamw) if config.optimizer == "muon" else adamw
 
 
