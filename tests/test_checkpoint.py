@@ -228,12 +228,37 @@ def test_a_run_resumes_from_the_newest_intact_checkpoint(workplace, capsys, sour
     assert_same_run("straight", "out")
 
 
+def test_without_an_intact_checkpoint_the_latest_is_named(workplace, capsys):
+    run("--max_iters=4")
+    for path in Path("out").glob("*.pt"):
+        path.write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"^out/ckpt\.pt \(2 bytes\) is truncated"):
+        run("--init_from=resume")
+    assert "out/best.pt is damaged and is skipped: out/best.pt (2 bytes)" in capsys.readouterr().out
+
+
+def test_a_machine_that_does_not_share_out_dir_says_so(workplace):
+    """Rank 0 has found a checkpoint on its own machine."""
+    config, given = parse(TINY)
+    start = checkpoint.Start("resume", Path("elsewhere/ckpt.pt"), "tiny")
+    with pytest.raises(ValueError, match=r"no elsewhere/ckpt\.pt on this machine: all machines must share"):
+        checkpoint.initial_model(config, given, {}, distributed.Ranks(1, 2, "cpu", None), start)
+
+
+def test_a_run_that_stopped_before_its_first_checkpoint_starts_over(workplace):
+    run("--max_iters=4")
+    for path in Path("out").glob("*.pt"):
+        path.unlink()
+    run()
+    assert [record["iter"] for record in records("out") if "loss" in record] == list(range(8))
+
+
 def test_a_checkpoint_without_read_permission_ends_the_resume(workplace, monkeypatch):
-    def denied(path):
+    def denied(path, **_):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     run("--max_iters=4")
-    monkeypatch.setattr(checkpoint, "read", denied)
+    monkeypatch.setattr(torch, "load", denied)
     with pytest.raises(PermissionError, match=r"out/ckpt\.pt"):
         run("--init_from=resume")
 

@@ -174,6 +174,11 @@ def test_the_config_file_beside_a_resumed_checkpoint_gives_the_same_run(workplac
     train(config, distributed.start("auto", config.device), given)
     again = torch.load("again/ckpt.pt", weights_only=True)
     assert all(torch.equal(weight, again["model"][name]) for name, weight in first["model"].items())
+    # nanoGPT records how its last process began
+    first["config"]["init_from"] = "resume"
+    torch.save(first, "it's/ckpt.pt")
+    run("--dropout=0.2", "--optimizer=muon", "--init_from=resume", "--max_iters=9", out_dir="it's")
+    assert parse(["it's/config.py"])[0].init_from == "scratch"
 
 
 # ---- errors
@@ -212,7 +217,8 @@ def test_an_error_of_training_is_one_line_with_the_numbers(workplace, monkeypatc
 @pytest.mark.parametrize(
     ("environment", "flags", "words"),
     [
-        ({"RANK": "0"}, ["auto", "cpu"], "environment variable WORLD_SIZE expected, but not set"),
+        ({"RANK": "0"}, ["auto", "cpu"], "WORLD_SIZE expected, but not set; .* torchrun, or unset RANK"),
+        ({"RANK": "x"}, ["auto", "cpu"], "'x'; start the run with torchrun, or unset RANK"),
         ({"RANK": "0"}, ["nccl", "cpu"], "backend='nccl' needs GPUs"),
         ({"RANK": "1"}, ["auto", "cuda:0"], "device='cuda:0' would put every rank on one GPU"),
         pytest.param(

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from train import checkpoint, distributed, evaluate, fit, loop
 from train.__main__ import main
 from train.config import TrainConfig, parse
 from train.distributed import Ranks
+from train.view import Lines
 
 
 def small_model(**more):
@@ -157,16 +159,29 @@ def test_a_profile_is_a_trace_of_its_steps_and_a_table_of_the_most_expensive_ope
     assert out.index("iter 3:") < out.index("profiled/trace-1-3.json") < out.index("iter 4:")
     self_cpu = [float(share) for share in re.findall(r"^ *\S.*?  ([\d.]+)%", out, re.MULTILINE)]
     assert len(self_cpu) == 12 and self_cpu == sorted(self_cpu, reverse=True)
+    assert "ProfilerStep" not in out, "a whole step is not an operation"
 
 
 def test_a_profile_can_begin_at_step_0_and_ends_with_the_run_at_the_latest(workplace, capsys):
     with pytest.warns(UserWarning, match="won't be using warmup"):
         run("--profile=0:7", "--max_iters=4")
     assert [path.name for path in Path("out").glob("trace-*")] == ["trace-0-3.json"]
+    run("--eval_only", "--profile=0:2", out_dir="evaluated")
+    assert not Path("evaluated").exists()
     capsys.readouterr()
     run("--profile=1:3", "--init_from=resume")
     assert "profile=1:3: those steps were made before" in capsys.readouterr().out
     assert "profile" not in Path("out/config.py").read_text(), "a repeated run is not profiled"
+
+
+def test_a_profile_that_a_signal_ends_names_the_steps_that_were_made(workplace):
+    stop, view = SimpleNamespace(received=None), Lines()
+    view.step = lambda record, left: record["iter"] == 3 and vars(stop).update(received="SIGTERM")
+    config, given = parse([*TINY, "--profile=1:7"])
+    loop.train(config, distributed.start("auto", "cpu"), given, stop, view)
+    (trace,) = Path("out").glob("trace-*")
+    last_step = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[-1])["iter"] - 1
+    assert trace.name == f"trace-1-{last_step}.json" and last_step < 6
 
 
 @pytest.mark.parametrize(("steps", "words"), [("5:5", "START:STOP"), ("8:9", "steps 0 to 7")])

@@ -105,6 +105,8 @@ def test_the_gradient_is_clipped_and_its_norm_before_clipping_is_logged(workplac
     assert norms[0] == pytest.approx(norms[1]) and norms[0] > 1.0, "the norm before clipping"
     clipped, free = series("clipped", "loss"), series("free", "loss")
     assert clipped[0] == free[0] and clipped[1] != free[1]
+    run("--max_iters=2", "--grad_clip=1e9", out_dir="high")
+    assert series("high", "loss") == free, "0 switches clipping off"
 
 
 def test_a_compiled_model_has_no_graph_break_and_is_saved_without_wrappers(workplace, monkeypatch, capsys):

@@ -103,10 +103,10 @@ def _refuse_to_replace(latest: Path) -> None:
 def newest_intact(latest: Path) -> tuple[Path, Checkpoint]:
     """The path and content of `latest`, or of the newest undamaged checkpoint beside it.
 
-    Prints a line for each that it skips. Raises FileNotFoundError if there is no checkpoint, ValueError if
-    all are damaged, and OSError for one that cannot be read.
+    Prints a line for each damaged one. Raises FileNotFoundError if there is no checkpoint, PermissionError
+    for one that may not be read, and ValueError if all are damaged.
     """
-    problem: Exception = missing(latest)
+    problems: list[Exception] = []
     candidates = _candidates(latest)
     if candidates and not latest.exists():
         print(f"{latest} is missing: trying the previous checkpoint", flush=True)
@@ -114,9 +114,9 @@ def newest_intact(latest: Path) -> tuple[Path, Checkpoint]:
         try:
             return path, read(path)
         except ValueError as error:
-            problem = error
-            print(f"{path} is damaged ({error}): trying the previous checkpoint", flush=True)
-    raise problem
+            problems.append(error)
+            print(f"{path} is damaged and is skipped: {error}", flush=True)
+    raise problems[0] if problems else missing(latest)
 
 
 def _candidates(latest: Path) -> list[Path]:
@@ -154,6 +154,10 @@ def initial_model(
         model = GPT.from_pretrained(source, overrides, device, config.dtype)
         model_tokenizer = pretrained.hugging_face_tokenizer(source)
     else:
+        if not Path(source).exists() and resumes:  # rank 0, perhaps on a different machine, has found it
+            raise ValueError(
+                f"there is no {source} on this machine: all machines must share out_dir={config.out_dir!r}"
+            )
         if not Path(source).exists():
             raise ValueError(
                 f"init_from={source!r} must be scratch, resume, auto, gpt2* or a path that exists; "

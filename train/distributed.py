@@ -91,7 +91,10 @@ def start(backend: str, device: str, timeout: int = 600) -> Ranks:
     if backend == "nccl" and not on_gpu:
         raise ValueError(f"backend='nccl' needs GPUs, and this rank is on {device}; try --backend=gloo")
     patience = timedelta(seconds=timeout)
-    agents, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
+    try:
+        agents, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
+    except ValueError as error:
+        raise ValueError(f"{error}; start the run with torchrun, or unset RANK") from None
     dist.init_process_group(
         backend, store=_own_store(agents, rank, patience), rank=rank, world_size=world_size,
         # When NCCL times out, it ends the process without a message. So gloo has to time out first.

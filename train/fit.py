@@ -29,7 +29,7 @@ def micro_batch(
     """
     check_supported(config, ranks)
     sequences, accumulation = config.sequences_per_step, config.gradient_accumulation_steps
-    per_rank = size = sequences // ranks.world_size
+    per_rank = size = max(1, sequences // ranks.world_size)
     model.cpu()
     release(ranks.device)
     with same_random_numbers(ranks):

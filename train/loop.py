@@ -79,6 +79,8 @@ def train(
         model, saved = checkpoint.initial_model(config, given, tokenizer, ranks, start)
     # The checkpoint and config.py of a resumed run say where the run began.
     began_from = saved.config.get("init_from", config.init_from)
+    if began_from in ("resume", "auto"):  # as in a file of nanoGPT's
+        began_from = "scratch"
     config = replace(config, model=model.config, init_from=began_from)
     tokenizer = tokenizer_to_save(tokenizer, saved.tokenizer or tokenizer, model, data_dir)
     if ranks.any(saved.iter_num != ranks.broadcast(saved.iter_num)):
@@ -315,7 +317,7 @@ def asked_to_stop(stop: StopRequest | None, ranks: Ranks) -> bool:
 def finished_message(latest: Path, saved: Checkpoint, config: TrainConfig, ranks: Ranks) -> str:
     """The message for a resumed run that has no steps left: why, and the command that trains longer."""
     longer = twice_as_long(replace(config, max_iters=saved.iter_num))
-    # A run that did not get to its own end needs no new one.
+    # If the run has not reached the max_iters of its checkpoint, the command names that number.
     if saved.iter_num < saved.config.get("max_iters", 0):
         longer = {"max_iters": saved.config["max_iters"]}
     return (

@@ -239,7 +239,7 @@ def _event(name: str, step: int, **fields: Any) -> dict[str, Any]:
     return {"event": name, "iter": step, "time": now} | fields
 
 
-# Numbers or null in a line about a step, and in one about an evaluation.
+# A line about a step has these keys, one about an evaluation those. Their values are numbers or null.
 STEP = ("loss", "lr", "grad_norm", "tokens_per_s", "ms")
 EVALUATION = ("train/loss", "val/loss")
 

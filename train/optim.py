@@ -14,7 +14,8 @@ from train.config import TrainConfig
 def optimizer_for(model: GPT, config: TrainConfig, device_type: str) -> torch.optim.Optimizer:
     """Makes the optimizer that `config` names, for the parameters of `model`.
 
-    To add an optimizer, write its class, and add its name here and to TrainConfig.
+    To add an optimizer, write its class, and add its name here and to TrainConfig, and the names of its
+    moments to train.checkpoint.restore.
     """
     betas = (config.beta1, config.beta2)
     adamw = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, device_type)

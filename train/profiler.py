@@ -1,4 +1,4 @@
-"""--profile=START:STOP profiles those steps by torch.profiler, and prints the most expensive operations."""
+"""--profile=START:STOP profiles those steps with torch.profiler, and prints the most expensive operations."""
 
 from pathlib import Path
 
@@ -13,21 +13,27 @@ def start_profiler(config: TrainConfig, first_step: int, ranks: Ranks, metrics: 
     """A running profiler on rank 0, or None if there is nothing to profile. Call its `step` after each step.
 
     It profiles the steps START to STOP - 1, with evaluations between them. The step before START, if there is
-    one, warms it up. Profiled steps are slower than others. https://ui.perfetto.dev opens the trace.
+    one, warms it up. The profiled steps and the step after them are slower than others.
+    https://ui.perfetto.dev opens the trace.
     """
     steps = range(max(config.profiled.start, first_step), min(config.profiled.stop, config.max_iters))
     if config.profile and not steps:
         metrics.print(f"profile={config.profile}: those steps were made before")
-    if not steps or not ranks.is_main:
+    if config.eval_only or not steps or not ranks.is_main:
         return None
     on_gpu = ranks.device_type == "cuda"
 
     def report(finished: profile) -> None:
         with metrics.paused("profiling"):
-            path = Path(config.out_dir, f"trace-{steps[0]}-{steps[-1]}.json")
+            last_step = (
+                first_step + finished.step_num - 1
+            )  # a signal can end a run before the last of `steps`
+            path = Path(config.out_dir, f"trace-{steps[0]}-{last_step}.json")
             finished.export_chrome_trace(str(path))
             operations = finished.key_averages()
-            metrics.print(f"profile of steps {steps[0]} to {steps[-1]}: {path}")
+            # Ranges such as a whole step contain the operations.
+            operations[:] = [operation for operation in operations if not operation.is_user_annotation]
+            metrics.print(f"profile of steps {steps[0]} to {last_step}: {path}")
             metrics.print(
                 operations.table(
                     sort_by="self_device_time_total" if on_gpu else "self_cpu_time_total",

@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 # nanoGPT's words for two lines of the summary.
 NANOGPT_LABELS = {"parameters": "number of parameters:", "tokens per step": "tokens per iteration will be:"}
 MAX_SILENCE = 5  # seconds without output after which an evaluation prints its progress
-# When a run stops after a signal, by what it is doing; else after this step.
+# After a signal a run stops at these moments, by what it is doing. Otherwise it stops after the step.
 WHEN_IT_STOPS = {
     "starting": "once the run has begun",
     "compiling": "once the run has begun",
