@@ -4,7 +4,6 @@ A config file is Python that assigns to the names of flags, as in nanoGPT. Its v
 the same messages as those of `--name=value`.
 """
 
-import builtins
 import difflib
 import importlib
 import inspect
@@ -72,7 +71,7 @@ def parse_given(
     flags = {flag.name: flag for flag in describe(config_class)}
     values = {name: flag.default for name, flag in flags.items() if flag.default is not MISSING}
     # A config file sees all flags, as in nanoGPT, whose train.py executes it among its own names.
-    scope = dict(values)
+    scope = values | {"__name__": "__main__"}
     given: dict[str, list[str]] = {}
     rest = list(args)
     while rest:
@@ -234,8 +233,7 @@ def _settings_of_file(path: Path, flags: Mapping[str, Flag], scope: dict[str, An
     Ignores names that are not flags, and prints a hint if one resembles a flag. Raises ValueError, OSError.
     """
     source = read_text(path)
-    # Python looks into __builtins__ for a name that the file has not set. So `names` gets only what it sets.
-    names = {"__file__": str(path), "__name__": "__main__", "__builtins__": vars(builtins) | scope}
+    names = _Names(scope | {"__file__": str(path)})
     try:
         code = compile(source, str(path), "exec")
         with _importing_from(path.resolve().parent), IfSlow(f"executing {path}; Ctrl-C stops it"):
@@ -243,21 +241,39 @@ def _settings_of_file(path: Path, flags: Mapping[str, Flag], scope: dict[str, An
     except BaseException as error:  # a config file can also exit
         message = f"{_position(error, path)}: {type(error).__name__}: {error}"
         raise ValueError(message.rstrip(": ")) from None
-    del names["__builtins__"]
-    scope |= names
+    # _Names does not notice globals().update(...), nor `global` in a function.
+    changed = (name for name in names if names[name] is not scope.get(name, MISSING))
+    lines = dict.fromkeys(changed) | names.lines
+    scope.update(names)
     settings = {}
-    for name, value in names.items():
-        if name in flags:
+    for name, line in lines.items():
+        if name in flags and name in names:
             try:
-                settings[name] = read_value(flags[name], value)
+                settings[name] = read_value(flags[name], names[name])
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+                raise ValueError(f"{path}{f', line {line}' if line else ''}: {error}") from None
         # Modules, functions and private names cannot be misspelled settings.
-        elif isinstance(value, bool | int | float | str) and not name.startswith("_"):
+        elif isinstance(names.get(name), bool | int | float | str) and not name.startswith("_"):
             for close in difflib.get_close_matches(name, flags, n=1, cutoff=0.8):
                 hint = f"{name!r} is not a flag and is ignored; did you mean {close!r}?"
                 print(f"{path}: {hint}", file=sys.stderr)
     return settings
+
+
+class _Names(dict[str, Any]):
+    """The names in a config file, and the line that assigned each last."""
+
+    def __init__(self, names: dict[str, Any]):
+        super().__init__(names)
+        self.lines: dict[str, int | None] = {}
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        # Code in exec(...) is not a line of the file. The call of exec is.
+        frame = inspect.currentframe()
+        while frame and frame.f_code.co_filename != self["__file__"]:
+            frame = frame.f_back
+        self.lines[name] = frame and frame.f_lineno
 
 
 @contextmanager
@@ -286,12 +302,15 @@ def _importing_from(folder: Path) -> Iterator[None]:
 
 
 def _position(error: BaseException, path: Path) -> str:
-    """The innermost line in the config's folder that the error came from. A SyntaxError adds its own line."""
-    folder, position = path.resolve().parent, str(path)
-    for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename == str(path) or Path(frame.filename).parent == folder:
-            position = f"{frame.filename}, line {frame.lineno}"
-    return position
+    """The innermost line in the config's folder that the error came from."""
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        places.append((error.filename or "", error.lineno))
+    lines = [f"{path}, line 1"]
+    for file, line in places:
+        if file == str(path) or Path(file).parent == path.resolve().parent:
+            lines.append(f"{file}, line {line or 1}")
+    return lines[-1]
 
 
 def config_text(config_class: type, values: Mapping[str, Any]) -> str:
