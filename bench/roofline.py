@@ -27,7 +27,7 @@ from gpt.flops import peak_flops
 from gpt.model import GPT, GPTConfig
 from kernels import OPS
 from kernels.linear_cross_entropy import ALIGN, chunk_rows
-from kernels.op import Cost, record
+from kernels.op import Cost, record, triton
 
 Result = dict[str, Any]
 Limits = dict[str, float]  # the highest rates that a GPU reaches, as `timing.limits` measures them
@@ -259,6 +259,9 @@ def print_step(step: Step, gpu: str, results: list[Result]) -> None:
         rate = 1e3 * accumulation * batch_size * config.block_size / ms
         mfu = rate * flops_per_token / peak
         print(f"{what:20} {ms:8.2f} ms a step, {rate:,.0f} tokens/s, MFU {mfu:.1%}")
+    if triton is None:
+        print("\nmemory: not predicted, since that takes a dry run of the kernels, which needs Triton")
+        return
     available = DATASHEET[kind_of(gpu) or ""][1]
     sizes = memory(config, batch_size, available)
     needed = sum(sizes.values())

@@ -327,7 +327,7 @@ def _warmed_up(name: str, variant: Variant | str, seconds: float) -> str:
     if isinstance(variant, str):
         return f"{name:24} {variant}"
     peak = "" if variant.peak_bytes is None else f", peak {variant.peak_bytes / 2**30:.1f} GiB"
-    return f"compiled {name} in {seconds:.1f} s{peak}"
+    return f"warmed up {name} in {seconds:.1f} s{peak}"
 
 
 def _line(name: str, figures: dict[str, Any] | str) -> str:
@@ -346,7 +346,7 @@ class ThroughputConfig:
     size: str = ""  # of the model: 124M, 350M, 774M, 1.5B or tiny; default: 124M on a GPU, tiny on a CPU
     batch_size: int = 0  # sequences in a micro-batch, halved until it fits; 0: 64 on a GPU, 2 on a CPU
     block_size: int = 1024  # tokens in a sequence
-    ablate: bool = False  # take each kernel away in turn; not compiled as well
+    ablate: bool = False  # also time the step without each kernel, and without the compiler
     seconds: float = 30.0  # of each variant
     budget: float = math.inf  # seconds in all: variants for which no time is left are not timed
     warm: bool = False  # compile every variant, time nothing; the compilers' caches on disk keep the result
@@ -382,7 +382,8 @@ def builders(
     return builds
 
 
-# Dynamo compiles a function for 8 models only, and after a second micro-batch for any. A training has one.
+# By default Dynamo compiles a function for at most 8 models and, once a size has changed, for any size. A
+# training has one model and one size.
 @torch._dynamo.config.patch(
     automatic_dynamic_shapes=False, recompile_limit=64, fail_on_recompile_limit_hit=True
 )

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend
-from torch.utils.benchmark import Timer
 
 from gpt.atomic import replacing
 from kernels.op import triton
@@ -124,6 +123,8 @@ def sustained(call: Callable[[], Any], seconds: float) -> float:
 
     If the GPU finishes a call sooner than the host queues the next, this is the host's time.
     """
+    from torch.utils.benchmark import Timer  # it imports setuptools, which takes 0.2 s
+
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return 1e3 * timer.blocked_autorange(min_run_time=seconds).mean
 

@@ -241,7 +241,7 @@ class GPT(nn.Module):
         if config.activation not in ACTIVATIONS:
             raise ValueError(f"activation={config.activation!r} must be {' or '.join(ACTIVATIONS)}")
         if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} must be {', '.join(DTYPES)}")
+            raise ValueError(f"dtype={dtype!r} must be {' or '.join(DTYPES)}")
         # This fails here, not in the first step, if attention does not support the head size.
         head_size = config.n_embd // config.n_head
         self.ops = kernels.load(config.kernels, for_device, head_size, DTYPES[dtype])

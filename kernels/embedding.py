@@ -8,8 +8,8 @@ Backward:
 
     dweight[v] = sum of dy[i] over all i with id[i] = v
 
-Both are PyTorch's. On a GPU its backward sorts the ids, so that equal ids are neighbours, and adds their rows
-in a fixed order. Inductor would replace it by additions with atomics, in a different order every run, and a
+Both are PyTorch's. On a GPU its backward adds the rows of equal ids in a fixed order: it sorts more than
+3072 ids, and walks over fewer. Inductor would replace it by additions with atomics, in a different order every run, and a
 sum of floats depends on the order. So backward is a custom operator, which Inductor calls as it is.
 """
 
@@ -26,7 +26,8 @@ def embedding(input: Tensor, weight: Tensor) -> Tensor:
     """`F.embedding`: input (...) of int64 or int32 ids from 0 to V - 1, weight (V, C) -> (..., C).
 
     The result and the gradient have the dtype of weight, also under autocast, as in PyTorch. The gradient is
-    summed in fp32 or fp64, always in the same order. Bad arguments raise what F.embedding raises.
+    summed in fp32 or fp64, always in the same order. Bad arguments raise what F.embedding raises. There is no
+    second derivative, and no transform of torch.func.
     """
     return _Embedding.apply(input, weight)
 
@@ -47,7 +48,7 @@ _backward_op = operator("embedding_backward", _embedding_backward, _fake_backwar
 
 
 class _Embedding(torch.autograd.Function):
-    """An autograd.Function, because torch.compile traces into its forward, but not into a custom operator."""
+    """torch.compile traces into the forward of an autograd.Function, but not into a custom operator."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor) -> Tensor:

@@ -116,8 +116,9 @@ class Op:
         results = results if isinstance(results, tuple) else (results,)
         results = [result for result in results if result.requires_grad]
         if results:
-            # The results can be their own gradients: of the right shape and not 0, which some kernels skip.
-            gradients = [result.detach().contiguous() for result in results]
+            # The results can be their own gradients: of the right shape and not 0. The loss kernel skips rows
+            # whose gradient is 0. Nobody reads the values of a carrier, which is one number expanded.
+            gradients = [r.detach() if r.is_contiguous() else r.new_empty(r.shape) for r in results]
             torch.autograd.grad(results, inputs, gradients, allow_unused=True)
 
 

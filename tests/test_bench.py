@@ -1,4 +1,4 @@
-"""The figures that the benchmarks publish are those that a hand would make. No speed is asserted."""
+"""The figures that the benchmarks publish are those that one computes by hand. No speed is asserted."""
 
 import json
 import os

@@ -166,6 +166,28 @@ def test_a_configuration_comes_back_from_its_file(tmp_path):
         assert parse([str(tmp_path / "mine.py")])[0] == config
 
 
+def test_print_config_prints_a_config_file_and_trains_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # without data
+    flags = ["quickstart", "--n_layer=3", "--dataset=it's", "--device=cpu"]
+    code, out, err = command(training.main, monkeypatch, capsys, *flags, "--print_config")
+    assert code == 0 and err == "" and not list(tmp_path.iterdir())
+    Path("mine.py").write_text(out)
+    resolved = {"dtype": "float32", "compile": False, "kernels": "torch"}
+    assert parse(["mine.py"])[0].flat() == parse(flags)[0].flat() | resolved
+
+
+def test_a_printed_config_leaves_out_what_the_checkpoint_supplies():
+    for source, absent in (
+        ("scratch", set()),
+        ("auto", {"dataset"}),
+        ("first/ckpt.pt", {"n_embd"}),
+        ("resume", {"dataset", "n_embd"}),
+    ):
+        config, given = parse([f"--init_from={source}", "--n_layer=2"])
+        names = re.findall(r"^(\w+) = ", config_file(config, given), re.MULTILINE)
+        assert {"dataset", "n_embd", "n_layer"}.difference(names) == absent, source
+
+
 def test_the_config_file_beside_a_resumed_checkpoint_gives_the_same_run(workplace):
     run("--dropout=0.2", "--optimizer=muon", "--max_iters=4", out_dir="it's")
     first = run("--dropout=0.2", "--optimizer=muon", "--init_from=resume", out_dir="it's")

@@ -166,8 +166,9 @@ def test_a_profile_can_begin_at_step_0_and_ends_with_the_run_at_the_latest(workp
     with pytest.warns(UserWarning, match="won't be using warmup"):
         run("--profile=0:7", "--max_iters=4")
     assert [path.name for path in Path("out").glob("trace-*")] == ["trace-0-3.json"]
-    run("--eval_only", "--profile=0:2", out_dir="evaluated")
-    assert not Path("evaluated").exists()
+    config, given = parse([*TINY, "--eval_only", "--profile=0:2", "--out_dir=evaluated"])
+    loop.train(config, distributed.start("auto", "cpu"), given)
+    assert not Path("evaluated").exists(), "an evaluation alone makes no steps"
     capsys.readouterr()
     run("--profile=1:3", "--init_from=resume")
     assert "profile=1:3: those steps were made before" in capsys.readouterr().out

@@ -53,6 +53,13 @@ def test_offsets_beyond_int32(name, sample, dim, device):
 # ---- the embedding
 
 
+def test_the_gradient_of_an_embedding_is_an_operator_that_inductor_cannot_replace(device):
+    weight = torch.randn(5, 8, device=device).requires_grad_()
+    with torch.profiler.profile() as profile:
+        kernels.embedding(torch.tensor([1, 1, 3], device=device), weight).sum().backward()
+    assert "tritongpt::embedding_backward" in {event.key for event in profile.key_averages()}
+
+
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_gradient_of_an_embedding_is_summed_in_fp32_or_better(dtype, ids_dtype, device):
@@ -211,7 +218,7 @@ def test_chunks_of_the_loss_follow_the_memory(gigabytes, rows):
 
 
 def test_what_lies_beyond_a_length_is_never_read(device, poisoned):
-    """The heads are cut for the longest a sequence may become: most parts of a short one are empty.
+    """The cache is cut into splits for the longest sequence, so most splits of a short one are empty.
 
     A length beyond the cache is that of the cache.
     """

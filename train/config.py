@@ -8,7 +8,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +55,7 @@ class TrainConfig:
     )
     seed: int = 1337  # for weights, dropout and data order
     log_interval: int = 1  # steps between printed lines
+    print_config: bool = False  # print every setting as a config file, for this machine, and stop
     profile: str = ""  # START:STOP: trace these steps into out_dir and print the most expensive operations
     wandb_log: bool = False  # log to Weights & Biases as well (extra [wandb])
     wandb_project: str = "owt"  # project in Weights & Biases
@@ -178,10 +179,20 @@ def resolve(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     )
 
 
-def config_file(config: TrainConfig) -> str:
-    """Returns the text of a config file that repeats a resolved configuration on the same kind of machine."""
+def config_file(config: TrainConfig, given: Mapping[str, Sequence[str]] | None = None) -> str:
+    """Returns the text of a config file that repeats a resolved configuration on the same kind of machine.
+
+    `given` (the flags that were set) is for --print_config, before a model is loaded. Settings that the
+    checkpoint will supply are left out then.
+    """
     values = config.flat()
-    del values["profile"]  # it concerns one start, not the run
+    for name in ("print_config", "profile"):
+        del values[name]  # they concern one start, not the run
+    if given is not None and config.init_from not in ("scratch", "auto"):
+        for name in set(MODEL_FIELDS).difference(given):
+            del values[name]
+    if given is not None and config.init_from in ("resume", "auto") and "dataset" not in given:
+        del values["dataset"]
     values["device"] = config.device.removesuffix(":0")  # the rank decides which GPU
     heading = "# Every setting of a run; python -m train FILE.py repeats it.\n\n"
     return heading + cli.config_text(TrainConfig, values)
