@@ -9,8 +9,9 @@ Backward:
     dweight[v] = sum of dy[i] over all i with id[i] = v
 
 Both are PyTorch's. On a GPU its backward adds the rows of equal ids in a fixed order: it sorts more than
-3072 ids, and walks over fewer. Inductor would replace it by additions with atomics, in a different order every run, and a
-sum of floats depends on the order. So backward is a custom operator, which Inductor calls as it is.
+3072 ids, and walks over fewer. Inductor would replace it by additions with atomics, in a different order
+every run, and a sum of floats depends on the order. So backward is a custom operator, which Inductor calls
+as it is.
 """
 
 from typing import Any
