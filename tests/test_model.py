@@ -219,5 +219,5 @@ def test_a_config_that_makes_no_model_is_refused(changes, message):
 
 
 def test_a_dtype_that_is_not_known_is_refused():
-    with pytest.raises(ValueError, match="dtype='bf16' must be float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match="dtype='bf16' must be float32 or bfloat16 or float16"):
         GPT(SMALL, "cpu", "bf16")
