@@ -376,9 +376,11 @@ def describe_meta(path: Path) -> dict[str, Any]:
     with _as_value_error(f"{path} cannot be read as nanoGPT's meta.pkl; prepare the data again"):
         with regular(path).open("rb") as f:
             meta = _PlainUnpickler(f).load()
-        size, itos = meta["vocab_size"], meta.get("itos", {})
+        size, itos = meta["vocab_size"], meta.get("itos") or {}
         if not 0 < size <= MAX_SYMBOLS:
             raise ValueError(f"vocab_size={size} must be from 1 to {MAX_SYMBOLS:,}")
+        if not isinstance(itos, dict):  # nanoGPT's sample.py reads itos[i], so a list works too
+            itos = dict(enumerate(itos))
         symbols = [itos.get(i, "") for i in range(size)]
     if any(symbols) and all(isinstance(symbol, str) for symbol in symbols):
         return {"kind": "char", "symbols": symbols}
