@@ -213,7 +213,7 @@ def test_the_tokenizer_in_a_folder_is_kept_whatever_its_layout_and_class(monkeyp
     for path in Path("hf").glob("*config.json"):
         path.write_bytes(path.read_bytes()[3:])
     _, out, _ = command(convert.main, monkeypatch, capsys, "hf", "a.pt")
-    assert "vocabulary: 300 -> 300 rows, for 270 symbols" in out
+    assert "vocabulary: 300 rows, for 270 symbols; --vocab_size=270 drops the others" in out
     convert.convert("a.pt", Path("again"))
     theirs = AutoTokenizer.from_pretrained("again")
     assert theirs(text).input_ids == expected
