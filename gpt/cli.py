@@ -201,7 +201,7 @@ def check_bounds(values: Mapping[str, Any], bounds: Mapping[str, tuple[float, fl
 def choose(known: Mapping[str, Value], name: str, kind: str, hint: str = "") -> Value:
     """`known[name]`. `kind` is what the names stand for.
 
-    Raises ValueError with the closest name. If none is close, with `hint`, which by default lists all names.
+    Raises ValueError, which names the closest name, or else `hint`. The default of `hint` lists all names.
     """
     if name in known:
         return known[name]

@@ -36,8 +36,10 @@ def convert(source: str, target: Path, vocab_size: int | None = None) -> None:
     symbols, rows = tokenizer.vocab_size(description), model.config.vocab_size
     if vocab_size is not None:
         model = cut_vocabulary(model, vocab_size, symbols)
-    if rows != symbols:
+    if model.config.vocab_size != rows:
         print(f"vocabulary: {rows} -> {model.config.vocab_size} rows, for {symbols} symbols")
+    elif rows != symbols:
+        print(f"vocabulary: {rows} rows, for {symbols} symbols; --vocab_size={symbols} drops the others")
     to_checkpoint = target.suffix == ".pt"
     with cli.IfSlow(f"writing {target}"):
         (save_checkpoint if to_checkpoint else save_hugging_face)(model, description, target)

@@ -11,7 +11,6 @@ from gpt import checkpoint, cli, hugging_face, tokenizer
 from gpt.atomic import replacing
 from gpt.checkpoint import Checkpoint
 from gpt.model import GPT, RUN_OPTIONS, GPTConfig
-from gpt.reading import read_json
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -103,7 +102,7 @@ def load(
     source = checkpoint_in(source)
     if is_hugging_face(source):
         model = GPT.from_pretrained(source, overrides, device, dtype)
-        description = hugging_face_tokenizer(source)
+        description = tokenizer.describe_hugging_face(source)
         size, n_symbols = model.config.vocab_size or 0, tokenizer.vocab_size(description)
         if size < n_symbols:
             raise ValueError(f"{source} has vocab_size={size}, but its tokenizer has {n_symbols} symbols")
@@ -116,17 +115,9 @@ def load(
     # may also have got its symbols only after the training.
     size, folder = model.config.vocab_size or 0, Path("data", dataset)
     description = tokenizer.if_large_enough(tokenizer.describe_dataset(folder), size, folder)
-    return model, (recorded or description) if description["kind"] == "unknown" else description
-
-
-def hugging_face_tokenizer(name: str) -> dict[str, Any]:
-    """The description of the tokenizer of an OpenAI GPT-2 or of a folder. Raises ValueError, OSError."""
-    if not Path(name).is_dir():
-        return {"kind": "gpt2"}
-    size = read_json(Path(name, "config.json")).get("vocab_size", tokenizer.GPT2_VOCAB_SIZE)
-    if type(size) is not int or size < 1:
-        raise ValueError(f"{name}/config.json has vocab_size={size!r}, which must be a whole number above 0")
-    return tokenizer.describe_folder(Path(name), size)
+    if description["kind"] == "unknown" and recorded:
+        description = recorded
+    return model, description
 
 
 # ---- save

@@ -92,8 +92,14 @@ def _prompts(config: SampleConfig) -> list[str]:
 
 
 def _read(path: Path) -> str:
+    if not path.is_fifo():
+        return read_text(path)
     # A pipe, such as <(command), can be read only once. read_text looks at the encoding first.
-    return path.read_text("utf-8-sig") if path.is_fifo() else read_text(path)
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        problem = f"{path} is not UTF-8 text: byte {error.start:,} cannot be read"
+        raise ValueError(f"{problem}; convert it to UTF-8") from None
 
 
 def _encoded(model: GPT, tokenizer: Tokenizer, config: SampleConfig) -> list[list[int]]:
@@ -132,12 +138,17 @@ def show(model: GPT, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], con
         batch = prompts[i : i + prompts_at_once]
         for n_drawn in range(0, config.num_samples, config.batch_size):
             samples = min(config.batch_size, config.num_samples - n_drawn)
-            n_printed = 0
+            n_printed = first = n_decoded = 0  # characters, ids
             for rows in draw(model, tokenizer, batch, config, samples):
+                if config.stop:  # a sample may end earlier, so it is printed as a whole
+                    continue
+                # Decode the new ids after those printed last, which decide whether a space follows.
+                old, text = (tokenizer.decode(ids) for ids in (rows[0][first:n_decoded], rows[0][first:]))
                 # The bytes of an unfinished character decode to U+FFFD.
-                text = "" if config.stop else tokenizer.decode(rows[0]).rstrip("\ufffd")
-                print(text[n_printed:], end="", flush=True)
-                n_printed = max(n_printed, len(text))
+                if len(text) > len(old) and not text.endswith("\ufffd"):
+                    print(text[len(old) :], end="", flush=True)
+                    n_printed += len(text) - len(old)
+                    first, n_decoded = n_decoded, len(rows[0])
             texts = [text_of(tokenizer, batch[i // samples], row, config.stop) for i, row in enumerate(rows)]
             print(texts[0][n_printed:], *texts[1:], sep=f"\n{SEPARATOR}\n")
             print(SEPARATOR, flush=True)
@@ -180,8 +191,8 @@ def draw(
 ) -> Iterator[list[list[int]]]:
     """Yields the ids of all samples, with their prompts: first the prompts alone, then after each token.
 
-    The `samples` of the first prompt come first. Ends early if each has the stop text. Raises ValueError if
-    the logits are not finite.
+    These are the same lists each time, which grow. The `samples` of the first prompt come first. Ends early
+    if each has the stop text. Raises ValueError if the logits are not finite.
     """
     rows = [list(prompt) for prompt in prompts for _ in range(samples)]
     lengths = [len(row) for row in rows]
@@ -194,10 +205,14 @@ def draw(
             row.append(id)
         yield rows
         if config.stop:
-            # A character has at most four tokens, so a stop text that is now complete lies in these.
+            # A character has at most four tokens, so a stop text that is now complete lies in the last n - 1.
+            # The token before these decides whether they begin with a space.
             n = 4 * len(config.stop) + 1
-            tails = {i: rows[i][max(lengths[i], len(rows[i]) - n) :] for i in unstopped}
-            unstopped -= {i for i, tail in tails.items() if config.stop in tokenizer.decode(tail)}
+            for i in list(unstopped):
+                start = max(0, len(rows[i]) - n)
+                of_prompt = tokenizer.decode(rows[i][start : lengths[i]])
+                if config.stop in tokenizer.decode(rows[i][start:])[len(of_prompt) :]:
+                    unstopped.remove(i)
             if not unstopped:
                 return
 

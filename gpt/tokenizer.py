@@ -184,8 +184,9 @@ def check(description: dict[str, Any], source: str | Path) -> None:
     """Raises ValueError for a bad description, which is from `source`."""
     with _as_value_error(f"{source} has a tokenizer that this project does not know"):
         kind = description["kind"]
-        key = {"char": "symbols", "gpt2": "kind", "json": "json", "unknown": "why"}[kind]
-        "".join(description[key])  # raises TypeError for what is not text
+        if kind != "gpt2":
+            key = {"char": "symbols", "json": "json", "unknown": "why"}[kind]
+            "".join(description[key])  # raises TypeError for what is not text
         n_ids = _json_vocab_size(description["json"], source) if kind == "json" else 1
         if (size := operator.index(vocab_size(description))) < n_ids:
             raise ValueError(f"vocab_size={size} must be at least {n_ids}")
@@ -282,6 +283,16 @@ def describe_json(path: Path) -> dict[str, Any]:
     return {"kind": "json", "vocab_size": _json_vocab_size(text, path), "json": text}
 
 
+def describe_hugging_face(name: str) -> dict[str, Any]:
+    """The description of the tokenizer of an OpenAI GPT-2 or of a folder. Raises ValueError, OSError."""
+    if not Path(name).is_dir():
+        return {"kind": "gpt2"}
+    size = read_json(Path(name, "config.json")).get("vocab_size", GPT2_VOCAB_SIZE)
+    if type(size) is not int or size < 1:
+        raise ValueError(f"{name}/config.json has vocab_size={size!r}, which must be a whole number above 0")
+    return describe_folder(Path(name), size)
+
+
 def describe_folder(folder: Path, rows: int | None = None) -> dict[str, Any]:
     """The tokenizer in a Hugging Face folder: tokenizer.json, or vocab.json with merges.txt.
 
@@ -296,15 +307,14 @@ def describe_folder(folder: Path, rows: int | None = None) -> dict[str, Any]:
     else:
         return unknown(
             rows or 0,
-            f"{folder} has no tokenizer, so no prompt can be encoded; put the model's tokenizer.json into "
-            "the folder",
+            f"{folder} has neither tokenizer.json nor vocab.json with merges.txt; put the model's "
+            "tokenizer.json into the folder",
         )
     size = _json_vocab_size(text, folder / "tokenizer.json")
     content = json.loads(text)
     split = content.get("pre_tokenizer") or {}
-    if (
-        content["model"].get("type") == "WordLevel" and split.get("pattern") == EACH_CHARACTER
-    ):  # our own export
+    is_our_export = content["model"].get("type") == "WordLevel" and split.get("pattern") == EACH_CHARACTER
+    if is_our_export:
         symbols = dict.fromkeys(range(size), "") | {i: s for s, i in content["model"]["vocab"].items()}
         return {"kind": "char", "symbols": list(symbols.values())}
     added = content.get("added_tokens", [])
@@ -376,9 +386,11 @@ def describe_meta(path: Path) -> dict[str, Any]:
     with _as_value_error(f"{path} cannot be read as nanoGPT's meta.pkl; prepare the data again"):
         with regular(path).open("rb") as f:
             meta = _PlainUnpickler(f).load()
-        size, itos = meta["vocab_size"], meta.get("itos", {})
+        size, itos = meta["vocab_size"], meta.get("itos") or {}
         if not 0 < size <= MAX_SYMBOLS:
             raise ValueError(f"vocab_size={size} must be from 1 to {MAX_SYMBOLS:,}")
+        if not isinstance(itos, dict):  # nanoGPT's sample.py reads itos[i], so a list works too
+            itos = dict(enumerate(itos))
         symbols = [itos.get(i, "") for i in range(size)]
     if any(symbols) and all(isinstance(symbol, str) for symbol in symbols):
         return {"kind": "char", "symbols": symbols}

@@ -140,7 +140,7 @@ def test_help_explains_every_flag_with_its_default_within_the_screen(monkeypatch
         assert all(re.search(rf"\n  {p.stem}\s+\S.{{20}}", sections["presets"]) for p in PRESETS.glob("*.py"))
 
 
-PATHS = "out_dir init_from dataset prompts data result hellaswag input name tokenizer output out".split()
+PATHS = "out_dir init_from dataset prompts data hellaswag input name tokenizer output out".split()
 
 
 def test_a_tilde_in_a_flag_that_names_a_file_is_the_home_folder(monkeypatch):
@@ -386,14 +386,24 @@ def test_the_encoding_of_a_prompt_or_a_config_file_is_recognized(tmp_path):
         (tmp_path / "a.py").write_text("max_iters = 7\nout_dir = 'né'\n", encoding=encoding)
         config, _ = parse([str(tmp_path / "a.py")])
         assert (config.max_iters, config.out_dir) == (7, "né")
-    reading_end, writing_end = os.pipe()  # as --prompts=<(command)
-    os.write(writing_end, "né\nto be\n".encode("utf-8-sig"))
-    os.close(writing_end)
-    assert sample._prompts(sample.SampleConfig(prompts=f"/dev/fd/{reading_end}")) == ["né", "to be"]
-    os.close(reading_end)
     (tmp_path / "a.txt").write_bytes("né".encode("latin-1"))
     with pytest.raises(ValueError, match=r"a.txt is not UTF-8 text: byte 1"):
         sample._prompts(sample.SampleConfig(prompts=f"{tmp_path}/a.txt"))
+
+
+def test_prompts_come_from_a_pipe():
+    def prompts(content):
+        reading_end, writing_end = os.pipe()  # as --prompts=<(command)
+        os.write(writing_end, content)
+        os.close(writing_end)
+        try:
+            return sample._prompts(sample.SampleConfig(prompts=f"/dev/fd/{reading_end}"))
+        finally:
+            os.close(reading_end)
+
+    assert prompts("né\nto be\n".encode("utf-8-sig")) == ["né", "to be"]
+    with pytest.raises(ValueError, match=r"/dev/fd/\d+ is not UTF-8 text: byte 2 cannot be read"):
+        prompts(b"to\xff")
 
 
 def test_a_typed_line_is_utf8_or_has_the_encoding_of_the_locale():

@@ -227,7 +227,7 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
 
 
 def read_folder(path: Path) -> dict[str, Any]:
-    description = pretrained.hugging_face_tokenizer(str(path.parent))
+    description = tokenizer.describe_hugging_face(str(path.parent))
     tokenizer.check(description, path)
     return description
 

@@ -319,6 +319,14 @@ def test_a_meta_file_without_a_size_of_the_vocabulary_is_refused(tmp_path):
             describe_meta(path)
 
 
+def test_the_symbols_of_a_meta_file_may_be_a_list_or_none(tmp_path):
+    path = tmp_path / "meta.pkl"
+    for itos, kind in ((["a", "b"], "char"), (None, "unknown"), ([], "unknown")):
+        path.write_bytes(pickle.dumps({"vocab_size": 2, "itos": itos}))
+        description = describe_meta(path)
+        assert description["kind"] == kind and description.get("symbols", itos) == itos
+
+
 def test_symbols_whose_ids_begin_at_1_are_read(workplace):
     path = Path("data/tiny/meta.pkl")
     itos = dict(enumerate(describe_meta(path)["symbols"], 1))

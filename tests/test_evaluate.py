@@ -140,11 +140,17 @@ def test_two_ranks_give_the_results_of_one(model, monkeypatch, capsys):
     [
         ("--stride=0", "nothing to evaluate on"),
         ("--data=nowhere.bin", "there is no nowhere.bin"),
+        ("--data=nowhere.bin", "-m train.prepare lists the commands that prepare data"),
         ("--stride=13 --data=data/val.bin", "stride=13 must be from 1 to block_size=12"),
         ("--data=other/val.bin", "other/val.bin was prepared with another tokenizer or alphabet"),
         ("--data=large/val.bin", "large/val.bin holds the token id 99, but vocab_size=17"),
         ("--hellaswag=nowhere.jsonl", "there is no file nowhere.jsonl"),
-        ("--hellaswag=h.jsonl", "h.jsonl, line 2, is not an example with ctx, endings and label (KeyError)"),
+        (
+            "--hellaswag=h.jsonl",
+            "h.jsonl, line 2, is not an example with ctx, endings and label (KeyError: 'endings')",
+        ),
+        ("--hellaswag=label.jsonl", "endings and label (ValueError: label=2 must be from 0 to 1)"),
+        ("--hellaswag=text.jsonl", "endings and label (ValueError: ctx and endings must be text)"),
         ("--hellaswag=empty.jsonl", "empty.jsonl holds no examples"),
         ("--hellaswag=z.jsonl", "the symbol 'z' (at character 1) is not among the 17"),
         ("--hellaswag=hub", "--hellaswag=hub needs the package datasets"),
@@ -159,6 +165,8 @@ def test_a_mistake_is_one_sentence(model, monkeypatch, capsys, flag, sentence):
     good = json.dumps({"ctx": "a", "endings": ["b", "c"], "label": 0})
     Path("h.jsonl").write_text(f'{good}\n{{"ctx": "a"}}\n')
     Path("z.jsonl").write_text(good.replace('"b"', '"z"'))
+    Path("label.jsonl").write_text(good.replace("0", "2"))
+    Path("text.jsonl").write_text(good.replace('"c"', "3"))
     Path("empty.jsonl").touch()
     monkeypatch.setitem(sys.modules, "datasets", None)
     code, _, err = command(evaluate.main, monkeypatch, capsys, "--device=cpu", *flag.split())

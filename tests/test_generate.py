@@ -228,9 +228,22 @@ def test_each_character_is_printed_as_soon_as_all_its_bytes_are_drawn(monkeypatc
     assert "".join(printed(monkeypatch, capsys, CharTokenizer("ab"), [0], [0, 5, 1])) == "aa\ufffdb"
 
 
-@pytest.mark.parametrize("stop", ["\n\n", "aab", "é!"])
+@pytest.mark.parametrize("stop", ["", "x"])
+def test_a_sample_is_decoded_a_few_ids_at_a_time(monkeypatch, capsys, stop):
+    lengths = []
+
+    class Counting(Bytes):
+        def decode(self, ids):
+            lengths.append(len(ids))
+            return super().decode(ids)
+
+    printed(monkeypatch, capsys, Counting(), b"a", 1000 * b"b", stop)
+    assert sum(lengths) < 20_000
+
+
+@pytest.mark.parametrize("stop", ["\n\n", "aab", "🦁"])  # of four bytes
 def test_the_stop_text_ends_a_sample_and_is_not_printed(monkeypatch, capsys, stop):
-    for text in ("Löwe €5\n\nrest", "aaab é! x", "aa", "naïve\nx\n\n"):
+    for text in ("Löwe €5\n\nrest", "aaab 🦁! x", "aa", "naïve\nx\n\n"):
         for prompt in ("king", stop, stop[:1]):
             steps = printed(monkeypatch, capsys, Bytes(), prompt.encode(), text.encode(), stop)
             before, stop_text, _ = text.partition(stop)
@@ -246,6 +259,22 @@ def test_a_sample_keeps_the_space_that_a_tokenizer_leaves_out_at_the_beginning(m
     tokenizer = from_dict({"kind": "json", "json": words.to_str()})
     steps = printed(monkeypatch, capsys, tokenizer, tokenizer.encode("the kings"), [0, 1])
     assert steps == ["the kings", " the", " kings"]
+    assert printed(monkeypatch, capsys, tokenizer, [1], [0, 1], stop=" the") == ["", "kings"]
+    # an id past the vocabulary has no text
+    assert "".join(printed(monkeypatch, capsys, tokenizer, [1], [2, 0, 1])) == "kings the kings"
+
+
+def test_characters_whose_bytes_are_tokens_are_printed_one_after_the_other(monkeypatch, capsys):
+    """As in SentencePiece's byte fallback, which decodes bytes in a row together or not at all."""
+
+    class Fallback:
+        def decode(self, ids):
+            try:
+                return bytes(ids).decode()
+            except UnicodeDecodeError:
+                return len(ids) * "\ufffd"
+
+    assert printed(monkeypatch, capsys, Fallback(), b"", "é€x".encode()) == ["", "", "é", "", "", "€", "x"]
 
 
 @pytest.mark.gpu

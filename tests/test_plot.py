@@ -1,6 +1,8 @@
 """Plots show the values in metrics.jsonl."""
 
+import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +73,15 @@ def test_tokens_and_time_are_sums_over_the_steps():
         assert lines(figure, "val/loss")[0][0] == pytest.approx([sum(each[:i]) for i in (0, 10, 18)])
 
 
+def test_a_run_whose_record_begins_later_has_the_tokens_before_and_not_the_time():
+    """As one that began in nanoGPT. Here every fifth step is logged."""
+    write("run", [evaluation(98, 3.0), step(100, 2000.0, tokens=50), step(105), evaluation(106, 2.0)])
+    for x, expected in (("tokens", [4900, 5300]), ("time", [0, 3 * 2 + 5 * 0.1])):
+        assert lines(draw("run", x=x), "val/loss")[0][0] == pytest.approx(expected)
+    write("evaluated", [evaluation(98, 3.0), evaluation(99, 2.0)])
+    assert lines(draw("evaluated", x="time"), "val/loss")[0][0].tolist() == [0, 0]
+
+
 def test_a_long_run_is_smoothed_and_its_first_losses_may_be_cut_off():
     losses = [100.0, *np.random.default_rng(0).normal(3, 0.1, 199)]
     losses[90] = None
@@ -90,12 +101,14 @@ def test_several_runs_share_their_axes_and_have_different_labels():
     """Two runs with the same name are labelled by their paths."""
     write("a/base", [step(0), step(1), evaluation(2, 2.5)])
     write("b/base", [step(0), step(1), step(2), evaluation(3, 2.25)])
-    write("größe", [step(0, tokens=500), evaluation(1, 2.0)])
-    figure = draw("a/base", "b/base", "größe", x="tokens")
+    latin_1 = os.fsdecode("größe".encode("latin-1"))  # a name that is not UTF-8, as of an old disk
+    write(latin_1, [step(0, tokens=500), evaluation(1, 2.0)])
+    figure = draw("a/base", "b/base", latin_1, x="tokens")
+    figure.savefig(io.BytesIO())
     assert [len(x) for x, _ in lines(figure, "loss")] == [2, 3, 1]
     assert [x.tolist() for x, _ in lines(figure, "val/loss")] == [[100], [150], [500]]
     lowest = ["2.5000 at step 2", "2.2500 at step 3", "2.0000 at step 1"]
-    names = ["a/base", "b/base", "größe"]
+    names = ["a/base", "b/base", "gr\ufffd\ufffde"]
     assert legend(figure) == [f"{name}, lowest {best}" for name, best in zip(names, lowest)]
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
 

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import sys
+import types
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -210,7 +211,7 @@ JUNK = b"\x00\x05\x16\x07\xff"
         {"in.parquet": parquet(n=[1, 2, 3, 4], text=["\ufeffab", "ba", None, "aab"])},
         {"in.jsonl.gz": gzip.compress("\n".join(ROWS).encode())},
         {"in.NDJSON": "\n".join([*ROWS[:2], "", '{"text": null}', "{}", ROWS[2]]).encode()},
-        {"in.csv": b"n,text\n1,ab\n2,ba\n3,\n4,aab\n"},
+        {"in.csv": b"text,n\nab,1\nba,2\n,3\naab," + 200_000 * b"4"},  # a long cell
         {"in/a.txt": b"ab", "in/b/r.jsonl": "\n".join(ROWS[1:]).encode(), "in/c.jsonl": b""},
         {"in/a.txt": "ab".encode("utf-16"), "in/b.txt": "\ufeffba".encode()}
         | {"in/c.txt.gz": gzip.compress("aab".encode("utf-32"))},
@@ -234,21 +235,26 @@ def test_rows_are_read_one_at_a_time_and_their_sizes_add_up(small_pieces):
     path = Path("a.jsonl")
     half_a_pair = "\\ud800"  # of surrogates
     path.write_text(f'{{"text": "caf\\u00e9 {half_a_pair}"}}\n{{"text": "b"}}\n')
-    corpus = documents.files("a.jsonl", val_fraction=0.99)
-    parts = {part.size: list(part.pieces()) for part in (corpus.train, corpus.val)}
-    assert parts == {len("café ?".encode()): ["café ?", None], 1: ["b", None]}
+    for fraction in (0.01, 0.99):
+        corpus = documents.files("a.jsonl", val_fraction=fraction)
+        parts = {part.size: list(part.pieces()) for part in (corpus.train, corpus.val)}
+        assert parts == {len("café ?".encode()): ["café ?", None], 1: ["b", None]}
     path.write_text(path.read_text() + "not JSON")
     assert next(documents._texts(path, "text")) == "café ?"
 
 
-def test_files_of_a_folder_are_documents_in_order_of_name_one_in_ten_for_validation(small_pieces):
-    for i in range(95):
+def test_files_of_a_folder_are_documents_in_order_of_name_split_as_in_nanogpt(small_pieces):
+    """nanoGPT's validation documents, but in the order of the names."""
+    from datasets import Dataset
+
+    for i in range(91):
         Path(f"corpus/{i // 30}").mkdir(parents=True, exist_ok=True)
         Path(f"corpus/{i // 30}/{i:02}.txt").write_text(f"{i:02}")
     encode(Path("out"), documents.files("corpus"), "char", 1)
     train, val = ([int(line) for line in text.splitlines()] for text in read_characters("out"))
-    assert train == sorted(train) and val == sorted(val) and sorted(train + val) == list(range(95))
-    assert len(val) == 10 and val != list(range(10))
+    parts = Dataset.from_dict({"i": range(91)}).train_test_split(0.1, seed=2357)
+    assert (train, val) == (sorted(parts["train"]["i"]), sorted(parts["test"]["i"]))
+    assert len(val) == 10  # 91 tenths are rounded up
     assert len(documents.find("corpus/[0-2]/*5.txt,corpus/0,corpus/0/05.txt,")) == 30 + 6
 
 
@@ -450,7 +456,7 @@ BAD_FILES = {  # name -> content, message
     "number.parquet": (parquet(text=[5, 6]), "number.parquet, row 1: 'text' is 5, not text"),
 }
 BAD_FLAGS = {
-    "shakespear": "there is no corpus 'shakespear'; did you mean 'shakespeare'?",
+    "shakespear": "there is no corpus or command 'shakespear'; did you mean 'shakespeare'?",
     "text --name=x --input=nowhere*.txt": "there is no file nowhere*.txt",
     "text --name=x --input=folder": "there is no .txt, .jsonl or .parquet in folder",
     "text --name= --input=a.txt": "name='' names no data set",
@@ -480,17 +486,18 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(small_pieces, type_in):
 
 
 @pytest.mark.parametrize(
-    ("missing", "command_line"),
+    ("missing", "module", "command_line"),
     [
-        ("datasets", "openwebtext"),
-        ("pyarrow", "text --input=a.parquet --name=x"),
-        ("tokenizers", "tokenizer --input=a.txt"),
+        ("datasets", None, "openwebtext"),
+        ("datasets", types.ModuleType("datasets"), "openwebtext"),  # an empty folder of its name
+        ("pyarrow", None, "text --input=a.parquet --name=x"),
+        ("tokenizers", None, "tokenizer --input=a.txt"),
     ],
 )
-def test_a_missing_package_is_one_sentence(small_pieces, monkeypatch, missing, command_line, type_in):
+def test_a_missing_package_is_one_sentence(small_pieces, monkeypatch, missing, module, command_line, type_in):
     Path("a.txt").write_text("some text " * 20)
     Path("a.parquet").touch()
-    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setitem(sys.modules, missing, module)
     code, _, err = type_in(*command_line.split())
     assert code == 1 and err.count("\n") == 1, err
     assert f"the package {missing}: " in err and "-m pip install -e '.[data]'" in err

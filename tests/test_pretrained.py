@@ -11,7 +11,7 @@ import torch
 
 from gpt import checkpoint, convert, sample, tokenizer
 from gpt.model import GPT, GPTConfig
-from gpt.pretrained import hugging_face_tokenizer, load, save_checkpoint, save_hugging_face
+from gpt.pretrained import load, save_checkpoint, save_hugging_face
 from tests.runs import run
 from tests.test_command_line import command, complaint
 from tests.test_generate import stir
@@ -213,7 +213,7 @@ def test_the_tokenizer_in_a_folder_is_kept_whatever_its_layout_and_class(monkeyp
     for path in Path("hf").glob("*config.json"):
         path.write_bytes(path.read_bytes()[3:])
     _, out, _ = command(convert.main, monkeypatch, capsys, "hf", "a.pt")
-    assert "vocabulary: 300 -> 300 rows, for 270 symbols" in out
+    assert "vocabulary: 300 rows, for 270 symbols; --vocab_size=270 drops the others" in out
     convert.convert("a.pt", Path("again"))
     theirs = AutoTokenizer.from_pretrained("again")
     assert theirs(text).input_ids == expected
@@ -251,7 +251,7 @@ def test_gpt2s_encoding_is_recognized_by_its_ids_and_kept():
     # the folder of a model with 50257 rows: data prepared with its tokenizer fit the model
     model = json.loads(Path("hf/config.json").read_text())
     Path("hf/config.json").write_text(json.dumps(model | {"vocab_size": 50257}))
-    assert describe_tokenizer("hf", None) == hugging_face_tokenizer("hf") == GPT2
+    assert describe_tokenizer("hf", None) == tokenizer.describe_hugging_face("hf") == GPT2
     assert tokenizer.fits(more, GPT2) and not tokenizer.fits(GPT2, more)
     normalized = more | {"json": json.dumps(json.loads(more["json"]) | {"normalizer": {"type": "NFC"}})}
     assert not tokenizer.fits(more, normalized) and not tokenizer.fits(normalized, GPT2)
@@ -288,7 +288,7 @@ def test_a_folder_without_a_tokenizer_is_converted_and_back_and_says_so(monkeypa
     err = complaint(convert.main, monkeypatch, capsys, "a.pt", "b.pt", f"--vocab_size={rows - 8}")
     assert f"vocab_size={rows - 8}" in err and str(rows) in err
     err = complaint(sample.main, monkeypatch, capsys, "--init_from=a.pt", "--device=cpu")
-    assert "no prompt can be encoded" in err and "tokenizer.json" in err
+    assert "hf has neither tokenizer.json nor vocab.json" in err
 
 
 def test_truncation_and_padding_in_a_tokenizer_json_are_ignored():

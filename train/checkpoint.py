@@ -152,7 +152,7 @@ def initial_model(
     saved = empty
     if not resumes and pretrained.is_hugging_face(source):
         model = GPT.from_pretrained(source, overrides, device, config.dtype)
-        model_tokenizer = pretrained.hugging_face_tokenizer(source)
+        model_tokenizer = tokenizer.describe_hugging_face(source)
     else:
         if not Path(source).exists() and resumes:  # rank 0, perhaps on a different machine, has found it
             raise ValueError(

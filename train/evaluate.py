@@ -63,7 +63,7 @@ def main() -> None:
     config = cli.parse(EvaluateConfig, sys.argv[1:], prog="python -m train.evaluate", path_flag="init_from")
     cli.check_bounds(vars(config), {"batch_size": (1, 2**29), "stride": (0, 2**62)})
     # To choose between ckpt.pt and best.pt a checkpoint is read. Do it once.
-    config.init_from = pretrained.checkpoint_in(pretrained.source_of(config.init_from, config.out_dir))
+    config.init_from = pretrained.source_of(config.init_from, config.out_dir)
     if not config.data and not config.hellaswag:
         config.data = _validation_data(config.init_from)
     ranks = distributed.start(config.backend, config.device)
@@ -122,7 +122,11 @@ def on_tokens(
     if stride > block_size:
         raise ValueError(f"stride={stride} must be from 1 to block_size={block_size}")
     path = Path(config.data)
-    file = Split(path, model.config.vocab_size or 0)
+    try:
+        file = Split(path, model.config.vocab_size or 0)
+    except FileNotFoundError as error:
+        hint = f"{cli.command('train.prepare')} lists the commands that prepare data"
+        raise FileNotFoundError(f"{error}; {hint}") from None
     # Without a tokenizer file the folder counts as GPT-2's; then we cannot compare.
     data_tokenizer = describe_dataset(path.parent)
     if data_tokenizer["kind"] != "gpt2" and not fits(description, data_tokenizer):
@@ -228,13 +232,13 @@ def _hellaswag(source: str) -> Iterator[tuple[str, list[str], int]]:
             if isinstance(example, str):
                 example = parse_json(example, source)
             context, endings, label = example["ctx"], list(example["endings"]), int(example["label"])
-            if not all(isinstance(text, str) for text in (context, *endings)) or label not in range(
-                len(endings)
-            ):
-                raise TypeError
+            if not all(isinstance(text, str) for text in (context, *endings)):
+                raise ValueError("ctx and endings must be text")
+            if label not in range(len(endings)):
+                raise ValueError(f"label={label} must be from 0 to {len(endings) - 1}")
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             problem = f"{source}, line {number}, is not an example with ctx, endings and label"
-            raise ValueError(f"{problem} ({type(error).__name__})") from None
+            raise ValueError(f"{problem} ({type(error).__name__}: {error})") from None
         yield context, endings, label
 
 

@@ -4,6 +4,7 @@ The picture shows loss, learning rate, gradient norm and throughput.
 """
 
 import itertools
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +46,19 @@ class Run:
     evaluations: Records
 
     def progress(self, x: str, n: Column) -> Column:
-        """The steps, tokens, or seconds of steps that the run has made after `n` steps."""
+        """The steps, tokens, or seconds of steps that the run has made after `n` steps.
+
+        The steps before the first record count as tokens, but their time is unknown and left out. After the
+        last logged step neither grows, so a later evaluation is drawn there.
+        """
         if x == "step":
             return n
         iters, seconds = column(self.steps, "iter"), column(self.steps, "ms") / 1000
         per_step = seconds if x == "time" else np.rint(column(self.steps, "tokens_per_s") * seconds)
+        start = column(self.steps + self.evaluations, "iter").min() if x == "time" else 0
         # Each record stands for the steps since the record before it.
-        sums = np.nancumsum(np.diff(iters, prepend=-1) * per_step)
-        return np.interp(n, np.append(0, iters + 1), np.append(0, sums))
+        sums = np.nancumsum(np.diff(iters, prepend=start - 1) * per_step)
+        return np.interp(n, np.append(start, iters + 1), np.append(0, sums))
 
 
 def main() -> None:
@@ -79,6 +85,8 @@ def load_runs(folders: list[Path]) -> list[Run]:
         if not records:
             raise ValueError(f"{path} has no steps and no evaluations yet")
         label = name if names.count(name) == 1 else str(folder)
+        # Python keeps the bytes of a name that is not UTF-8, which matplotlib cannot draw.
+        label = os.fsencode(label).decode(errors="replace")
         steps = [r for r in records if "loss" in r]
         runs.append(Run(label, steps, [r for r in records if "val/loss" in r]))
     return runs

@@ -36,14 +36,17 @@ class CorpusConfig:
 class PrepareConfig:
     """Prepare your own text as data/NAME.
 
-    A single text file is split at nine tenths of its length. Otherwise each file, and each row of a .jsonl or
-    .parquet file, is a document, and a tenth of the documents, drawn at random, is for validation.
+    A single text file is split at nine tenths of its length. Otherwise each text file is a document,
+    and so is each row of a .jsonl, .json, .csv or .parquet file. A tenth of the documents, drawn at random,
+    is for validation.
     """
 
-    input: UserPath  # files, folders or globs of .txt, .jsonl or .parquet, separated by commas
+    input: UserPath  # .txt, .jsonl, .json, .csv and .parquet files, folders or globs, separated by commas
     name: UserPath  # name of the data set, for --dataset
-    tokenizer: UserPath = "gpt2"  # gpt2, char (an id per character), a tokenizer.json, or a model's folder
-    field: str = "text"  # the column of .jsonl and .parquet that holds the text
+    tokenizer: UserPath = (
+        "gpt2"  # gpt2, char (an id per character), a tokenizer.json, or the folder of a Hugging Face model
+    )
+    field: str = "text"  # the column that holds the text, in files of rows
     val_fraction: float = 0.1  # share for validation, of the characters or of the documents
     endoftext: bool = False  # read <|endoftext|> in the text as the token that ends a document
     workers: int = 0  # threads that encode; 0: one for each core
@@ -53,10 +56,10 @@ class PrepareConfig:
 class TokenizerConfig:
     """Train a byte-pair encoding on your own text, which it splits into words as GPT-2's does."""
 
-    input: UserPath  # files, folders or globs of .txt, .jsonl or .parquet, separated by commas
+    input: UserPath  # .txt, .jsonl, .json, .csv and .parquet files, folders or globs, separated by commas
     vocab_size: int = 16384  # tokens, <|endoftext|> included
     output: UserPath = "tokenizer.json"  # for --tokenizer of `text`
-    field: str = "text"  # the column of .jsonl and .parquet that holds the text
+    field: str = "text"  # the column that holds the text, in files of rows
 
 
 def main() -> None:
@@ -85,7 +88,9 @@ def main() -> None:
     elif name in CORPORA:
         prepare_by_name(name, cli.parse(CorpusConfig, args, prog).workers or _cores())
     else:
-        cli.choose(dict.fromkeys([*CORPORA, "text", "tokenizer", "inspect"]), name, "corpus")  # raises
+        cli.choose(
+            dict.fromkeys([*CORPORA, "text", "tokenizer", "inspect"]), name, "corpus or command"
+        )  # raises
 
 
 def prepare_by_name(name: str, workers: int) -> None:

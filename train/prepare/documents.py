@@ -6,6 +6,7 @@ validation, and OpenWebText as documents, some of which are drawn at random for 
 
 import csv
 import glob
+import math
 import os
 import re
 import sys
@@ -72,10 +73,10 @@ def files(inputs: str, field: str = "text", val_fraction: float = 0.1) -> Corpus
         return _documents(paths, field, val_fraction, source)
 
 
-def hub(path: str, part: str | None, val_fraction: float, processes: int) -> Corpus:
-    """The column `text` of a data set on the Hugging Face hub, or of its configuration `part`."""
-    table = load(path, path, part, split="train", num_proc=processes).select_columns(["text"])
-    source = f"{path}{f' ({part})' if part else ''}, {len(table):,} documents"
+def hub(path: str, configuration: str | None, val_fraction: float, processes: int) -> Corpus:
+    """The column `text` of a data set on the Hugging Face hub, or of its `configuration`."""
+    table = load(path, path, configuration, split="train", num_proc=processes).select_columns(["text"])
+    source = f"{path}{f' ({configuration})' if configuration else ''}, {len(table):,} documents"
     parts = table.train_test_split(test_size=val_fraction, seed=SPLIT_SEED, shuffle=True)
 
     def part_of(rows: Any) -> Part:
@@ -90,7 +91,7 @@ def hub(path: str, part: str | None, val_fraction: float, processes: int) -> Cor
     return Corpus(part_of(parts["train"]), part_of(parts["test"]), source)
 
 
-def load(source: str, path: str, part: str | None = None, **options: Any) -> Any:
+def load(source: str, path: str, configuration: str | None = None, **options: Any) -> Any:
     """datasets.load_dataset. Any of its errors becomes an OSError about `source`.
 
     Raises ValueError if the package is missing.
@@ -101,7 +102,7 @@ def load(source: str, path: str, part: str | None = None, **options: Any) -> Any
     except ImportError:
         raise ValueError(f"{source} needs the package datasets: {cli.install('data')}") from None
     try:
-        return load_dataset(path, part, **options)
+        return load_dataset(path, configuration, **options)
     except Exception as error:
         reason = error.__cause__ or error
         line = (str(reason).splitlines() or [""])[0]
@@ -186,25 +187,25 @@ def _documents(paths: list[Path], field: str, val_fraction: float, source: str) 
     the size of each.
     """
 
-    def documents() -> Iterator[tuple[int, Iterable[str]]]:
+    def sized_documents() -> Iterator[tuple[int, Iterable[str]]]:
         """(size in bytes, pieces) of each document. A text file is opened when its first piece is taken."""
         for path in paths:
             if _kind(path) in ROWS:
-                yield from ((len(text.encode()), [text]) for text in _texts(path, field))
+                yield from ((len(row.encode()), [row]) for row in _texts(path, field))
             else:
                 yield path.stat().st_size, cut(_read(path))
 
-    sizes = np.fromiter((size for size, _ in documents()), np.int64)
+    sizes = np.fromiter((size for size, _ in sized_documents()), np.int64)
     n_documents = len(sizes)
     if n_documents < 2:
         raise ValueError(f"{source}: training and validation need at least 2 documents, not {n_documents}")
-    n_val = min(n_documents - 1, max(1, round(n_documents * val_fraction)))
+    n_val = min(n_documents - 1, math.ceil(n_documents * val_fraction))  # rounded up, as in nanoGPT
     in_val = np.zeros(n_documents, bool)
     in_val[np.random.default_rng(SPLIT_SEED).permutation(n_documents)[:n_val]] = True
 
     def part_of(is_val: bool) -> Part:
         def pieces() -> Pieces:
-            for (_, document), document_is_val in zip(documents(), in_val):
+            for (_, document), document_is_val in zip(sized_documents(), in_val):
                 if document_is_val == is_val:
                     yield from document
                     yield None

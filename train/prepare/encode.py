@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from gpt import atomic, pretrained, tokenizer
+from gpt import atomic, tokenizer
 from train import shards
 from train.prepare import documents
 from train.prepare.documents import Corpus, Pieces
@@ -41,7 +41,7 @@ def describe_tokenizer(kind: str, corpus: Corpus) -> dict[str, Any]:
                 symbols.update("\n" if piece is None else piece)  # a new line ends a document
         return {"kind": "char", "symbols": sorted(symbols)}
     if Path(kind, "config.json").is_file():  # the model's vocabulary may be smaller than its tokenizer's
-        return pretrained.hugging_face_tokenizer(kind)
+        return tokenizer.describe_hugging_face(kind)
     if Path(kind).is_dir():
         return tokenizer.describe_folder(Path(kind))
     if not Path(kind).is_file():
