@@ -118,6 +118,8 @@ def main() -> None:
     if options.nanogpt:
         models["nanogpt"] = with_weights_of(ours, nanogpt_model(Path(options.nanogpt), config))
     cases = []
+    if device == "cpu":
+        print("There is no GPU: the figures say nothing about a GPU.")
     for batch_size in batch_sizes:
         idx = torch.randint(vocab_size, (batch_size, options.prompt), device=device)
         shape = f"{batch_size} sequences, prompt {options.prompt}, {options.new} new tokens"
@@ -135,7 +137,7 @@ def main() -> None:
             prefill, decode = f"{f['prefill']:12,.0f} tokens/s", f"{f['decode']:10,.0f} tokens/s"
             print(f"  {name:12} prefill {prefill}  decode {decode}, {f['ms']:.3f} ms a token")
         fastest = 1e3 * batch_size / floor_ms
-        print(f"  {'floor':12} {'':37}{fastest:10,.0f} tokens/s, {floor_ms:.3f} ms a token")
+        print(f"  {'at least':12} {'':37}{fastest:10,.0f} tokens/s, {floor_ms:.3f} ms a token")
         if options.out:
             timing.write(
                 options.out, "generate", device, size=size, dtype=dtype, prompt=options.prompt,

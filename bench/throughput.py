@@ -326,7 +326,7 @@ class Session:
 def _warmed_up(name: str, variant: Variant | str, seconds: float) -> str:
     if isinstance(variant, str):
         return f"{name:24} {variant}"
-    peak = "" if variant.peak_bytes is None else f", peak {variant.peak_bytes / 2**30:.1f} GiB"
+    peak = "" if variant.peak_bytes is None else f", peak {variant.peak_bytes / 1e9:.1f} GB"
     return f"warmed up {name} in {seconds:.1f} s{peak}"
 
 
@@ -334,7 +334,7 @@ def _line(name: str, figures: dict[str, Any] | str) -> str:
     if isinstance(figures, str):
         return f"{name:24} {figures}"
     mfu = "" if figures["mfu"] is None else f"  MFU {figures['mfu']:6.1%}"
-    memory = "" if figures["peak_bytes"] is None else f"  {figures['peak_bytes'] / 2**30:6.1f} GiB"
+    memory = "" if figures["peak_bytes"] is None else f"  {figures['peak_bytes'] / 1e9:6.1f} GB"
     rate = f"{figures['tokens_per_s']:12,.0f} tokens/s  {figures['step_ms']:9.2f} ms a step"
     return f"{name:24} {rate}{mfu}{memory}"
 
