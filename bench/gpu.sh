@@ -6,7 +6,8 @@
 #   warm       compile everything that the next two parts time, and check the operations
 #   step       time a training step of the 124M beside nanoGPT's (if given), without each kernel in turn, and by part
 #   kernels    time the operations, each at the shape that decides how fast the 124M trains
-# `tests` and `warm` need processors more than the GPU, so they run side by side. Nothing is timed until both are done.
+# `tests` and `warm` need processors more than the GPU, so they run side by side, on a GPU of 80 GB one after
+# the other. Nothing is timed until both are done.
 # What matters most is timed first.
 #
 # Ask for the others by name, in a call of their own:

@@ -179,7 +179,7 @@ def test_print_config_prints_a_config_file_and_trains_nothing(tmp_path, monkeypa
 def test_a_printed_config_leaves_out_what_the_checkpoint_supplies():
     for source, absent in (
         ("scratch", set()),
-        ("auto", {"dataset"}),
+        ("auto", {"dataset", "n_embd"}),
         ("first/ckpt.pt", {"n_embd"}),
         ("resume", {"dataset", "n_embd"}),
     ):

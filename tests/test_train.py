@@ -160,7 +160,8 @@ def test_the_number_of_evaluations_does_not_change_the_weights(workplace):
 
 
 def test_a_finished_run_and_eval_only_write_nothing(workplace, capsys):
-    run()
+    run("--init_from=auto")
+    assert parse(["out/config.py"])[0].init_from == "scratch"
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     run("--init_from=auto")
     assert "out/ckpt.pt has made 8 steps, and max_iters=8 leaves no more" in capsys.readouterr().out

@@ -188,7 +188,7 @@ def config_file(config: TrainConfig, given: Mapping[str, Sequence[str]] | None =
     values = config.flat()
     for name in ("print_config", "profile"):
         del values[name]  # they concern one start, not the run
-    if given is not None and config.init_from not in ("scratch", "auto"):
+    if given is not None and config.init_from != "scratch":
         for name in set(MODEL_FIELDS).difference(given):
             del values[name]
     if given is not None and config.init_from in ("resume", "auto") and "dataset" not in given:

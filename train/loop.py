@@ -79,7 +79,7 @@ def train(
         model, saved = checkpoint.initial_model(config, given, tokenizer, ranks, start)
     # The checkpoint and config.py of a resumed run say where the run began.
     began_from = saved.config.get("init_from", config.init_from)
-    if began_from in ("resume", "auto"):  # as in a file of nanoGPT's
+    if began_from in ("resume", "auto"):  # auto: a new run; resume: a file of nanoGPT's
         began_from = "scratch"
     config = replace(config, model=model.config, init_from=began_from)
     tokenizer = tokenizer_to_save(tokenizer, saved.tokenizer or tokenizer, model, data_dir)

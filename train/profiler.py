@@ -25,9 +25,10 @@ def start_profiler(config: TrainConfig, first_step: int, ranks: Ranks, metrics: 
 
     def report(finished: profile) -> None:
         with metrics.paused("profiling"):
-            last_step = (
-                first_step + finished.step_num - 1
-            )  # a signal can end a run before the last of `steps`
+            # A signal can end a run before the last of `steps`, or in the step that warms the profiler up.
+            last_step = first_step + finished.step_num - 1
+            if last_step < steps[0]:
+                return
             path = Path(config.out_dir, f"trace-{steps[0]}-{last_step}.json")
             finished.export_chrome_trace(str(path))
             operations = finished.key_averages()
