@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from bench import timing
-from bench.kernels import TIMED, failures, fewer, in_turns, make_call, make_inputs
+from bench.judge import failures
+from bench.kernels import TIMED, fewer, in_turns, make_call, make_inputs
 from gpt import cli
 from gpt.cli import UserPath
 from kernels.op import INTERPRETED, Op, Slot, unavailable

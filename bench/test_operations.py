@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.kernels import DTYPES, directions, failures, fewer, honest_compilation, make_call, variants
+from bench.judge import failures
+from bench.kernels import DTYPES, directions, fewer, honest_compilation, make_call, variants
 from kernels import OPS
 from kernels.op import Op
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels import faults, leaves, run
+from bench.judge import faults, leaves, run
 from kernels import OPS
 from kernels.op import DTYPES, Op
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench.kernels
 import bench.sweep
-from bench import generate, report, roofline, throughput, timing
+from bench import generate, judge, report, roofline, throughput, timing
 from gpt.model import GPT, GPTConfig
 from kernels.cross_entropy import LN2, LOG2E
 from kernels.op import record
@@ -71,14 +71,14 @@ def test_the_judge_sees_one_wrong_element_many_slightly_wrong_ones_and_what_is_m
     peer = {name: tensor.bfloat16() for name, tensor in exact.items()}
     one, many = torch.zeros(100, 100), torch.full((100, 100), 0.015)
     one[7, 7] = 0.2
-    assert bench.kernels.faults(peer, exact, peer) == []
+    assert judge.faults(peer, exact, peer) == []
     for sentence, error in (("is off by 2", one), ("has an error of norm", many)):
         ours = peer | {"output 0": (exact["output 0"] + error).bfloat16()}
-        (fault,) = bench.kernels.faults(ours, exact, peer)
+        (fault,) = judge.faults(ours, exact, peer)
         assert sentence in fault
-    assert bench.kernels.faults({"output 0": peer["output 0"]}, exact, peer)
-    assert bench.kernels.faults(peer | {"dx": torch.zeros(4)}, exact, peer)
-    assert bench.kernels.faults(peer | {"dx": torch.full((3,), torch.nan)}, exact, peer)
+    assert judge.faults({"output 0": peer["output 0"]}, exact, peer)
+    assert judge.faults(peer | {"dx": torch.zeros(4)}, exact, peer)
+    assert judge.faults(peer | {"dx": torch.full((3,), torch.nan)}, exact, peer)
 
 
 @pytest.mark.parametrize("name", ["add_layer_norm_mixed", "linear_cross_entropy"])

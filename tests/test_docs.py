@@ -152,7 +152,15 @@ def test_the_python_of_the_readme_runs(device):
     }  # fmt: skip
     for language, _, program in blocks(ROOT / "README.md"):
         if language == "python":
-            exec(program.replace('"cuda"', repr(device)), dict(names))
+            results = dict(names)
+            exec(program.replace('"cuda"', repr(device)), results)
+            if "summed" in results:
+                summed, logits = names["branch"] + names["residual"], names["lm_head"].weight @ names["x"].T
+                expected = torch.nn.functional.cross_entropy(logits.T, names["target"])
+                torch.testing.assert_close(results["summed"], summed)
+                torch.testing.assert_close(results["loss"], expected, rtol=1e-4, atol=1e-5)
+            else:
+                assert results["logits"].shape == (B, 1, V) and torch.equal(results["ids"][:, :T], ids)
 
 
 # ---- docs/kernel.md, followed

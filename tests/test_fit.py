@@ -214,7 +214,7 @@ def test_a_trial_fits_if_it_leaves_the_margin_free():
 
     def allocate_twice(size, model):
         allocate(size, model)
-        allocate(size + (64 << 20), model)  # the allocator first frees the block that is no longer in use
+        allocate(size + (64 << 20), model)  # PyTorch frees the unused block first
 
     assert fit.fits(allocate, total // 8, model, ranks)
     assert not fit.fits(allocate, int(total * (1 - fit.MARGIN / 2)), model, ranks)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from bench.kernels import backpropagate, by_name, floating, leaves, outputs, run, upstream
+from bench.judge import backpropagate, by_name, floating, leaves, outputs, run, upstream
 from kernels import OPS
 from kernels.attention import DESCRIPTOR_TILES
 from kernels.op import architecture, record

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from bench.kernels import distance, floating, leaves, run, upstream
+from bench.judge import distance, floating, leaves, run, upstream
 from kernels.attention import TILES
 from kernels.cross_entropy import loss_and_gradient_
 from kernels.gelu import APPROXIMATIONS, GELU

@@ -83,8 +83,9 @@ def hub(path: str, configuration: str | None, val_fraction: float, processes: in
         def pieces() -> Pieces:
             for batch in rows.iter(ROWS_AT_ONCE):
                 for document in batch["text"]:
-                    yield document
-                    yield None
+                    if document is not None:
+                        yield document
+                        yield None
 
         return Part(pieces, round(table.data.nbytes * len(rows) / len(table)))
 
